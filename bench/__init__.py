@@ -1,0 +1,1 @@
+"""Load, workloads, topologies, reports."""

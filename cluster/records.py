@@ -1,0 +1,63 @@
+"""What a worker says about itself in Redis."""
+
+from __future__ import annotations
+
+import enum
+
+import msgspec
+
+from pdserve.protocol.messages import WorkerStatus
+
+
+class Role(enum.StrEnum):
+    PREFILL = "prefill"
+    """Prompts in, tickets out."""
+    DECODE = "decode"
+    """Tickets in, tokens out; prefills by itself only when a ticket's blocks are lost."""
+    COLOCATED = "colocated"
+    """A decode worker that also accepts prompts."""
+
+
+class WorkerState(enum.StrEnum):
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The model as this worker serves it."""
+
+    architecture: str
+    """For example "Qwen3ForCausalLM"."""
+    dtype: str
+    max_model_len: int
+    """Tokens, prompt and answer together."""
+    vocab_size: int
+    block_size: int
+    fingerprint: str
+    """LayoutFingerprint.digest(): workers with different ones cannot exchange blocks."""
+
+
+class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One worker incarnation. Lives in Redis under a lease that the worker renews."""
+
+    worker_id: str
+    epoch: int
+    role: Role
+    state: WorkerState
+    host: str
+    """Where routers and other workers reach it."""
+    port: int
+    """The channel for routers (0 while loading)."""
+    http_port: int
+    """/health, /metrics and /status of this worker (0 while loading)."""
+    pid: int
+    progress: float = 0.0
+    """Share of the weights loaded, 0 to 1."""
+    detail: str = ""
+    """What it is doing, for people: "loading weights"."""
+    model: ModelInfo | None = None
+    status: WorkerStatus | None = None
+    transports: tuple[str, ...] = ()
+    cpus: tuple[int, ...] = ()
+    """Cores that it is pinned to."""

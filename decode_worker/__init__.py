@@ -1,0 +1,1 @@
+"""Tickets in (or prompts, colocated), tokens out."""

@@ -1,0 +1,1 @@
+"""Decoder models, composed from kernels."""

@@ -1,0 +1,82 @@
+"""A request inside the engine: its tokens, its blocks and where it stands. No tensors."""
+
+from __future__ import annotations
+
+import enum
+import time
+from dataclasses import dataclass, field
+
+from pdserve.protocol.events import QUEUED
+from pdserve.protocol.messages import LifeEvent, PositionLogprobs
+from pdserve.protocol.sampling import SamplingParams
+from pdserve.protocol.ticket import KVTicket
+
+
+class State(enum.Enum):
+    """Where a request stands; ARCHITECTURE.md draws the transitions."""
+
+    WAITING = enum.auto()
+    """Owns no blocks."""
+    FETCHING = enum.auto()
+    """Owns blocks that the transfer is filling; they must not be freed before it reports."""
+    RUNNING = enum.auto()
+    """Owns the blocks of its computed tokens; prefill while more than one token is uncomputed."""
+    FINISHED = enum.auto()
+    """Owns nothing; its last output is out."""
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One request on one worker.
+
+    Invariants: 0 ≤ num_computed < len(token_ids) while running; the KV of token_ids[:num_computed]
+    is in the blocks of `block_table`; outputs are token_ids[prompt_len:].
+    """
+
+    request_id: str
+    token_ids: list[int]
+    """Prompt and output so far; the engine appends each drawn token."""
+    prompt_len: int
+    sampling: SamplingParams
+    deadline: float
+    """time.monotonic seconds; past it the request ends with the error `deadline`."""
+    root: bytes
+    """Parent hash of its first block (layout and cache salt)."""
+    hand_off: bool = False
+    ticket: KVTicket | None = None
+    client: object = None
+    """Whoever submitted it; outputs are grouped by it. Opaque to the engine."""
+
+    state: State = State.WAITING
+    block_table: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    hashes: list[bytes] = field(default_factory=list)
+    """Hashes of its full blocks of token_ids, as far as computed; a cache, never shortened."""
+    num_shared: int = 0
+    """The first num_shared blocks of block_table belong to the prefix cache (pinned by us)."""
+    cached_tokens: int | None = None
+    """Prompt tokens found in the prefix cache when first scheduled."""
+    prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)
+    preemptions: int = 0
+    abort_requested: bool = False
+    received: float = field(default_factory=time.monotonic)
+    events: list[LifeEvent] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.mark(QUEUED)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output(self) -> int:
+        return len(self.token_ids) - self.prompt_len
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.token_ids) - self.num_computed
+
+    def mark(self, name: str) -> None:
+        """Record a life event now."""
+        self.events.append(LifeEvent(name, round(time.monotonic() - self.received, 6)))

@@ -1,0 +1,1 @@
+"""Functions from tensors to tensors, each with a plain-torch reference."""

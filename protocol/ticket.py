@@ -1,0 +1,71 @@
+"""The KV ticket: the right to fetch the blocks of one finished prefill, once, for a while."""
+
+from __future__ import annotations
+
+import msgspec
+
+from pdserve.protocol import PROTOCOL_VERSION
+
+
+class LayoutFingerprint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything that two pools must share before a block of one means anything in the other.
+
+    Compared before any block is looked at; `difference` names the field that differs.
+    """
+
+    model: str
+    """Digest of the model's configuration (not its path: hosts may differ)."""
+    weights: str
+    """Digest that changes with the weights (file names, sizes and headers)."""
+    dtype: str
+    """KV element type: "float32", "bfloat16" or "float16"."""
+    num_layers: int
+    num_kv_heads: int
+    """KV heads of the whole model; a worker holds num_kv_heads / tp_size of them."""
+    head_dim: int
+    block_size: int
+    """Tokens per block."""
+    tp_rank: int = 0
+    tp_size: int = 1
+    protocol_version: int = PROTOCOL_VERSION
+
+    def difference(self, other: LayoutFingerprint) -> str | None:
+        """None if equal, else a sentence that names the first differing field and both values."""
+        for name in self.__struct_fields__:
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                return f"The KV layouts differ in {name}: {mine!r} here, {theirs!r} there."
+        return None
+
+    def digest(self) -> str:
+        """A short text that is equal exactly when the fingerprints are."""
+        return msgspec.json.encode(self).decode()
+
+
+class KVTicket(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Names the KV blocks that a prefill worker holds for one request, and where to fetch them.
+
+    Opaque to the router. The source keeps the blocks under a lease; whoever fetches renews it and
+    releases it once. An epoch other than the source's current one is refused.
+    """
+
+    ticket_id: str
+    request_id: str
+    source: str
+    """Worker id of the prefill worker."""
+    epoch: int
+    """The source's incarnation number."""
+    host: str
+    port: int
+    """Where the source's transfer server listens."""
+    transports: tuple[str, ...]
+    """What the source offers, best first, e.g. ("shm", "tcp")."""
+    fingerprint: LayoutFingerprint
+    num_tokens: int
+    """Prompt tokens whose KV the blocks hold (the first generated token's is not among them)."""
+    num_blocks: int
+    """ceil(num_tokens / block_size)."""
+    block_hashes: tuple[bytes, ...]
+    """Hashes of the full blocks (num_tokens // block_size of them)."""
+    lease_s: float
+    """Seconds, from the minting, after which the source may take the blocks back."""

@@ -1,0 +1,108 @@
+"""Messages between a decode worker (which fetches) and a prefill worker (which holds)."""
+
+from __future__ import annotations
+
+import enum
+
+import msgspec
+
+from pdserve.protocol.ticket import LayoutFingerprint
+
+
+class Outcome(enum.StrEnum):
+    """What became of a ticket, said by the side that fetched."""
+
+    COMMITTED = "committed"
+    FAILED = "failed"
+    ABORTED = "aborted"
+
+
+class Fetch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="fetch"):
+    """Ask for the blocks of a ticket. `fingerprint` is compared before anything else."""
+
+    ticket_id: str
+    request_id: str
+    epoch: int
+    fingerprint: LayoutFingerprint
+    transport: str
+    """"tcp": the blocks follow on this connection; "shm": the reader maps the source's pool."""
+    wanted: tuple[int, ...]
+    """Indices into the ticket's blocks (0 = first block of the prompt), ascending; the blocks
+    that the fetching side already holds are left out."""
+    host_id: str
+    """Identity of the reader's host, for transports within one."""
+
+
+class FetchHeader(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="header"
+):
+    """The answer to `Fetch`. On "tcp" `num_blocks × block_nbytes` raw bytes follow, in order."""
+
+    ticket_id: str
+    epoch: int
+    num_blocks: int
+    block_nbytes: int
+    checksums: tuple[int, ...]
+    """xxh3-64 of each block, in the order of `wanted`."""
+    pool_path: str = ""
+    """"shm": path under which the source's pool can be opened by this reader."""
+    pool_blocks: tuple[int, ...] = ()
+    """"shm": block numbers in that pool, in the order of `wanted`."""
+    pool_nonce: bytes = b""
+    """"shm": must be equal to the pool's own, found at its end: proves that the path names it."""
+
+
+class Refused(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="refused"):
+    """The blocks will not come: unknown or expired ticket, other epoch, other layout."""
+
+    ticket_id: str
+    reason: str
+    retry_other_transport: bool = False
+    """True if only the transport was at fault."""
+
+
+class Renew(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="renew"):
+    """Keep the ticket's blocks for another `lease_s` seconds."""
+
+    ticket_id: str
+    epoch: int
+
+
+class Release(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="release"):
+    """The fetching side is done with the ticket. Idempotent."""
+
+    ticket_id: str
+    epoch: int
+    outcome: Outcome
+
+
+class Released(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="released"
+):
+    """Answer to `Release` and `Renew`: whether the lease still stood at that moment.
+
+    A reader of shared memory must not use what it copied unless `valid` is true."""
+
+    ticket_id: str
+    valid: bool
+
+
+ToSource = Fetch | Renew | Release
+ToReader = FetchHeader | Refused | Released
+
+
+class FetchReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a fetch ended; given by the transfer to the engine, exactly once per fetch."""
+
+    request_id: str
+    failed: tuple[int, ...] = ()
+    """Indices (into the ticket's blocks) that did not arrive intact; empty: all are usable."""
+    reason: str = ""
+    """A sentence, if any failed."""
+    transport: str = ""
+    nbytes: int = 0
+    """KV bytes that travelled."""
+
+    @property
+    def ok(self) -> bool:
+        return not self.failed

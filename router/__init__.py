@@ -1,0 +1,1 @@
+"""Every public API: render, tokenize, route, stream."""

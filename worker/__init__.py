@@ -1,0 +1,1 @@
+"""The process shell that both kinds of worker share."""
