@@ -52,17 +52,22 @@ class Request:
     num_computed: int = 0
     hashes: list[bytes] = field(default_factory=list)
     """Hashes of its full blocks of token_ids, as far as computed; a cache, never shortened."""
-    num_shared: int = 0
-    """The first num_shared blocks of block_table belong to the prefix cache (pinned by us)."""
+    num_registered: int = 0
+    """Full blocks, from the first, that were offered to the prefix cache."""
     cached_tokens: int | None = None
     """Prompt tokens found in the prefix cache when first scheduled."""
     prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)
     preemptions: int = 0
     abort_requested: bool = False
+    answered: bool = False
+    """It has drawn a token on this worker."""
+    ending: frozenset[int] = frozenset()
+    """Tokens that end it; set from `sampling`."""
     received: float = field(default_factory=time.monotonic)
     events: list[LifeEvent] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.ending = self.sampling.ending_token_ids
         self.mark(QUEUED)
 
     @property

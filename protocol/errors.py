@@ -1,9 +1,9 @@
 """Error codes that processes exchange, and the exceptions that carry them.
 
-    PdserveError
-    ├── ProtocolError        a frame that cannot be read, too large, or from a stranger
-    │   └── AuthenticationError   the peer does not know the cluster's secret
-    └── RequestError         a request that ended without an answer, with its code
+PdserveError
+├── ProtocolError        a frame that cannot be read, too large, or from a stranger
+│   └── AuthenticationError   the peer does not know the cluster's secret
+└── RequestError         a request that ended without an answer, with its code
 """
 
 from __future__ import annotations

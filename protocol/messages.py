@@ -45,9 +45,7 @@ class PositionLogprobs(msgspec.Struct, frozen=True, array_like=True):
     """(token id, log-probability) of the most likely tokens, most likely first."""
 
 
-class Submit(
-    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="submit"
-):
+class Submit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="submit"):
     """A request for a worker.
 
     - `hand_off`: draw the first token, keep the KV blocks and answer with a ticket (prefill leg).
@@ -83,7 +81,9 @@ class Abort(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 ToWorker = Submit | Abort
 
 
-class Output(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+class Output(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
     """What one step brought one request."""
 
     request_id: str
@@ -107,9 +107,7 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Sent with the last output."""
 
 
-class WorkerStatus(
-    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
-):
+class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A worker's load at the end of a step. Blocks: total = free + cached + requests + outbox."""
 
     blocks_total: int

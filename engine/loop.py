@@ -1,0 +1,443 @@
+"""The engine thread: takes commands, plans a step, runs it, gives out its tokens.
+
+    submit / abort / fetched / returned          (any thread → queue)
+                 │
+                 ▼
+    take commands → expire deadlines → plan → start fetches → run → apply → sink
+                 ▲                                                          │
+                 └──────────────────────────────────────────────────────────┘
+
+All state below is touched by the engine thread alone; others talk to it through `_post`. The sink
+is called once per step, from this thread, and must not wait.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from pdserve.engine.blocks import BlockPool, IntegrityError
+from pdserve.engine.ports import ChunkResult, Exporter, Importer, Runner
+from pdserve.engine.request import Request, State
+from pdserve.engine.scheduler import Limits, Plan, Scheduler
+from pdserve.protocol.blocks import root_hash
+from pdserve.protocol.errors import ErrorCode, WorkerError
+from pdserve.protocol.events import FINISHED, FIRST_TOKEN, HELD
+from pdserve.protocol.messages import FinishReason, Output, Submit, WorkerStatus
+from pdserve.protocol.ticket import LayoutFingerprint
+from pdserve.protocol.transfer import FetchReport
+
+log = logging.getLogger(__name__)
+
+IDLE_WAIT_S = 0.5
+"""Longest sleep of an idle engine; a command wakes it at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """What one step has for the outside: outputs by client, and the load afterwards."""
+
+    step: int
+    outputs: dict[object, list[Output]]
+    status: WorkerStatus
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Blocks in the outbox, as the engine accounts for them."""
+
+    request_id: str
+    client: object
+    blocks: list[int]
+
+
+@dataclass(slots=True)
+class _Bag:
+    """Outputs collected for the next call of the sink."""
+
+    outputs: dict[object, list[Output]] = field(default_factory=dict)
+
+    def put(self, client: object, output: Output) -> None:
+        self.outputs.setdefault(client, []).append(output)
+
+
+class Engine:
+    """Runs requests of one worker on one thread."""
+
+    def __init__(
+        self,
+        *,
+        pool: BlockPool,
+        limits: Limits,
+        runner: Runner,
+        fingerprint: LayoutFingerprint,
+        vocab_size: int,
+        sink: Callable[[StepOutcome], None],
+        exporter: Exporter | None = None,
+        importer: Importer | None = None,
+    ) -> None:
+        self._pool = pool
+        self._limits = limits
+        self._scheduler = Scheduler(pool, limits)
+        self._runner = runner
+        self._layout = fingerprint.digest()
+        self._vocab_size = vocab_size
+        self._sink = sink
+        self._exporter = exporter
+        self._importer = importer
+        self._requests: dict[str, Request] = {}
+        self._held: dict[str, Held] = {}
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._bag = _Bag()
+        self._steps = 0
+        self._stopping = False
+        self._changed = True
+        self.last_turn = time.monotonic()
+        """When the loop last came around: an engine that is alive but stuck stops moving it."""
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.failure: BaseException | None = None
+        """Why the thread ended, if it was not told to."""
+
+    # What other threads may call ---------------------------------------------------------------
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 2.0) -> None:
+        """End the thread after the step in progress."""
+        self._post(self._stop)
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def submit(self, message: Submit, client: object) -> None:
+        """Queue a request; whatever happens to it comes out of the sink under `client`."""
+        self._post(lambda: self._submit(message, client))
+
+    def abort(self, request_id: str) -> None:
+        """End a request in whatever state; unknown ids are ignored. Nothing comes out."""
+        self._post(lambda: self._abort(request_id))
+
+    def abort_client(self, client: object) -> None:
+        """End everything that `client` submitted: it is gone."""
+        self._post(lambda: self._abort_client(client))
+
+    def returned(self, ticket_id: str) -> None:
+        """The outbox has given back the ticket's blocks. Exactly once per ticket."""
+        self._post(lambda: self._returned(ticket_id))
+
+    def call(self, function: Callable[[Engine], None]) -> None:
+        """Run something on the engine thread between two steps (tests, integrity probes)."""
+        self._post(lambda: function(self))
+
+    def _post(self, command: Callable[[], None]) -> None:
+        self._commands.put(command)
+
+    # The thread --------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self.step(self._take_commands)
+        except BaseException as error:
+            self.failure = error
+            log.exception("The engine thread ends because of a fault.")
+            raise
+
+    def step(self, take: Callable[[bool], None] | None = None) -> bool:
+        """One turn of the loop; True if it computed or started something.
+
+        `take(wait)` runs the commands; tests that drive the engine without its thread leave it
+        out and get every command that is queued.
+        """
+        self.last_turn = time.monotonic()
+        (take or self._drain)(False)
+        self._expire()
+        preemptions = self._scheduler.preemptions
+        plan = self._scheduler.plan()
+        self._start_fetches(plan)
+        if plan.chunks:
+            self._compute(plan)
+        worked = bool(plan.chunks or plan.fetches)
+        if worked or self._changed:
+            self._flush()
+        elif self._scheduler.preemptions == preemptions and take is not None:
+            take(True)
+        return worked
+
+    def _drain(self, wait: bool) -> None:
+        while not self._commands.empty():
+            self._do(self._commands.get())
+
+    def _take_commands(self, wait: bool) -> None:
+        """Run all queued commands; if `wait`, sleep until there is one or a deadline passes."""
+        if wait:
+            try:
+                self._do(self._commands.get(timeout=self._until_next_deadline()))
+            except queue.Empty:
+                return
+        self._drain(False)
+
+    def _do(self, command: Callable[[], None]) -> None:
+        self._changed = True
+        command()
+
+    def _until_next_deadline(self) -> float:
+        deadlines = [request.deadline for request in self._requests.values()]
+        nearest = min(deadlines, default=float("inf")) - time.monotonic()
+        return min(IDLE_WAIT_S, max(nearest, 0.001))
+
+    def _flush(self) -> None:
+        """Tell the outside; an engine that has just become idle checks its accounts first."""
+        if not self._requests:
+            self.check_integrity()
+        self._changed = False
+        outputs, self._bag.outputs = self._bag.outputs, {}
+        self._sink(StepOutcome(self._steps, outputs, self.status()))
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    # Commands ----------------------------------------------------------------------------------
+
+    def _submit(self, message: Submit, client: object) -> None:
+        problem = self._problem_with(message)
+        if problem:
+            self._bag.put(client, _error(message.request_id, ErrorCode.INVALID_REQUEST, problem))
+            return
+        request = Request(
+            request_id=message.request_id,
+            token_ids=message.prompt_token_ids + message.output_token_ids,
+            prompt_len=len(message.prompt_token_ids),
+            sampling=message.sampling,
+            deadline=time.monotonic() + message.timeout_s,
+            root=root_hash(self._layout, message.cache_salt),
+            hand_off=message.hand_off,
+            ticket=message.ticket,
+            client=client,
+        )
+        self._requests[request.request_id] = request
+        self._scheduler.add(request)
+
+    def _problem_with(self, message: Submit) -> str:
+        """A sentence if the request can never run here, else the empty string."""
+        sampling, limit = message.sampling, self._limits.max_model_len
+        prompt, known = len(message.prompt_token_ids), len(message.output_token_ids)
+        if message.request_id in self._requests:
+            return f"The request id {message.request_id} is in use."
+        if not prompt:
+            return "The prompt has no tokens; at least one is needed."
+        if sampling.max_tokens <= known:
+            return f"max_tokens is {sampling.max_tokens} but {known} tokens exist already."
+        if prompt + sampling.max_tokens > limit:
+            return (
+                f"The prompt's {prompt} tokens and max_tokens {sampling.max_tokens} exceed the "
+                f"model length of {limit} tokens."
+            )
+        if self._pool.blocks_for(prompt + sampling.max_tokens) > self._pool.num_blocks:
+            return (
+                f"The request needs room for {prompt + sampling.max_tokens} tokens; this worker's "
+                f"KV cache holds {self._pool.num_blocks * self._pool.block_size}."
+            )
+        tokens = message.prompt_token_ids + message.output_token_ids
+        if min(tokens) < 0 or max(tokens) >= self._vocab_size:
+            return f"Token ids must be between 0 and {self._vocab_size - 1}."
+        if message.hand_off and self._exporter is None:
+            return "This worker cannot hand requests over: it is not a prefill worker."
+        if message.ticket is not None:
+            return self._problem_with_ticket(message)
+        return ""
+
+    def _problem_with_ticket(self, message: Submit) -> str:
+        ticket, known = message.ticket, message.prompt_token_ids + message.output_token_ids
+        assert ticket is not None
+        if self._importer is None:
+            return "This worker cannot fetch KV blocks: it is not a decode worker."
+        if not 0 < ticket.num_tokens < len(known):
+            return (
+                f"The ticket covers {ticket.num_tokens} tokens; of {len(known)} known ones it must "
+                "cover at least one and leave at least one to compute."
+            )
+        if ticket.num_blocks != self._pool.blocks_for(ticket.num_tokens):
+            return f"The ticket names {ticket.num_blocks} blocks for {ticket.num_tokens} tokens."
+        return ""
+
+    def _abort(self, request_id: str) -> None:
+        request = self._requests.get(request_id)
+        if request is None:
+            self._withdraw(lambda held: held.request_id == request_id)
+        elif request.state is State.FETCHING:
+            request.abort_requested = True
+            assert self._importer is not None
+            self._importer.cancel(request_id)
+        else:
+            self._finish(request)
+
+    def _abort_client(self, client: object) -> None:
+        for request in [r for r in self._requests.values() if r.client is client]:
+            self._abort(request.request_id)
+        self._withdraw(lambda held: held.client is client)
+
+    def _withdraw(self, which: Callable[[Held], bool]) -> None:
+        for held in [h for h in self._held.values() if which(h)]:
+            assert self._exporter is not None
+            self._exporter.withdraw(held.request_id)
+
+    def _returned(self, ticket_id: str) -> None:
+        held = self._held.pop(ticket_id, None)
+        if held is None:
+            raise IntegrityError(f"The blocks of ticket {ticket_id} were returned twice.")
+        self._pool.release(held.blocks)
+
+    def _fetched(self, report: FetchReport) -> None:
+        request = self._requests[report.request_id]
+        if not report.ok:
+            log.warning("Fetching KV for %s failed: %s", report.request_id, report.reason)
+        self._scheduler.fetched(request, report)
+        if request.abort_requested:
+            self._finish(request)
+
+    # A step ------------------------------------------------------------------------------------
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        late = [r for r in self._requests.values() if r.deadline <= now and not r.abort_requested]
+        for request in late:
+            self._changed = True
+            self._fail(
+                request,
+                ErrorCode.DEADLINE,
+                f"The request's time ran out on this worker in state {request.state.name}.",
+            )
+
+    def _fail(self, request: Request, code: ErrorCode, message: str) -> None:
+        self._bag.put(request.client, _error(request.request_id, code, message, request))
+        self._abort(request.request_id)
+
+    def _start_fetches(self, plan: Plan) -> None:
+        for order in plan.fetches:
+            request = order.request
+            assert self._importer is not None and request.ticket is not None
+            self._importer.fetch(
+                request.ticket,
+                order.wanted,
+                order.targets,
+                request.deadline,
+                lambda report: self._post(lambda: self._fetched(report)),
+            )
+
+    def _compute(self, plan: Plan) -> None:
+        self._steps += 1
+        try:
+            results = self._runner.execute(plan.chunks)
+        except Exception as error:
+            log.exception("Step %d failed; its %d requests end.", self._steps, len(plan.chunks))
+            for chunk in plan.chunks:
+                self._fail(chunk.request, ErrorCode.INTERNAL, f"The engine step failed: {error}.")
+            return
+        for chunk, result in zip(plan.chunks, results, strict=True):
+            self._scheduler.computed(chunk)
+            if not chunk.request.num_output:
+                chunk.request.prompt_logprobs += result.prompt_logprobs
+            if chunk.samples:
+                self._accept(chunk.request, result)
+
+    def _accept(self, request: Request, result: ChunkResult) -> None:
+        """Append the drawn token, decide whether the request goes on, and put out the news."""
+        token = result.token_id
+        assert token is not None
+        first = not request.answered
+        if first:
+            request.answered = True
+            request.mark(FIRST_TOKEN)
+        prompt_logprobs = None
+        if request.sampling.prompt_logprobs is not None and not request.num_output:
+            prompt_logprobs = [None, *request.prompt_logprobs]
+        request.token_ids.append(token)
+        reason = self._reason_to_finish(request, token)
+        ticket = None
+        if reason is None and request.hand_off:
+            ticket = self._hold(request)
+        elif reason is not None:
+            self._finish(request)
+        stopped_by_client = token in request.sampling.stop_token_ids
+        self._bag.put(
+            request.client,
+            Output(
+                request_id=request.request_id,
+                token_ids=[token],
+                logprobs=None if result.logprobs is None else [result.logprobs],
+                finish_reason=reason,
+                stop_token_id=token if reason is FinishReason.STOP and stopped_by_client else None,
+                ticket=ticket,
+                prompt_logprobs=prompt_logprobs,
+                cached_tokens=request.cached_tokens if first else None,
+                events=tuple(request.events) if reason or ticket else (),
+            ),
+        )
+
+    def _reason_to_finish(self, request: Request, token: int) -> FinishReason | None:
+        if token in request.ending:
+            return FinishReason.STOP
+        if request.num_output >= request.sampling.max_tokens:
+            return FinishReason.LENGTH
+        return None
+
+    def _hold(self, request: Request) -> object:
+        """Pass the blocks to the outbox; returns the ticket."""
+        assert self._exporter is not None
+        num_tokens = request.num_computed
+        full = num_tokens // self._pool.block_size
+        hashes = request.hashes[:full]
+        del self._requests[request.request_id]
+        blocks = self._scheduler.hand_over(request)
+        ticket = self._exporter.offer(request.request_id, blocks, num_tokens, hashes)
+        self._held[ticket.ticket_id] = Held(request.request_id, request.client, blocks)
+        request.mark(HELD)
+        return ticket
+
+    def _finish(self, request: Request) -> None:
+        request.mark(FINISHED)
+        self._scheduler.remove(request)
+        del self._requests[request.request_id]
+
+    # Numbers -----------------------------------------------------------------------------------
+
+    def status(self) -> WorkerStatus:
+        """The load now. Engine thread only."""
+        pool, scheduler = self._pool, self._scheduler
+        return WorkerStatus(
+            blocks_total=pool.num_blocks,
+            blocks_free=pool.num_free,
+            blocks_cached=pool.num_evictable,
+            blocks_held=sum(len(held.blocks) for held in self._held.values()),
+            waiting=len(scheduler.waiting),
+            running=len(scheduler.running),
+            fetching=len(scheduler.fetching),
+            queued_tokens=scheduler.queued_tokens,
+            steps=self._steps,
+            preemptions=scheduler.preemptions,
+        )
+
+    def check_integrity(self) -> None:
+        """Raise IntegrityError unless every block is accounted for. Engine thread only."""
+        tables: Sequence[Sequence[int]] = [request.block_table for request in self._scheduler]
+        self._pool.check_integrity(tables, [held.blocks for held in self._held.values()])
+
+
+def _error(
+    request_id: str, code: ErrorCode, message: str, request: Request | None = None
+) -> Output:
+    return Output(
+        request_id=request_id,
+        finish_reason=FinishReason.ERROR,
+        error=WorkerError(code=code, message=message),
+        events=tuple(request.events) if request else (),
+    )

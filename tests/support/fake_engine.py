@@ -1,0 +1,252 @@
+"""An engine without tensors: the "KV" of a token is the token itself, so wrong blocks show.
+
+`FakeRunner` writes each computed token into its slot and checks, before it draws, that the slots of
+the whole sequence hold exactly the sequence: a block freed too early, shared wrongly or fetched
+into the wrong place fails the test at that step. The "model" draws a hash of all tokens so far.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable, Sequence
+
+from pdserve.engine.blocks import BlockPool
+from pdserve.engine.loop import Engine, StepOutcome
+from pdserve.engine.ports import Chunk, ChunkResult
+from pdserve.engine.scheduler import Limits
+from pdserve.protocol.messages import Output, Submit
+from pdserve.protocol.sampling import SamplingParams
+from pdserve.protocol.ticket import KVTicket, LayoutFingerprint
+from pdserve.protocol.transfer import FetchReport
+
+VOCAB = 1000
+FINGERPRINT = LayoutFingerprint(
+    model="fake",
+    weights="0",
+    dtype="float32",
+    num_layers=1,
+    num_kv_heads=1,
+    head_dim=1,
+    block_size=4,
+)
+
+
+def next_token(token_ids: Sequence[int]) -> int:
+    """The fake model: any change anywhere in the sequence changes the draw."""
+    return zlib.crc32(repr(list(token_ids)).encode()) % VOCAB
+
+
+def continuation(prompt: Sequence[int], count: int) -> list[int]:
+    """What any correct topology must answer."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
+class FakeRunner:
+    """Keeps the tokens of every slot of its pool."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.block_size = block_size
+        self.slots: list[list[int]] = [[-1] * block_size for _ in range(num_blocks)]
+        self.steps: list[list[tuple[str, int, int]]] = []
+        self.fail_next = False
+
+    def execute(self, chunks: Sequence[Chunk]) -> list[ChunkResult]:
+        if self.fail_next:
+            self.fail_next = False
+            raise RuntimeError("the fake device is on fire")
+        self.steps.append([(c.request.request_id, c.start, c.length) for c in chunks])
+        return [self._run(chunk) for chunk in chunks]
+
+    def _run(self, chunk: Chunk) -> ChunkResult:
+        request = chunk.request
+        for position in range(chunk.start, chunk.start + chunk.length):
+            self._slot(request.block_table, position, request.token_ids[position])
+        end = chunk.start + chunk.length
+        seen = [self._slot(request.block_table, position) for position in range(end)]
+        assert seen == request.token_ids[:end], f"{request.request_id} reads wrong KV"
+        return ChunkResult(token_id=next_token(seen) if chunk.samples else None)
+
+    def _slot(self, table: Sequence[int], position: int, value: int | None = None) -> int:
+        block = self.slots[table[position // self.block_size]]
+        if value is not None:
+            block[position % self.block_size] = value
+        return block[position % self.block_size]
+
+
+class FakeOutbox:
+    """Holds blocks until told to return them."""
+
+    def __init__(self, source: str = "p") -> None:
+        self.tickets: dict[str, tuple[KVTicket, list[int]]] = {}
+        self.returned: Callable[[str], None] = lambda ticket_id: None
+        self.source = source
+        self.minted = 0
+
+    def offer(
+        self,
+        request_id: str,
+        block_ids: Sequence[int],
+        num_tokens: int,
+        block_hashes: Sequence[bytes],
+    ) -> KVTicket:
+        self.minted += 1
+        ticket = KVTicket(
+            ticket_id=f"t{self.minted}",
+            request_id=request_id,
+            source=self.source,
+            epoch=1,
+            host="",
+            port=0,
+            transports=("fake",),
+            fingerprint=FINGERPRINT,
+            num_tokens=num_tokens,
+            num_blocks=len(block_ids),
+            block_hashes=tuple(block_hashes),
+            lease_s=30.0,
+        )
+        self.tickets[ticket.ticket_id] = (ticket, list(block_ids))
+        return ticket
+
+    def withdraw(self, request_id: str) -> None:
+        for ticket, _ in list(self.tickets.values()):
+            if ticket.request_id == request_id:
+                self.give_back(ticket.ticket_id)
+
+    def give_back(self, ticket_id: str) -> None:
+        del self.tickets[ticket_id]
+        self.returned(ticket_id)
+
+
+class FakeInbox:
+    """Copies slots from a FakeOutbox's runner when told to `deliver`."""
+
+    def __init__(self, source: FakeRunner, outbox: FakeOutbox, target: FakeRunner) -> None:
+        self.source, self.outbox, self.target = source, outbox, target
+        self.pending: dict[str, Callable[..., None]] = {}
+        self.cancelled: list[str] = []
+
+    def fetch(
+        self,
+        ticket: KVTicket,
+        wanted: Sequence[int],
+        targets: Sequence[int],
+        deadline: float,
+        done: Callable[[FetchReport], None],
+    ) -> None:
+        assert len(wanted) == len(targets)
+
+        def finish(failed: tuple[int, ...] = ()) -> None:
+            if ticket.ticket_id in self.outbox.tickets:
+                _, blocks = self.outbox.tickets[ticket.ticket_id]
+                for index, target in zip(wanted, targets, strict=True):
+                    if index not in failed:
+                        self.target.slots[target][:] = self.source.slots[blocks[index]]
+                self.outbox.give_back(ticket.ticket_id)
+            elif wanted:
+                failed = tuple(wanted)
+            done(FetchReport(request_id=ticket.request_id, failed=failed, reason="fake"))
+
+        self.pending[ticket.request_id] = finish
+
+    def cancel(self, request_id: str) -> None:
+        self.cancelled.append(request_id)
+        self.pending.pop(request_id)((0,))
+
+    def deliver(self, request_id: str, failed: tuple[int, ...] = ()) -> None:
+        self.pending.pop(request_id)(failed)
+
+
+class Bench:
+    """An engine driven by hand, one step at a time."""
+
+    def __init__(
+        self,
+        num_blocks: int = 16,
+        block_size: int = 4,
+        budget: int = 16,
+        max_num_seqs: int = 8,
+        outbox: FakeOutbox | None = None,
+        feed: tuple[FakeRunner, FakeOutbox] | None = None,
+    ) -> None:
+        self.runner = FakeRunner(num_blocks, block_size)
+        self.outbox = outbox
+        self.inbox = FakeInbox(*feed, self.runner) if feed else None
+        self.outcomes: list[StepOutcome] = []
+        self.outputs: dict[str, list[Output]] = {}
+        self.on_outcome: Callable[[], object] = lambda: None
+        self.engine = Engine(
+            pool=BlockPool(num_blocks, block_size),
+            limits=Limits(
+                max_num_batched_tokens=budget, max_num_seqs=max_num_seqs, max_model_len=256
+            ),
+            runner=self.runner,
+            fingerprint=FINGERPRINT,
+            vocab_size=VOCAB,
+            sink=self._sink,
+            exporter=outbox,
+            importer=self.inbox,
+        )
+        if outbox:
+            outbox.returned = self.engine.returned
+
+    def _sink(self, outcome: StepOutcome) -> None:
+        self.outcomes.append(outcome)
+        for outputs in outcome.outputs.values():
+            for output in outputs:
+                self.outputs.setdefault(output.request_id, []).append(output)
+        self.on_outcome()
+
+    def submit(
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        max_tokens: int = 8,
+        *,
+        output: Sequence[int] = (),
+        hand_off: bool = False,
+        ticket: KVTicket | None = None,
+        timeout_s: float = 60.0,
+        client: object = "client",
+        **sampling: object,
+    ) -> None:
+        message = Submit(
+            request_id=request_id,
+            epoch=1,
+            prompt_token_ids=list(prompt),
+            output_token_ids=list(output),
+            hand_off=hand_off,
+            ticket=ticket,
+            timeout_s=timeout_s,
+            sampling=SamplingParams(seed=0, max_tokens=max_tokens, **sampling),  # type: ignore[arg-type]
+        )
+        self.engine.submit(message, client)
+
+    def run(self, limit: int = 500) -> None:
+        """Step until nothing is left to do."""
+        deadline = time.monotonic() + 20
+        while self.engine.step() or not self.idle:
+            limit -= 1
+            assert limit and time.monotonic() < deadline, "the engine does not come to rest"
+
+    @property
+    def idle(self) -> bool:
+        status = self.engine.status()
+        return not (status.running or status.waiting) or bool(self.inbox and self.inbox.pending)
+
+    def tokens(self, request_id: str) -> list[int]:
+        return [t for output in self.outputs.get(request_id, []) for t in output.token_ids]
+
+    def last(self, request_id: str) -> Output:
+        return self.outputs[request_id][-1]
+
+    def assert_clean(self) -> None:
+        """Nothing waits, nothing runs, every block is free or evictable."""
+        self.engine.step()
+        self.engine.check_integrity()
+        status = self.engine.status()
+        assert (status.waiting, status.running, status.fetching, status.blocks_held) == (0,) * 4
+        assert status.blocks_free + status.blocks_cached == status.blocks_total

@@ -1,0 +1,145 @@
+"""Block ownership: every block has one owner, whatever is done in whatever order."""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from pdserve.engine.blocks import BlockPool, IntegrityError
+from pdserve.protocol.blocks import block_hashes, root_hash
+
+ROOT = root_hash("layout")
+
+
+def test_hashes_name_the_whole_prefix():
+    tokens = list(range(12))
+    hashes = block_hashes(tokens, 4, ROOT)
+    assert len(hashes) == 3 and len(set(hashes)) == 3
+    assert block_hashes([9, *tokens[1:]], 4, ROOT)[2] != hashes[2]
+    assert block_hashes(tokens, 4, root_hash("layout", "salt"))[0] != hashes[0]
+    assert block_hashes(tokens[:11], 4, ROOT) == hashes[:2]
+    assert block_hashes(tokens, 4, ROOT, hashes[:1]) == hashes
+
+
+def test_allocation_is_all_or_nothing():
+    pool = BlockPool(4, 16)
+    assert pool.allocate(5) is None
+    assert pool.num_free == 4
+    blocks = pool.allocate(4)
+    assert blocks is not None and sorted(blocks) == [0, 1, 2, 3]
+    assert pool.allocate(1) is None
+    pool.release(blocks)
+    assert pool.num_available == 4
+
+
+def test_a_prefix_outlives_its_continuations():
+    pool = BlockPool(3, 2)
+    hashes = block_hashes(range(6), 2, ROOT)
+    blocks = pool.allocate(3) or []
+    for block, name in zip(blocks, hashes, strict=True):
+        assert pool.register(block, name)
+    pool.release(blocks)
+    assert pool.match(hashes) == blocks
+    pool.allocate(1)
+    assert pool.match(hashes) == blocks[:2]
+
+
+def test_pinned_blocks_are_not_evicted():
+    pool = BlockPool(2, 2)
+    (name,) = block_hashes(range(2), 2, ROOT)
+    (block,) = pool.allocate(1) or []
+    pool.register(block, name)
+    assert pool.allocate(2) is None
+    pool.release([block])
+    assert pool.allocate(2) is not None
+
+
+def test_a_second_copy_of_a_block_stays_with_its_request():
+    pool = BlockPool(2, 2)
+    (name,) = block_hashes(range(2), 2, ROOT)
+    first, second = pool.allocate(2) or []
+    assert pool.register(first, name) and not pool.register(second, name)
+    pool.release([second])
+    assert (pool.num_free, pool.match([name])) == (1, [first])
+
+
+def test_double_release_is_an_error():
+    pool = BlockPool(2, 2)
+    blocks = pool.allocate(1) or []
+    pool.release(blocks)
+    with pytest.raises(IntegrityError, match="released twice"):
+        pool.release(blocks)
+
+
+def test_lost_and_shared_blocks_are_found():
+    pool = BlockPool(4, 2)
+    blocks = pool.allocate(2) or []
+    pool.check_integrity([blocks], [])
+    with pytest.raises(IntegrityError, match="do not add up"):
+        pool.check_integrity([blocks[:1]], [])
+    with pytest.raises(IntegrityError, match="do not add up"):
+        pool.check_integrity([blocks, blocks[:1]], [])
+    with pytest.raises(IntegrityError, match="belongs to REQUEST"):
+        pool.check_integrity([], [blocks])
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """Requests come, grow, share, go to the outbox and end, in any order."""
+
+    @initialize(size=st.integers(1, 12))
+    def start(self, size: int) -> None:
+        self.pool = BlockPool(size, 2)
+        self.tables: list[tuple[list[int], list[bytes]]] = []
+        self.held: list[list[int]] = []
+
+    @rule(prompt=st.lists(st.integers(0, 1), min_size=2, max_size=12))
+    def admit(self, prompt: list[int]) -> None:
+        hashes = block_hashes(prompt, 2, ROOT)
+        cached = self.pool.match(hashes)
+        self.pool.pin(cached)
+        rest = self.pool.allocate(self.pool.blocks_for(len(prompt)) - len(cached))
+        if rest is None:
+            self.pool.release(cached)
+            return
+        for block, name in zip(rest, hashes[len(cached) :], strict=False):
+            self.pool.register(block, name)
+        self.tables.append((cached + rest, hashes))
+
+    @precondition(lambda self: self.tables)
+    @rule(data=st.data())
+    def end(self, data: st.DataObject) -> None:
+        table, _ = self.tables.pop(data.draw(st.integers(0, len(self.tables) - 1)))
+        self.pool.release(table)
+
+    @precondition(lambda self: self.tables)
+    @rule(data=st.data())
+    def hand_over(self, data: st.DataObject) -> None:
+        table, _ = self.tables.pop(data.draw(st.integers(0, len(self.tables) - 1)))
+        self.pool.hold(table)
+        self.held.append(table)
+
+    @precondition(lambda self: self.held)
+    @rule()
+    def returned(self) -> None:
+        self.pool.release(self.held.pop())
+
+    @rule()
+    def reset_cache(self) -> None:
+        self.pool.reset_cache()
+        assert not self.pool.num_evictable
+
+    @invariant()
+    def adds_up(self) -> None:
+        if hasattr(self, "pool"):
+            self.pool.check_integrity([table for table, _ in self.tables], self.held)
+
+    def teardown(self) -> None:
+        if hasattr(self, "pool"):
+            for table in [t for t, _ in self.tables] + self.held:
+                self.pool.release(table)
+            self.pool.check_integrity([], [])
+            assert self.pool.num_available == self.pool.num_blocks
+
+
+TestPoolMachine = PoolMachine.TestCase
+TestPoolMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

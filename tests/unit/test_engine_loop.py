@@ -1,0 +1,311 @@
+"""The engine's life cycles, in its own steps, without tensors. Every test ends with all blocks free."""
+
+import random
+import threading
+
+import pytest
+from fake_engine import Bench, FakeOutbox, continuation
+
+from pdserve.protocol.errors import ErrorCode
+from pdserve.protocol.messages import FinishReason
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return random.Random(seed).choices(range(1000), k=length)
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 8, 15, 16, 17, 40])
+def test_one_request(length: int) -> None:
+    bench = Bench()
+    bench.submit("a", prompt(length), max_tokens=6)
+    bench.run()
+    assert bench.tokens("a") == continuation(prompt(length), 6)
+    assert bench.last("a").finish_reason is FinishReason.LENGTH
+    bench.assert_clean()
+
+
+def test_a_long_prompt_is_cut_into_chunks_and_decodes_go_first() -> None:
+    bench = Bench(num_blocks=32, budget=8)
+    bench.submit("short", prompt(3, 1), max_tokens=20)
+    bench.engine.step()
+    bench.submit("long", prompt(20, 2), max_tokens=2)
+    bench.run()
+    with_both = [step for step in bench.runner.steps if len(step) == 2]
+    assert all(step[0][0] == "short" and step[0][2] == 1 for step in with_both)
+    assert [step[1][1:] for step in with_both[:3]] == [(0, 7), (7, 7), (14, 6)]
+    assert bench.tokens("short") == continuation(prompt(3, 1), 20)
+    bench.assert_clean()
+
+
+def test_the_prefix_cache_is_used_and_correct() -> None:
+    bench = Bench(num_blocks=32)
+    shared = prompt(12)
+    bench.submit("a", [*shared, 1], max_tokens=2)
+    bench.run()
+    bench.submit("b", [*shared, 2], max_tokens=2)
+    bench.submit("c", shared, max_tokens=2)
+    bench.run()
+    assert bench.outputs["a"][0].cached_tokens == 0
+    assert bench.outputs["b"][0].cached_tokens == 12
+    assert bench.outputs["c"][0].cached_tokens == 8, "one token must remain to be computed"
+    assert bench.tokens("b") == continuation([*shared, 2], 2)
+    assert bench.tokens("c") == continuation(shared, 2)
+    bench.assert_clean()
+
+
+def test_salts_separate_and_prompt_logprobs_do_not_read_the_cache() -> None:
+    bench = Bench(num_blocks=32)
+    bench.submit("a", prompt(12), max_tokens=1)
+    bench.run()
+    bench.submit("b", prompt(12), max_tokens=1, prompt_logprobs=0)
+    bench.run()
+    assert bench.outputs["b"][0].cached_tokens == 0
+    bench.assert_clean()
+
+
+def test_preemption_changes_nothing_but_time() -> None:
+    bench = Bench(num_blocks=8, budget=64)
+    for name in "abc":
+        bench.submit(name, prompt(7, ord(name)), max_tokens=16)
+    bench.run()
+    assert bench.engine.status().preemptions > 0
+    for name in "abc":
+        assert bench.tokens(name) == continuation(prompt(7, ord(name)), 16)
+    bench.assert_clean()
+
+
+def test_eos_and_stop_tokens() -> None:
+    bench = Bench()
+    expected = continuation(prompt(5), 8)
+    bench.submit("eos", prompt(5), eos_token_ids=(expected[2],))
+    bench.submit("stop", prompt(5), stop_token_ids=(expected[3],), ignore_eos=True)
+    bench.submit("ignored", prompt(5), eos_token_ids=(expected[2],), ignore_eos=True)
+    bench.run()
+    assert bench.tokens("eos") == expected[:3]
+    assert bench.last("eos").finish_reason is FinishReason.STOP
+    assert bench.last("eos").stop_token_id is None
+    assert bench.last("stop").stop_token_id == expected[3]
+    assert bench.tokens("ignored") == expected
+    bench.assert_clean()
+
+
+def pair(**options: int) -> tuple[Bench, Bench]:
+    """A prefill and a decode engine with a fake transfer between them."""
+    outbox = FakeOutbox()
+    prefill = Bench(outbox=outbox, **options)
+    decode = Bench(feed=(prefill.runner, outbox), **options)
+    return prefill, decode
+
+
+def run_prefill(prefill: Bench, name: str, tokens: list[int], max_tokens: int = 8):
+    prefill.submit(name, tokens, max_tokens, hand_off=True)
+    prefill.run()
+    return prefill.last(name)
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 8, 16, 17, 37])
+def test_disaggregated_equals_colocated(length: int) -> None:
+    prefill, decode = pair()
+    first = run_prefill(prefill, "a", prompt(length))
+    assert first.ticket is not None and first.ticket.num_tokens == length
+    assert prefill.engine.status().blocks_held == first.ticket.num_blocks
+    decode.submit("a", prompt(length), output=first.token_ids, ticket=first.ticket)
+    decode.engine.step()
+    assert decode.engine.status().fetching == 1
+    decode.inbox.deliver("a")
+    decode.run()
+    assert first.token_ids + decode.tokens("a") == continuation(prompt(length), 8)
+    prefill.assert_clean()
+    decode.assert_clean()
+
+
+def test_only_missing_blocks_travel() -> None:
+    prefill, decode = pair(num_blocks=32)
+    decode.submit("warm", prompt(12), max_tokens=1)
+    decode.run()
+    tokens = [*prompt(12), 1, 2, 3, 4, 5]
+    first = run_prefill(prefill, "a", tokens)
+    orders = []
+    fetch = decode.inbox.fetch
+    decode.inbox.fetch = lambda *args: (orders.append(args[1]), fetch(*args))
+    decode.submit("a", tokens, output=first.token_ids, ticket=first.ticket)
+    decode.engine.step()
+    assert orders == [(3, 4)]
+    decode.inbox.deliver("a")
+    decode.run()
+    assert first.token_ids + decode.tokens("a") == continuation(tokens, 8)
+    prefill.assert_clean()
+    decode.assert_clean()
+
+
+@pytest.mark.parametrize("failed", [(0, 1, 2), (1,), (2,)])
+def test_a_failed_fetch_is_computed_again(failed: tuple[int, ...]) -> None:
+    prefill, decode = pair()
+    first = run_prefill(prefill, "a", prompt(10))
+    decode.submit("a", prompt(10), output=first.token_ids, ticket=first.ticket)
+    decode.engine.step()
+    decode.inbox.deliver("a", failed)
+    decode.run()
+    assert first.token_ids + decode.tokens("a") == continuation(prompt(10), 8)
+    assert "recomputed" in [event.name for event in decode.last("a").events]
+    prefill.assert_clean()
+    decode.assert_clean()
+
+
+def test_the_first_token_may_end_it_without_a_ticket() -> None:
+    prefill, _ = pair()
+    output = run_prefill(prefill, "a", prompt(5), max_tokens=1)
+    assert (output.ticket, output.finish_reason) == (None, FinishReason.LENGTH)
+    prefill.assert_clean()
+
+
+@pytest.mark.parametrize("stage", ["waiting", "prefilling", "decoding", "held", "fetching"])
+def test_abort_in_every_state(stage: str) -> None:
+    prefill, decode = pair(budget=8)
+    bench = decode
+    if stage == "waiting":
+        bench.submit("a", prompt(5))
+    elif stage == "prefilling":
+        bench.submit("a", prompt(20))
+        bench.engine.step()
+        assert not bench.tokens("a")
+    elif stage == "decoding":
+        bench.submit("a", prompt(5))
+        bench.engine.step()
+        assert bench.tokens("a")
+    else:
+        first = run_prefill(prefill, "a", prompt(20))
+        if stage == "held":
+            prefill.engine.abort("a")
+            assert prefill.engine.status().blocks_held
+        else:
+            bench.submit("a", prompt(20), output=first.token_ids, ticket=first.ticket)
+            bench.engine.step()
+    bench.engine.abort("a")
+    bench.engine.step()
+    bench.assert_clean()
+    prefill.assert_clean()
+    assert all(output.finish_reason is None for output in bench.outputs.get("a", []))
+
+
+def test_a_client_that_leaves_takes_everything_along() -> None:
+    prefill, _ = pair(budget=8)
+    run_prefill(prefill, "held", prompt(9))
+    prefill.submit("running", prompt(20), client="client")
+    prefill.submit("other", prompt(4), max_tokens=3, client="other")
+    prefill.engine.step()
+    prefill.engine.abort_client("client")
+    prefill.run()
+    assert prefill.tokens("other") == continuation(prompt(4), 3)
+    prefill.assert_clean()
+
+
+def test_deadlines_end_requests_with_a_typed_error() -> None:
+    prefill, decode = pair()
+    first = run_prefill(prefill, "fetching", prompt(9))
+    decode.submit(
+        "fetching", prompt(9), output=first.token_ids, ticket=first.ticket, timeout_s=0.02
+    )
+    decode.submit("late", prompt(9), timeout_s=0.0)
+    decode.engine.step()
+    threading.Event().wait(0.03)
+    decode.engine.step()
+    decode.run()
+    for name in ("late", "fetching"):
+        assert decode.last(name).error.code is ErrorCode.DEADLINE
+    decode.assert_clean()
+    prefill.assert_clean()
+
+
+@pytest.mark.parametrize(
+    ("options", "needle"),
+    [
+        ({"prompt": []}, "no tokens"),
+        ({"prompt": [1] * 250, "max_tokens": 10}, "model length of 256"),
+        ({"prompt": [1] * 60, "max_tokens": 10}, "KV cache holds 64"),
+        ({"prompt": [1000]}, "between 0 and 999"),
+        ({"prompt": [1], "output": [1] * 8}, "exist already"),
+        ({"prompt": [1], "hand_off": True}, "not a prefill worker"),
+    ],
+)
+def test_requests_that_can_never_run_are_refused(options: dict, needle: str) -> None:
+    bench = Bench()
+    bench.submit("a", **options)
+    bench.run()
+    error = bench.last("a").error
+    assert error.code is ErrorCode.INVALID_REQUEST and needle in error.message
+    bench.assert_clean()
+
+
+def test_a_faulty_step_ends_its_requests_and_no_others() -> None:
+    bench = Bench(max_num_seqs=1)
+    bench.submit("a", prompt(4))
+    bench.submit("b", prompt(4, 1))
+    bench.runner.fail_next = True
+    bench.run()
+    assert bench.last("a").error.code is ErrorCode.INTERNAL
+    assert bench.tokens("b") == continuation(prompt(4, 1), 8)
+    bench.assert_clean()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_traffic(seed: int) -> None:
+    """Requests arrive, are aborted, fetched, refetched and preempted at random."""
+    rng = random.Random(seed)
+    prefill, decode = pair(num_blocks=24, budget=rng.choice([8, 13, 40]))
+    prompts = {
+        f"r{i}": prompt(8, 1)[: rng.randint(0, 8)] + prompt(rng.randint(1, 20), i)
+        for i in range(40)
+    }
+    todo, firsts, aborted = list(prompts), {}, set()
+    for turn in range(4000):
+        if todo and rng.random() < 0.3:
+            name = todo.pop()
+            if rng.random() < 0.7:
+                prefill.submit(name, prompts[name], 12, hand_off=True)
+            else:
+                decode.submit(name, prompts[name], 12)
+        if rng.random() < 0.02:
+            name = rng.choice(list(prompts))
+            aborted.add(name)
+            prefill.engine.abort(name)
+            decode.engine.abort(name)
+        for bench in rng.sample([prefill, decode], rng.randint(1, 2)):
+            bench.engine.step()
+        for name, outputs in prefill.outputs.items():
+            if name not in firsts and outputs[-1].ticket:
+                firsts[name] = outputs[-1]
+                if name not in aborted:
+                    decode.submit(
+                        name,
+                        prompts[name],
+                        12,
+                        output=outputs[-1].token_ids,
+                        ticket=outputs[-1].ticket,
+                    )
+        for name in list(decode.inbox.pending):
+            if rng.random() < 0.3:
+                decode.inbox.deliver(name, (0,) if rng.random() < 0.2 else ())
+        busy = decode.inbox.pending or not (prefill.idle and decode.idle)
+        if not todo and not busy and turn > 200:
+            break
+    for bench in (prefill, decode):
+        for ticket_id in list(prefill.outbox.tickets):
+            prefill.outbox.give_back(ticket_id)
+        bench.assert_clean()
+    for name in prompts.keys() - aborted:
+        tokens = (firsts[name].token_ids if name in firsts else []) + decode.tokens(name)
+        assert tokens == continuation(prompts[name], 12)
+
+
+def test_the_thread_wakes_for_commands_and_stops() -> None:
+    bench = Bench()
+    bench.engine.start()
+    finished = threading.Event()
+    bench.on_outcome = lambda: finished.set() if "a" in bench.outputs else None
+    bench.submit("a", prompt(3), max_tokens=1)
+    assert finished.wait(5)
+    bench.engine.stop()
+    assert not bench.engine.alive and bench.engine.failure is None
+    assert bench.tokens("a") == continuation(prompt(3), 1)
+    bench.assert_clean()
