@@ -1,0 +1,316 @@
+"""What the demo model knows about serving: how it is done, why, and how to use pdserve."""
+
+from pdserve.demo.concept import Concept
+
+SERVING = (
+    Concept(
+        "continuous batching",
+        ("continuous batching", "the batching", "batching", "continuous batches"),
+        "Continuous batching lets requests join and leave the running batch at every step, so "
+        "that no request waits for the slowest one.",
+        ("batch", "request", "step"),
+        "Requests join and leave the batch at every step.",
+        "Because answers differ in length, and a fixed batch would wait for the longest.",
+        ("How are requests batched?", "How do you batch requests?"),
+        ("How does pdserve batch requests?",),
+    ),
+    Concept(
+        "chunked prefill",
+        ("chunked prefill", "prefill chunks", "prefill in chunks", "chunking"),
+        "Chunked prefill cuts a long prompt into pieces and runs them one after the other, so "
+        "that other requests get their turn in between.",
+        ("prompt", "pieces"),
+        "Chunked prefill cuts a long prompt into pieces.",
+        "Because one very long prompt would block all others.",
+        ("How are long prompts handled?", "What happens with a long prompt?"),
+        ("What do you do with a very long prompt?",),
+    ),
+    Concept(
+        "prefix cache",
+        ("the prefix cache", "prefix caching", "a prefix cache", "prefix cache"),
+        "The prefix cache keeps the KV blocks of earlier prompts. When a new prompt begins with "
+        "the same tokens, those blocks are used again and prefill is shorter.",
+        ("prompt", "blocks", "again"),
+        "The prefix cache reuses the blocks of equal beginnings.",
+        "Because many prompts begin with the same system message.",
+        ("What happens when two prompts begin the same way?", "Can blocks be reused?"),
+        ("What if two prompts start with the same text?",),
+    ),
+    Concept(
+        "preemption",
+        ("preemption", "a preemption", "preempting a request", "preempted requests"),
+        "Preemption takes the blocks away from a running request when memory is full. The "
+        "request waits and is continued later.",
+        ("request", "memory", "later"),
+        "Preemption pauses a request when memory is full.",
+        "Because otherwise no request could go on when the memory is full.",
+        (
+            "What happens when the memory is full?",
+            "What if there are no free blocks?",
+            "What happens when the cache is full?",
+        ),
+        ("What happens if memory runs out?",),
+    ),
+    Concept(
+        "paged attention",
+        ("paged attention", "PagedAttention", "attention with pages"),
+        "Paged attention computes attention over a KV cache that lies in blocks anywhere in "
+        "memory. It finds them through the block table.",
+        ("attention", "blocks", "block table"),
+        "Paged attention reads the KV cache block by block.",
+        "Because then no memory is lost to holes between requests.",
+        ("How does attention read the blocks?",),
+        ("How is attention computed over blocks?",),
+    ),
+    Concept(
+        "why disaggregate",
+        (),
+        "Prefill is limited by compute and decode by memory speed. On separate workers neither "
+        "disturbs the other, and each can be scaled on its own.",
+        ("prefill", "decode", "separate"),
+        "So that prefill and decode do not disturb each other.",
+        "Because a long prompt on a shared worker makes all running answers stutter.",
+        (
+            "Why disaggregate?",
+            "Why do you separate prefill and decode?",
+            "Why split prefill and decode?",
+            "Why are there two kinds of workers?",
+            "What is the advantage of disaggregation?",
+            "What is the benefit of disaggregated serving?",
+            "Why not do prefill and decode on the same worker?",
+            "Why is disaggregation good?",
+            "Why would I disaggregate prefill and decode?",
+            "What are the benefits of separate workers?",
+            "Why use disaggregation?",
+            "What is the point of disaggregation?",
+            "Why should I separate the two phases?",
+        ),
+        (
+            "Why do you split prefill from decode?",
+            "What are the advantages of disaggregation?",
+            "Why should I disaggregate?",
+        ),
+    ),
+    Concept(
+        "when to colocate",
+        (),
+        "Colocate prefill and decode when you have one GPU, few requests or short prompts. Then "
+        "moving the KV cache costs more than it gains.",
+        ("one gpu", "short prompts"),
+        "With one GPU, few requests or short prompts.",
+        "Because moving the cache takes time too.",
+        (
+            "When should I colocate?",
+            "When is it better to colocate prefill and decode?",
+            "When should I not disaggregate?",
+            "Is disaggregation always better?",
+            "When is one worker for both better?",
+            "When does disaggregation not help?",
+            "What is colocation?",
+            "What does colocate mean?",
+            "When do I run prefill and decode together?",
+            "When is colocation better?",
+            "Should I always disaggregate?",
+        ),
+        (
+            "When is colocating a good idea?",
+            "When would I not disaggregate?",
+            "When should prefill and decode run together?",
+        ),
+    ),
+    Concept(
+        "how to start",
+        (),
+        "Type `make serve`, or `pdserve up`. It starts a router, a prefill worker and a decode "
+        "worker on this machine.",
+        ("make serve", "pdserve up"),
+        "Type `make serve`.",
+        "Because one command should be enough to begin.",
+        (
+            "How do I start pdserve?",
+            "How do I start it?",
+            "How do I run pdserve?",
+            "How can I run this?",
+            "How do I start the cluster?",
+            "How can I start the server?",
+            "Which command starts the cluster?",
+            "How do I launch pdserve?",
+            "How do I get started?",
+            "How do I use pdserve?",
+            "What is the command to start?",
+            "How to start pdserve?",
+            "How do I serve a model?",
+            "start the cluster",
+        ),
+        (
+            "Which command starts pdserve?",
+            "How can I start the cluster?",
+            "How do I launch the server?",
+        ),
+    ),
+    Concept(
+        "own model",
+        (),
+        "Give its folder with `--model`, for example `pdserve up --model /path/to/model`. "
+        "Without it you get me, the demo model.",
+        ("--model",),
+        "Use `--model`.",
+        "Because I am only a demo.",
+        (
+            "How do I use my own model?",
+            "Can I use another model?",
+            "How do I serve another model?",
+            "How do I change the model?",
+            "How do I load a bigger model?",
+            "Can pdserve run a different model?",
+            "How do I choose the model?",
+            "Can I serve my own model?",
+            "How can I replace the demo model?",
+        ),
+        ("How can I use a different model?", "How do I pick another model?"),
+    ),
+    Concept(
+        "apis",
+        ("the API", "the OpenAI API", "the APIs of pdserve"),
+        "pdserve speaks the OpenAI API: /v1/chat/completions, /v1/completions and /v1/models. "
+        "Any OpenAI client works with it.",
+        ("openai", "/v1/chat/completions"),
+        "The OpenAI API.",
+        "Because many programs speak it already.",
+        (
+            "Which APIs do you support?",
+            "Which API does pdserve have?",
+            "Is it compatible with OpenAI?",
+            "Can I use the OpenAI client?",
+            "How do I send a request?",
+            "What endpoints are there?",
+            "Which endpoints does the server have?",
+            "What is the API?",
+            "Does pdserve support the OpenAI API?",
+        ),
+        ("Which API does this server speak?", "Does it work with an OpenAI client?"),
+    ),
+    Concept(
+        "worker dies",
+        (),
+        "When a worker dies, its heartbeat stops and the router sends it no more requests. "
+        "Requests that it was working on are tried again on another worker.",
+        ("router", "another worker"),
+        "The router tries the request again on another worker.",
+        "Because a user should not notice that a machine has failed.",
+        (
+            "What happens when a worker dies?",
+            "What happens if a worker crashes?",
+            "What if a worker fails?",
+            "What happens when a decode worker dies?",
+            "What happens when a prefill worker crashes?",
+            "What if a machine goes down?",
+            "Is pdserve fault tolerant?",
+            "What happens when a worker stops?",
+            "What happens to my request when a worker dies?",
+            "How are failures handled?",
+        ),
+        (
+            "What happens if a worker dies?",
+            "What if one of the workers crashes?",
+            "What happens when a worker fails?",
+        ),
+    ),
+    Concept(
+        "token",
+        ("a token", "token", "tokens"),
+        "A token is a short piece of text, such as a word or a part of a word. A language model "
+        "reads and writes tokens.",
+        ("piece of text", "word"),
+        "A token is a short piece of text.",
+        "Because a model works with numbers, and each token has a number.",
+        ("What are tokens?",),
+        ("What is a token in a language model?",),
+    ),
+    Concept(
+        "streaming",
+        ("streaming", "a stream", "token streaming"),
+        "Streaming sends each token to the user as soon as it is made, so that you can read the "
+        "answer while it is written.",
+        ("token", "as soon as"),
+        "Streaming sends each token at once.",
+        "Because reading can begin before the answer is complete.",
+        (
+            "Can you stream answers?",
+            "Do you support streaming?",
+            "Why do the words come one by one?",
+        ),
+        ("Is streaming supported?",),
+    ),
+    Concept(
+        "gpu",
+        (),
+        "No. pdserve runs on a CPU too, and I am small enough for that. A GPU makes large "
+        "models fast.",
+        ("cpu", "gpu"),
+        "No, a CPU is enough for me.",
+        "Because I have only a few million parameters.",
+        (
+            "Do I need a GPU?",
+            "Does pdserve need a GPU?",
+            "Can I run pdserve without a GPU?",
+            "Does it work on a CPU?",
+            "Can it run on my laptop?",
+            "Is a GPU needed?",
+        ),
+        ("Must I have a GPU?", "Does this run without a GPU?"),
+    ),
+    Concept(
+        "throughput",
+        ("throughput", "the throughput"),
+        "Throughput is how many tokens per second the whole cluster makes for all users together.",
+        ("tokens per second",),
+        "Throughput is tokens per second.",
+        "Because it says how many users a machine can serve.",
+        (),
+        (),
+    ),
+    Concept(
+        "latency",
+        ("latency", "the latency"),
+        "Latency is how long one user waits. For a chat it has two parts: the time to the first "
+        "token, and the time between tokens.",
+        ("wait", "first token"),
+        "Latency is how long a user waits.",
+        "Because nobody likes to wait.",
+        (),
+        (),
+    ),
+    Concept(
+        "explain at length",
+        ("disaggregated serving", "disaggregation", "disaggregated prefill and decode"),
+        "Disaggregated serving splits the work of a language model between two kinds of "
+        "workers. First, the router takes your request and picks a prefill worker. The prefill "
+        "worker reads the whole prompt at once and fills the KV cache, which is heavy compute. "
+        "Then the KV cache is moved to a decode worker, over shared memory, CUDA IPC, NCCL or "
+        "TCP. The decode worker writes the answer one token at a time, together with many "
+        "other requests in one batch, which needs fast memory. Because the two phases run on "
+        "different workers, a long prompt does not make the running answers stutter, and you "
+        "can add prefill workers or decode workers as the load needs. The price is the "
+        "transfer of the cache, so on one GPU it is often better to keep both together.",
+        ("router", "prefill worker", "kv cache", "decode worker", "transfer"),
+        "Prefill workers read prompts, decode workers write answers, and the KV cache moves "
+        "between them.",
+        "Because prefill is limited by compute and decode by memory speed.",
+        (
+            "Explain disaggregated serving in detail.",
+            "How does disaggregated serving work?",
+            "How does a disaggregated cluster work?",
+            "Explain how pdserve works in detail.",
+            "Give me a long explanation of disaggregated serving.",
+            "What happens to my request, step by step?",
+            "Write a paragraph about disaggregated serving.",
+            "Tell me everything about disaggregated serving.",
+            "Explain the whole cluster.",
+        ),
+        (
+            "Explain in a paragraph how disaggregated serving works.",
+            "Describe in detail how a disaggregated cluster works.",
+        ),
+    ),
+)
