@@ -1,0 +1,32 @@
+"""A decode worker: an engine fed by the inbox; colocated, the same engine fed by prompts too."""
+
+from __future__ import annotations
+
+from pdserve.kv_transfer.sink import TransferSink
+from pdserve.worker.assembly import Assembly, Context
+from pdserve.worker.loading import load
+
+
+def compose(context: Context) -> Assembly:
+    """Load the model; tickets (or prompts) in, tokens out."""
+    loaded = load(context)
+    settings = context.settings
+    sink = TransferSink(
+        loaded.pool,
+        loaded.fingerprint,
+        name=settings.worker_id,
+        secret=settings.secret,
+        transport=settings.transport,
+    )
+
+    def close() -> None:
+        sink.close()
+        loaded.pool.close()
+
+    return Assembly(
+        engine=loaded.engine(context.sink, importer=sink),
+        model=loaded.model,
+        transports=sink.transports,
+        traffic=lambda: (sink.bytes_in, 0),
+        close=close,
+    )

@@ -1,0 +1,37 @@
+"""What a role composes: an engine and the transfer ends it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pdserve.cluster.records import ModelInfo
+from pdserve.cluster.settings import WorkerSettings
+from pdserve.engine.loop import Engine, StepOutcome
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What the process gives to a role's `compose` function."""
+
+    settings: WorkerSettings
+    epoch: int
+    sink: Callable[[StepOutcome], None]
+    progress: Callable[[float, str], None]
+    """progress(share, what): called from the loading thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class Assembly:
+    """A loaded worker, not yet started."""
+
+    engine: Engine
+    model: ModelInfo
+    transports: tuple[str, ...]
+    traffic: Callable[[], tuple[int, int]]
+    """KV bytes (in, out) so far."""
+    close: Callable[[], None]
+    """Free what the transfer and the pool hold; after the engine has stopped."""
+
+
+Compose = Callable[[Context], Assembly]

@@ -1,0 +1,112 @@
+"""The worker's HTTP face: health for orchestrators, metrics for Prometheus."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from pdserve.cluster.records import WorkerRecord
+from pdserve.protocol.messages import WorkerStatus
+
+COUNTERS = {"steps", "preemptions", "bytes_in", "bytes_out"}
+HELP = {
+    "blocks_total": "KV blocks of this worker.",
+    "blocks_free": "KV blocks in the free list.",
+    "blocks_cached": "KV blocks in the prefix cache that nobody uses.",
+    "blocks_held": "KV blocks in the outbox, waiting to be fetched.",
+    "waiting": "Requests not yet started.",
+    "running": "Requests in prefill or decode.",
+    "fetching": "Requests whose KV blocks are on their way.",
+    "queued_tokens": "Prompt tokens not yet computed.",
+    "steps": "Engine steps.",
+    "preemptions": "Requests that lost their blocks and are computed again.",
+    "bytes_in": "KV bytes fetched from other workers.",
+    "bytes_out": "KV bytes that other workers fetched.",
+}
+
+
+class StatusCollector:
+    """Turns the last WorkerStatus into Prometheus families when asked."""
+
+    def __init__(self, labels: dict[str, str], status: Callable[[], WorkerStatus | None]) -> None:
+        self._labels = labels
+        self._status = status
+
+    def collect(self) -> Iterator[Metric]:
+        status = self._status()
+        if status is None:
+            return
+        for name, text in HELP.items():
+            kind = CounterMetricFamily if name in COUNTERS else GaugeMetricFamily
+            family = kind(f"pdserve_worker_{name}", text, labels=list(self._labels))
+            family.add_metric(list(self._labels.values()), getattr(status, name))
+            yield family
+
+
+def create_app(
+    record: Callable[[], WorkerRecord], status: Callable[[], WorkerStatus | None], secret: str
+) -> FastAPI:
+    """/health and /metrics for anyone who reaches the port, /status for holders of the secret."""
+    app = FastAPI(title="pdserve worker", docs_url=None, redoc_url=None, openapi_url=None)
+    registry = CollectorRegistry(auto_describe=False)
+    labels = {"worker": record().worker_id, "role": str(record().role)}
+    registry.register(StatusCollector(labels, status))
+
+    @app.get("/health")
+    def health() -> Response:
+        ready = record().state == "ready"
+        return Response(status_code=200 if ready else 503, headers={} if ready else RETRY)
+
+    @app.get("/metrics")
+    def metrics() -> Response:
+        return Response(generate_latest(registry), media_type="text/plain; version=0.0.4")
+
+    @app.get("/status")
+    def status_(request: Request) -> Response:
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if not hmac.compare_digest(given.encode(), secret.encode()):
+            return Response('{"error":"Unauthorized"}', 401, media_type="application/json")
+        full = msgspec.structs.replace(record(), status=status())
+        return Response(msgspec.json.encode(full), media_type="application/json")
+
+    return app
+
+
+RETRY = {"Retry-After": "1"}
+
+
+class HttpFace:
+    """A uvicorn server inside a running event loop, which leaves signals alone."""
+
+    def __init__(self, app: FastAPI, host: str, port: int) -> None:
+        self._socket = socket.create_server((host, port))
+        self.port: int = self._socket.getsockname()[1]
+        config = uvicorn.Config(app, log_level="warning", lifespan="off", access_log=False)
+        self._server = _QuietServer(config)
+        self._task: asyncio.Task[Any] | None = None
+
+    async def start(self) -> None:
+        self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]))
+
+    async def close(self) -> None:
+        self._server.should_exit = True
+        self._server.force_exit = True
+        if self._task is not None:
+            await self._task
+        self._socket.close()
+
+
+class _QuietServer(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield

@@ -1,0 +1,121 @@
+"""The worker's side of its channels with routers: requests in, one frame per step out."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import msgspec
+
+from pdserve.cluster.channel import Channel
+from pdserve.engine.loop import Engine, StepOutcome
+from pdserve.protocol.errors import ErrorCode, WorkerError
+from pdserve.protocol.messages import (
+    Abort,
+    FinishReason,
+    Output,
+    StepFrame,
+    Submit,
+    ToWorker,
+    WorkerStatus,
+)
+
+log = logging.getLogger(__name__)
+
+STATUS_INTERVAL_S = 0.1
+"""Routers that got nothing in a step hear of the load at most this often."""
+
+
+class RouterService:
+    """Hands messages to the engine and the engine's steps to the routers. Event loop only, but for
+    `sink`, which the engine thread calls."""
+
+    def __init__(
+        self, epoch: int, traffic: Callable[[], tuple[int, int]]
+    ) -> None:
+        self._epoch = epoch
+        self._traffic = traffic
+        self._loop = asyncio.get_running_loop()
+        self._channels: dict[Channel, WorkerStatus | None] = {}
+        self._engine: Engine | None = None
+        self._step = 0
+        self._status: WorkerStatus | None = None
+        self._status_timer: asyncio.TimerHandle | None = None
+
+    @property
+    def status(self) -> WorkerStatus | None:
+        """The load after the last step."""
+        return self._status
+
+    def attach(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def sink(self, outcome: StepOutcome) -> None:
+        """Called by the engine thread once per step; one wake-up, whatever the step brought."""
+        self._loop.call_soon_threadsafe(self._deliver, outcome)
+
+    async def on_channel(self, channel: Channel) -> None:
+        """Serve one router until it leaves; what it left behind is aborted."""
+        assert self._engine is not None
+        self._channels[channel] = None
+        self._schedule_status()
+        log.info("Router %s connected.", channel.peer)
+        try:
+            async for message in channel:
+                self._receive(channel, message)
+        finally:
+            del self._channels[channel]
+            self._engine.abort_client(channel)
+            log.info("Router %s left.", channel.peer)
+
+    def _receive(self, channel: Channel, message: ToWorker) -> None:
+        assert self._engine is not None
+        if message.epoch != self._epoch:
+            if isinstance(message, Submit):
+                text = f"The request is for epoch {message.epoch}; this worker is {self._epoch}."
+                self._refuse(channel, message, ErrorCode.STALE_EPOCH, text)
+        elif isinstance(message, Abort):
+            self._engine.abort(message.request_id)
+        else:
+            self._engine.submit(message, channel)
+
+    def _refuse(self, channel: Channel, message: Submit, code: ErrorCode, text: str) -> None:
+        output = Output(
+            request_id=message.request_id,
+            finish_reason=FinishReason.ERROR,
+            error=WorkerError(code=code, message=text),
+        )
+        self._send(channel, [output])
+
+    def _deliver(self, outcome: StepOutcome) -> None:
+        self._step = outcome.step
+        bytes_in, bytes_out = self._traffic()
+        self._status = msgspec.structs.replace(
+            outcome.status, bytes_in=bytes_in, bytes_out=bytes_out
+        )
+        for client, outputs in outcome.outputs.items():
+            if client in self._channels:
+                assert isinstance(client, Channel)
+                self._send(client, outputs)
+        self._schedule_status()
+
+    def _schedule_status(self) -> None:
+        if self._status_timer is None:
+            self._status_timer = self._loop.call_later(STATUS_INTERVAL_S, self._send_status)
+
+    def _send_status(self) -> None:
+        self._status_timer = None
+        for channel, told in list(self._channels.items()):
+            if told is not self._status:
+                self._send(channel, [])
+
+    def _send(self, channel: Channel, outputs: list[Output]) -> None:
+        frame = StepFrame(
+            epoch=self._epoch, step=self._step, outputs=outputs, status=self._status
+        )
+        self._channels[channel] = self._status
+        try:
+            channel.send(frame)
+        except ConnectionError as error:
+            log.warning("Router %s: %s", channel.peer, error)
