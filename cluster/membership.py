@@ -1,0 +1,163 @@
+"""Who is in the cluster: one record per worker in Redis, under a lease.
+
+Keys (one hash slot, so that the scripts also run on a Redis Cluster):
+
+    {pdserve}:epochs    hash  worker id → newest epoch given out
+    {pdserve}:workers   hash  worker id → WorkerRecord as JSON
+    {pdserve}:leases    zset  worker id, scored by the end of its lease (ms, Redis' clock)
+
+Every operation is one script, hence atomic and one round trip. An epoch is the larger of the last
+one plus one and Redis' clock in milliseconds: it stays unique even if Redis loses its memory.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable
+from typing import Any, cast
+from urllib.parse import urlsplit, urlunsplit
+
+import msgspec
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from pdserve.cluster.records import WorkerRecord
+from pdserve.protocol.errors import PdserveError
+
+log = logging.getLogger(__name__)
+
+TIMEOUT_S = 2.0
+"""How long one attempt to connect, or one answer, may take."""
+
+_NOW_MS = """
+local time = redis.call('TIME')
+local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+"""
+
+_NEXT_EPOCH = (
+    _NOW_MS
+    + """
+local last = tonumber(redis.call('HGET', KEYS[1], ARGV[1]) or '0')
+local epoch = math.max(last + 1, now)
+redis.call('HSET', KEYS[1], ARGV[1], string.format('%.0f', epoch))
+return epoch
+"""
+)
+
+# ARGV: worker id, epoch, lease in ms, record
+_PUBLISH = (
+    _NOW_MS
+    + """
+local newest = tonumber(redis.call('HGET', KEYS[1], ARGV[1]) or '0')
+local epoch = tonumber(ARGV[2])
+if epoch < newest then return 0 end
+if epoch > newest then redis.call('HSET', KEYS[1], ARGV[1], ARGV[2]) end
+redis.call('HSET', KEYS[2], ARGV[1], ARGV[4])
+redis.call('ZADD', KEYS[3], string.format('%.0f', now + tonumber(ARGV[3])), ARGV[1])
+return 1
+"""
+)
+
+# ARGV: worker id, epoch
+_REMOVE = """
+local record = redis.call('HGET', KEYS[2], ARGV[1])
+if record and cjson.decode(record).epoch == tonumber(ARGV[2]) then
+  redis.call('HDEL', KEYS[2], ARGV[1])
+  redis.call('ZREM', KEYS[3], ARGV[1])
+end
+return 1
+"""
+
+_WORKERS = (
+    _NOW_MS
+    + """
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', string.format('%.0f', now))) do
+  redis.call('HDEL', KEYS[2], id)
+  redis.call('ZREM', KEYS[3], id)
+end
+return redis.call('HVALS', KEYS[2])
+"""
+)
+
+
+class RedisUnavailable(PdserveError):
+    """Redis did not answer, or its answer made no sense; `str()` names the URL, password masked."""
+
+
+def masked(url: str) -> str:
+    """A Redis URL fit for logs: the password replaced by ***."""
+    parts = urlsplit(url)
+    if not parts.password:
+        return url
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{host}"))
+
+
+class Membership:
+    """The workers of one cluster, as Redis knows them. Every method raises RedisUnavailable."""
+
+    def __init__(self, url: str, cluster: str = "pdserve") -> None:
+        self._url = url
+        self._keys = [f"{{{cluster}}}:{name}" for name in ("epochs", "workers", "leases")]
+        self._unreadable: set[str] = set()
+        try:
+            self._redis = Redis.from_url(
+                url,
+                socket_timeout=TIMEOUT_S,
+                socket_connect_timeout=TIMEOUT_S,
+                retry=Retry(NoBackoff(), 1),
+            )
+        except ValueError as error:
+            raise RedisUnavailable(
+                f"The Redis URL {masked(url)!r} cannot be used: {error}"
+            ) from None
+
+    async def next_epoch(self, worker_id: str) -> int:
+        """A number larger than every epoch that this worker id had before."""
+        return int(await self._run(_NEXT_EPOCH, worker_id))
+
+    async def publish(self, record: WorkerRecord, lease_s: float = 3.0) -> bool:
+        """Write the record and renew its lease. False if a newer epoch exists: then the caller has
+        been replaced and must stop."""
+        lease_ms = max(1, round(lease_s * 1000))
+        text = msgspec.json.encode(record)
+        return bool(await self._run(_PUBLISH, record.worker_id, record.epoch, lease_ms, text))
+
+    async def remove(self, worker_id: str, epoch: int) -> None:
+        """Take this incarnation's record away; a newer one's stays."""
+        await self._run(_REMOVE, worker_id, epoch)
+
+    async def workers(self) -> list[WorkerRecord]:
+        """The workers whose lease runs, by worker id."""
+        records = []
+        for text in await self._run(_WORKERS):
+            try:
+                records.append(msgspec.json.decode(text, type=WorkerRecord))
+            except msgspec.DecodeError as error:
+                self._complain(text, error)
+        return sorted(records, key=lambda record: record.worker_id)
+
+    async def close(self) -> None:
+        await self._redis.aclose()
+
+    async def _run(self, script: str, *arguments: str | int | bytes) -> Any:
+        try:
+            answer = self._redis.eval(script, len(self._keys), *self._keys, *arguments)
+            return await cast("Awaitable[Any]", answer)
+        except (RedisError, OSError) as error:
+            reason = str(error).rstrip(".") or type(error).__name__
+            raise RedisUnavailable(
+                f"Redis at {masked(self._url)} does not answer: {reason}. "
+                "Start it, or give another --redis URL."
+            ) from error
+
+    def _complain(self, text: bytes, error: Exception) -> None:
+        """Once per unreadable record: some worker runs another release."""
+        shown = text[:120].decode(errors="replace")
+        if shown not in self._unreadable:
+            self._unreadable.add(shown)
+            log.warning(
+                "Ignored a worker's record that this release cannot read (%s): %s", error, shown
+            )

@@ -1,0 +1,363 @@
+"""What every process of a cluster can be told; `options.py` turns the fields into options.
+
+CommonSettings
+├── WorkerSettings   one prefill, decode or colocated worker
+└── RouterSettings   one router
+UpSettings           how many of them `pdserve up` starts, and a template of each
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pdserve.cluster.options import (
+    ENVIRONMENT_PREFIX,
+    Table,
+    cores,
+    fail,
+    flag,
+    integer,
+    load,
+    option,
+    options_of,
+    seconds,
+    size,
+    word,
+)
+from pdserve.cluster.records import Role
+
+DEFAULT_REDIS = "redis://127.0.0.1:6379"
+_PORT = integer(0, 65535)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CommonSettings:
+    """What routers and workers have in common."""
+
+    model: str = option(
+        "",
+        "Model: a folder with config.json, safetensors and tokenizer files, or a name on the "
+        "Hugging Face hub",
+        shown="the built-in demo model",
+    )
+    served_model_name: tuple[str, ...] = option(
+        (),
+        "Names under which clients may ask for the model; the first one is put into answers",
+        many=True,
+        shown="the model's folder or hub name",
+    )
+    max_model_len: int = option(
+        0,
+        "Longest prompt and answer together; at most what the model was made for",
+        parse=integer(0, 2**31),
+        unit="tokens",
+        shown="0: the model's own limit",
+    )
+    redis: str = option(
+        DEFAULT_REDIS, "Redis where the cluster meets: redis://[:PASSWORD@]HOST:PORT[/DB]"
+    )
+    cluster: str = option("pdserve", "Name of the cluster; several can share one Redis")
+    secret: str = option(
+        "",
+        "Secret that all processes of the cluster share and prove to each other",
+        secret=True,
+        shown="none; `pdserve up` draws one",
+    )
+    seed: int = option(
+        0,
+        "Seed of the random weights of --load-format dummy, and of the seeds that are drawn for "
+        "requests without one",
+        parse=integer(0, 2**64 - 1),
+    )
+    log_level: str = option(
+        "info", "Least severe log lines to write", choices=("debug", "info", "warning", "error")
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerSettings(CommonSettings):
+    """One worker."""
+
+    role: Role = Role.COLOCATED
+    """Chosen by the command, not by an option."""
+    worker_id: str = option(
+        "", "Name of this worker, unique in the cluster", shown="role, host name and process id"
+    )
+    host: str = option(
+        "127.0.0.1",
+        "Address to listen on, and under which routers and other workers reach this one",
+    )
+    port: int = option(0, "Port for routers", parse=_PORT, shown="0: any free port")
+    http_port: int = option(
+        0, "Port for /health, /metrics and /status", parse=_PORT, shown="0: any free port"
+    )
+    transfer_port: int = option(
+        0, "Port from which others fetch KV blocks", parse=_PORT, shown="0: any free port"
+    )
+    transport: str = option(
+        "auto",
+        "How KV blocks travel between workers; auto takes shared memory within a host and TCP "
+        "between hosts",
+        choices=("auto", "shm", "tcp"),
+    )
+    device: str = option(
+        "auto",
+        "Where the model runs; auto takes a GPU if there is one",
+        choices=("auto", "cpu", "cuda"),
+    )
+    dtype: str = option(
+        "auto",
+        "Number format of weights and KV cache; auto takes the checkpoint's",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    load_format: str = option(
+        "auto",
+        "auto reads the checkpoint's safetensors; dummy makes random weights from config.json",
+        choices=("auto", "dummy"),
+    )
+    kv_cache_memory: int = option(
+        2**30, "Memory for the KV cache of each worker", parse=size, unit="bytes", shown="1GiB"
+    )
+    block_size: int = option(16, "Length of one KV block", parse=integer(1, 1024), unit="tokens")
+    max_num_batched_tokens: int = option(
+        2048, "Most tokens that one engine step computes", parse=integer(1, 2**24), unit="tokens"
+    )
+    max_num_seqs: int = option(
+        64, "Most requests that one engine step works on", parse=integer(1, 2**16), unit="requests"
+    )
+    lease_s: float = option(
+        30.0,
+        "How long a prefill worker keeps finished KV blocks that nobody fetches",
+        parse=seconds(0.1),
+        unit="seconds",
+    )
+    threads: int = option(
+        0,
+        "Threads that compute",
+        parse=integer(0, 4096),
+        shown="0: one per core in --cpus, or per core of the machine",
+    )
+    cpus: tuple[int, ...] = option(
+        (), "Numbers of the cores to run on", parse=cores, many=True, shown="all"
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RouterSettings(CommonSettings):
+    """One router."""
+
+    host: str = option("127.0.0.1", "Address on which clients are served; 0.0.0.0 means all")
+    port: int = option(8000, "Port on which clients are served", parse=_PORT)
+    api_key: tuple[str, ...] = option(
+        (),
+        "Keys of which every client must present one",
+        parse=word,
+        many=True,
+        shown="none: open to all",
+    )
+    request_timeout_s: float = option(
+        600.0, "Longest life of a request", parse=seconds(0.1), unit="seconds"
+    )
+    root_path: str = option("", "Path under which a proxy in front publishes this server")
+    chat_template: str = option(
+        "",
+        "Chat template: a Jinja file, the template itself, or the name of one of the model's own",
+        shown="the model's own",
+    )
+    chat_template_content_format: str = option(
+        "auto",
+        "How message parts reach the chat template: joined into one string, or as a list of parts; "
+        "auto reads it off the template",
+        choices=("auto", "string", "openai"),
+    )
+    trust_request_chat_template: bool = option(
+        False, "Let requests bring their own chat template (it runs in a sandbox)"
+    )
+    default_chat_template_kwargs: str = option(
+        "", 'Arguments for the chat template as JSON, e.g. {"enable_thinking": false}'
+    )
+    generation_config: str = option(
+        "auto",
+        "Where sampling defaults come from: auto reads the model's generation_config.json, "
+        "neutral uses none, anything else is a folder or file to read",
+    )
+    max_logprobs: int = option(
+        20,
+        "Most alternatives per token that a request may ask for; -1 is the whole vocabulary",
+        parse=integer(-1, 2**31),
+    )
+    max_queue: int = option(
+        1024,
+        "Answers that may be in flight at once; beyond it clients get 429",
+        parse=integer(1, 2**24),
+        unit="answers",
+    )
+    max_body: int = option(
+        32 * 2**20, "Longest request body", parse=size, unit="bytes", shown="32MiB"
+    )
+    allowed_origins: tuple[str, ...] = option(
+        (), "Origins from which browsers may call (CORS); * means any", many=True
+    )
+
+
+_PER_PROCESS = ("worker_id", "host", "port", "http_port", "transfer_port", "threads", "cpus")
+"""Worker options that `pdserve up` chooses for each worker."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UpSettings:
+    """A whole cluster on one machine."""
+
+    prefill: int = option(
+        1,
+        "Prefill workers",
+        parse=integer(0, 256),
+        unit="processes",
+        shown="1, or 0 if --colocated is given and --decode is not",
+    )
+    decode: int = option(
+        1,
+        "Decode workers",
+        parse=integer(0, 256),
+        unit="processes",
+        shown="1, or 0 if --colocated is given and --prefill is not",
+    )
+    colocated: int = option(
+        0,
+        "Workers that prefill and decode in one process",
+        parse=integer(0, 256),
+        unit="processes",
+    )
+    redis: str = option(
+        "",
+        "Redis to use: redis://[:PASSWORD@]HOST:PORT[/DB]",
+        shown="a private one that is started and stopped with the cluster",
+    )
+    log_dir: str = option(
+        "", "Folder for the log files", shown="a temporary one, removed at the end"
+    )
+    router: RouterSettings = RouterSettings()
+    worker: WorkerSettings = WorkerSettings()
+    """Template of all workers."""
+
+
+def worker_settings(argv: Sequence[str], role: Role | str) -> WorkerSettings:
+    """Settings of one worker; prints a sentence and exits with code 2 if they cannot be had."""
+    program = f"pdserve {role}"
+    values = load(program, _worker_story(Role(role)), options_of(WorkerSettings), argv)
+    settings = WorkerSettings(role=Role(role), **values)
+    if not settings.worker_id:
+        name = f"{role}-{socket.gethostname()}-{os.getpid()}"
+        settings = dataclasses.replace(settings, worker_id=name)
+    if settings.host in ("0.0.0.0", "::", ""):
+        fail(
+            program,
+            f"--host {settings.host or repr('')} cannot be told to others; give the address "
+            "under which routers and other workers reach this host.",
+        )
+    _need_secret(program, settings.secret)
+    return settings
+
+
+def router_settings(argv: Sequence[str]) -> RouterSettings:
+    """Settings of a router; prints a sentence and exits with code 2 if they cannot be had."""
+    values = load("pdserve router", _ROUTER_STORY, options_of(RouterSettings), argv)
+    settings = RouterSettings(**values)
+    _need_secret("pdserve router", settings.secret)
+    return settings
+
+
+def up_settings(argv: Sequence[str]) -> UpSettings:
+    """Settings of a cluster; prints a sentence and exits with code 2 if they cannot be had."""
+    own = options_of(UpSettings)
+    values = load("pdserve up", _UP_STORY, up_table(), argv)
+    counts = {name: values[name] for name in ("prefill", "decode") if name in values}
+    if values.get("colocated") and not counts:
+        counts = {"prefill": 0, "decode": 0}
+    worker_fields = {
+        field for field in options_of(WorkerSettings, _PER_PROCESS) if field not in own
+    }
+    router_fields = {field for field in options_of(RouterSettings) if field not in own}
+    settings = UpSettings(
+        **(_only(values, own) | counts),
+        router=RouterSettings(**_only(values, router_fields)),
+        worker=WorkerSettings(**_only(values, worker_fields)),
+    )
+    _check_counts(settings)
+    return settings
+
+
+def up_table() -> Table:
+    """The options of `pdserve up`: its own, the router's, and those of the workers that are not
+    chosen for each of them."""
+    own = options_of(UpSettings)
+    return own | {
+        name: row
+        for table in (options_of(RouterSettings), options_of(WorkerSettings, _PER_PROCESS))
+        for name, row in table.items()
+        if name not in own
+    }
+
+
+def arguments(settings: WorkerSettings | RouterSettings) -> tuple[list[str], dict[str, str]]:
+    """How to start a process with exactly these settings: its arguments, and the environment
+    variables that carry what must not be seen in a list of processes."""
+    argv: list[str] = []
+    environment: dict[str, str] = {}
+    for name, row in options_of(type(settings)).items():
+        value = getattr(settings, name)
+        texts = [str(item) for item in (value if row.many else (value,))]
+        if row.secret or name in ("redis", "api_key"):
+            environment[ENVIRONMENT_PREFIX + name.upper()] = ",".join(texts)
+        elif value != _default(type(settings), name):
+            argv += [f"{flag(name)}={text}" for text in texts]
+    return argv, environment
+
+
+def _default(settings: type[Any], name: str) -> Any:
+    return next(field.default for field in dataclasses.fields(settings) if field.name == name)
+
+
+def _only(values: Mapping[str, Any], names: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name in names}
+
+
+def _need_secret(program: str, secret: str) -> None:
+    if not secret:
+        fail(
+            program,
+            f"{ENVIRONMENT_PREFIX}SECRET is not set; give every process of the cluster the same "
+            "long random text in this environment variable.",
+        )
+
+
+def _check_counts(settings: UpSettings) -> None:
+    prefill, decode, colocated = settings.prefill, settings.decode, settings.colocated
+    if prefill + decode + colocated == 0:
+        fail("pdserve up", "No workers: give --prefill and --decode, or --colocated.")
+    if prefill and not decode and not colocated:
+        fail("pdserve up", "--prefill without --decode: nobody would decode; give --decode 1.")
+    if decode and not prefill:
+        fail(
+            "pdserve up",
+            f"--decode {decode} without --prefill: no prompts would reach these workers; give "
+            "--prefill 1, or use --colocated instead of --decode.",
+        )
+
+
+def _worker_story(role: Role) -> str:
+    what = {
+        Role.PREFILL: "computes prompts and hands their KV blocks over",
+        Role.DECODE: "fetches prompts' KV blocks and generates the answers",
+        Role.COLOCATED: "does both, prompts and answers",
+    }[role]
+    return f"Runs one {role} worker, which {what}, and joins the cluster at --redis."
+
+
+_ROUTER_STORY = "Runs one router, which serves the HTTP APIs, and joins the cluster at --redis."
+_UP_STORY = "Starts a whole cluster on this machine: Redis, workers and a router; Ctrl-C stops it."
