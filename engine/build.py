@@ -1,0 +1,122 @@
+"""Builds what an engine needs from a model folder: weights, KV pool, runner, fingerprint."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from pdserve.engine import weights as loading
+from pdserve.engine.config import (
+    DTYPES,
+    EngineConfig,
+    ModelConfig,
+    ModelError,
+    layout_fingerprint,
+    read_model_config,
+)
+from pdserve.engine.models.decoder import OUTPUT, Decoder, weight_shapes
+from pdserve.engine.pool import KVPool, block_nbytes
+from pdserve.engine.runner import ModelRunner
+from pdserve.protocol.ticket import LayoutFingerprint
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A loaded model. Whoever holds it closes the pool."""
+
+    runner: ModelRunner
+    pool: KVPool
+    model: ModelConfig
+    config: EngineConfig
+    """As given, with every "auto" and 0 resolved."""
+    fingerprint: LayoutFingerprint
+
+
+def build_runner(
+    folder: Path, config: EngineConfig, progress: loading.Progress = lambda share: None
+) -> Built:
+    """Load the model in `folder`. Raises ModelError, a sentence, for a folder or settings that
+    cannot work together. Sets torch's thread count for the whole process."""
+    model = read_model_config(folder)
+    config = resolve(config, model)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    decoder, digest = _load(folder, model, config, progress)
+    pool = KVPool(
+        model,
+        num_blocks=config.num_blocks,
+        block_size=config.block_size,
+        dtype=config.dtype,
+        device=config.device,
+    )
+    log.info(
+        "%s: %s on %s, %d KV blocks of %d tokens (%d MiB), up to %d tokens per request",
+        model.architecture,
+        config.dtype,
+        config.device,
+        config.num_blocks,
+        config.block_size,
+        config.num_blocks * pool.block_nbytes >> 20,
+        config.max_model_len,
+    )
+    fingerprint = layout_fingerprint(model, digest, config.dtype, config.block_size)
+    return Built(ModelRunner(decoder, pool, config.device), pool, model, config, fingerprint)
+
+
+def resolve(config: EngineConfig, model: ModelConfig) -> EngineConfig:
+    """Replace "auto" and 0 by what they mean for this model, and check that it fits."""
+    dtype = model.dtype if config.dtype == "auto" else config.dtype
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype not in DTYPES:
+        raise ModelError(f"--dtype must be auto or one of {', '.join(DTYPES)}, not {dtype!r}.")
+    if device not in ("cpu", "cuda"):
+        raise ModelError(f"--device must be auto, cpu or cuda, not {device!r}.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ModelError("--device cuda: no CUDA device is available here; use --device cpu.")
+    if config.load_format not in ("auto", "dummy"):
+        raise ModelError(f"--load-format must be auto or dummy, not {config.load_format!r}.")
+    longest = config.max_model_len or model.max_position_embeddings
+    # Dynamic scaling is made for going beyond; every other kind ends where the model does.
+    if longest > model.max_position_embeddings and model.rope.kind != "dynamic":
+        raise ModelError(
+            f"--max-model-len ({longest}) is above the model's {model.max_position_embeddings} "
+            "positions (max_position_embeddings)."
+        )
+    per_block = block_nbytes(model, config.block_size, dtype)
+    num_blocks = config.num_blocks or config.kv_cache_memory // per_block
+    if num_blocks * config.block_size < longest:
+        needed = -(-longest // config.block_size) * per_block
+        raise ModelError(
+            f"The KV cache has room for {num_blocks * config.block_size} tokens, less than one "
+            f"request of {longest}: raise --kv-cache-memory to at least {needed} bytes "
+            f"({-(-needed >> 20)} MiB), or lower --max-model-len."
+        )
+    return replace(
+        config, dtype=dtype, device=device, max_model_len=longest, num_blocks=num_blocks
+    )
+
+
+def _load(
+    folder: Path, model: ModelConfig, config: EngineConfig, progress: loading.Progress
+) -> tuple[Decoder, str]:
+    """The decoder and the digest of its weights."""
+    dtype, shapes = DTYPES[config.dtype], weight_shapes(model)
+    if config.load_format == "dummy":
+        tensors = loading.dummy_weights(
+            shapes, dtype=dtype, device=config.device, seed=config.seed, progress=progress
+        )
+        digest = loading.dummy_digest(config.seed)
+    else:
+        tied = frozenset({OUTPUT}) if model.tie_word_embeddings else frozenset()
+        tensors = loading.load_weights(
+            folder, shapes, dtype=dtype, device=config.device, optional=tied, progress=progress
+        )
+        digest = loading.weights_digest(folder)
+    return Decoder(model, tensors, config.max_model_len, config.device), digest

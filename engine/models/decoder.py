@@ -1,0 +1,216 @@
+"""The decoder of Llama, Mistral, Qwen2 and Qwen3, composed from kernels; they differ by flags.
+
+Legend: T tokens of all sequences of a step, E hidden size, Hq and H query and KV heads, D head size,
+I intermediate size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as functional
+
+from pdserve import kernels
+from pdserve.engine.config import ModelConfig
+
+Weights = Mapping[str, torch.Tensor]
+Shapes = dict[str, tuple[int, ...]]
+
+EMBEDDING = "model.embed_tokens.weight"
+OUTPUT = "lm_head.weight"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """One step's tokens. The first `num_decodes` sequences have one token each."""
+
+    token_ids: torch.Tensor
+    """[T] int64."""
+    positions: torch.Tensor
+    """[T] int64, each token's index in its sequence."""
+    slots: torch.Tensor
+    """[T] int64, where each token's K and V go."""
+    query_start: torch.Tensor
+    """[B + 1] int64, first row of each sequence."""
+    context_lens: torch.Tensor
+    """[B] int64, cached tokens of each sequence, this step's included."""
+    block_table: torch.Tensor
+    """[B, M] int64."""
+    num_decodes: int
+
+
+def weight_shapes(config: ModelConfig) -> Shapes:
+    """The name and shape of every tensor of a checkpoint, in Hugging Face's naming."""
+    hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
+    query, kv = config.num_heads * dim, config.num_kv_heads * dim
+    shapes: Shapes = {EMBEDDING: (config.vocab_size, hidden), "model.norm.weight": (hidden,)}
+    if not config.tie_word_embeddings:
+        shapes[OUTPUT] = (config.vocab_size, hidden)
+    for layer in range(config.num_layers):
+        prefix = f"model.layers.{layer}."
+        shapes[prefix + "input_layernorm.weight"] = (hidden,)
+        shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
+        linears = [
+            ("self_attn.q_proj", query, hidden, config.qkv_bias),
+            ("self_attn.k_proj", kv, hidden, config.qkv_bias),
+            ("self_attn.v_proj", kv, hidden, config.qkv_bias),
+            ("self_attn.o_proj", hidden, query, config.o_bias),
+            ("mlp.gate_proj", inner, hidden, config.mlp_bias),
+            ("mlp.up_proj", inner, hidden, config.mlp_bias),
+            ("mlp.down_proj", hidden, inner, config.mlp_bias),
+        ]
+        for name, rows, columns, bias in linears:
+            shapes[f"{prefix}{name}.weight"] = (rows, columns)
+            if bias:
+                shapes[f"{prefix}{name}.bias"] = (rows,)
+        if config.qk_norm:
+            shapes[prefix + "self_attn.q_norm.weight"] = (dim,)
+            shapes[prefix + "self_attn.k_norm.weight"] = (dim,)
+    return shapes
+
+
+class Linear:
+    """y = x Wᵀ + b for x [T, columns], W [rows, columns]."""
+
+    def __init__(self, weights: Weights, name: str) -> None:
+        self.weight = weights[name + ".weight"]
+        self.bias = weights.get(name + ".bias")
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+
+class Attention:
+    """Grouped-query self-attention of one layer over its paged cache.
+
+    q, k and v are three products, not one of a fused matrix (nor are gate and up): a fused copy
+    would take two thirds of the weights out of the pages that the workers of a host share, for 50
+    µs a layer (8 rows, bfloat16, hidden size 512), a tenth of the layer's time.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Weights, layer: int) -> None:
+        prefix = f"model.layers.{layer}.self_attn."
+        self.query = Linear(weights, prefix + "q_proj")
+        self.key = Linear(weights, prefix + "k_proj")
+        self.value = Linear(weights, prefix + "v_proj")
+        self.output = Linear(weights, prefix + "o_proj")
+        self.norms: tuple[torch.Tensor, torch.Tensor] | None = None
+        if config.qk_norm:
+            self.norms = (weights[prefix + "q_norm.weight"], weights[prefix + "k_norm.weight"])
+        self.eps = config.rms_norm_eps
+        self.dim = config.head_dim
+        options = {"scale": config.head_dim**-0.5, "window": config.windows[layer]}
+        self.decode = partial(kernels.attention_decode, **options)
+        self.prefill = partial(kernels.attention_prefill, **options)
+
+    def __call__(
+        self, x: torch.Tensor, angles: Sequence[torch.Tensor], cache: torch.Tensor, batch: Batch
+    ) -> torch.Tensor:
+        """x: [T, E]; angles: cos and sin, [T, D / 2] each; cache: the layer's. Returns [T, E]."""
+        query = self.query(x).unflatten(-1, (-1, self.dim))
+        key = self.key(x).unflatten(-1, (-1, self.dim))
+        value = self.value(x).unflatten(-1, (-1, self.dim))
+        if self.norms is not None:
+            query = kernels.rms_norm(query, self.norms[0], self.eps)
+            key = kernels.rms_norm(key, self.norms[1], self.eps)
+        query = kernels.rope_and_store_kv(query, key, value, *angles, cache, batch.slots)
+        return self.output(self._attend(query, cache, batch).flatten(1))
+
+    def _attend(self, query: torch.Tensor, cache: torch.Tensor, batch: Batch) -> torch.Tensor:
+        decodes, lens, table = batch.num_decodes, batch.context_lens, batch.block_table
+        if decodes == lens.shape[0]:
+            return self.decode(query, cache, lens, table)
+        if decodes == 0:
+            return self.prefill(query, cache, batch.query_start, lens, table)
+        starts = batch.query_start[decodes:] - decodes
+        return torch.cat(
+            [
+                self.decode(query[:decodes], cache, lens[:decodes], table[:decodes]),
+                self.prefill(query[decodes:], cache, starts, lens[decodes:], table[decodes:]),
+            ]
+        )
+
+
+class FeedForward:
+    """down(act(gate(x)) · up(x)): [T, E] → [T, E]."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, layer: int) -> None:
+        prefix = f"model.layers.{layer}.mlp."
+        self.gate = Linear(weights, prefix + "gate_proj")
+        self.up = Linear(weights, prefix + "up_proj")
+        self.down = Linear(weights, prefix + "down_proj")
+        self.activate = {
+            "silu": kernels.silu_and_mul,
+            "gelu": kernels.gelu_and_mul,
+            "gelu_pytorch_tanh": partial(kernels.gelu_and_mul, tanh=True),
+        }[config.activation]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.activate(self.gate(x), self.up(x)))
+
+
+class Layer:
+    """One decoder layer: norm, attention, norm, feed-forward, with the residual beside."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, layer: int) -> None:
+        prefix = f"model.layers.{layer}."
+        self.before_attention = weights[prefix + "input_layernorm.weight"]
+        self.before_mlp = weights[prefix + "post_attention_layernorm.weight"]
+        self.attention = Attention(config, weights, layer)
+        self.mlp = FeedForward(config, weights, layer)
+        self.eps = config.rms_norm_eps
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        angles: Sequence[torch.Tensor],
+        cache: torch.Tensor,
+        batch: Batch,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x: what the layer below adds to `residual` (None: x is the embedding). Both [T, E];
+        returns this layer's addition and the residual that it is to be added to."""
+        norm = self.before_attention
+        if residual is None:
+            x, residual = kernels.rms_norm(x, norm, self.eps), x
+        else:
+            x, residual = kernels.fused_add_rms_norm(x, residual, norm, self.eps)
+        x = self.attention(x, angles, cache, batch)
+        x, residual = kernels.fused_add_rms_norm(x, residual, self.before_mlp, self.eps)
+        return self.mlp(x), residual
+
+
+class Decoder:
+    """A causal language model over a paged KV cache. Holds weights, never state."""
+
+    def __init__(
+        self, config: ModelConfig, weights: Weights, max_model_len: int, device: str
+    ) -> None:
+        """weights: the tensors of `weight_shapes(config)`, on `device`."""
+        self.config = config
+        self.embedding = weights[EMBEDDING]
+        self.output = weights[EMBEDDING if config.tie_word_embeddings else OUTPUT]
+        self.norm = weights["model.norm.weight"]
+        self.layers = [Layer(config, weights, index) for index in range(config.num_layers)]
+        cos, sin = config.rope.table(config.head_dim, max_model_len)
+        self.cos, self.sin = cos.to(device), sin.to(device)
+
+    def forward(self, batch: Batch, caches: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Compute the batch's tokens and store their KV in `caches` (one view per layer).
+
+        Returns the hidden states before the last norm, [T, E].
+        """
+        x = functional.embedding(batch.token_ids, self.embedding)
+        angles = self.cos[batch.positions], self.sin[batch.positions]
+        residual: torch.Tensor | None = None
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x, residual = layer(x, residual, angles, cache, batch)
+        return x if residual is None else x + residual
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Rows of `forward`'s result → [rows, V] float32."""
+        normed = kernels.rms_norm(hidden, self.norm, self.config.rms_norm_eps)
+        return functional.linear(normed, self.output).float()

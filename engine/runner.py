@@ -1,0 +1,136 @@
+"""Turns a step's plan into tokens: tensors in, kernels through, numbers out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import numpy as np
+import torch
+
+from pdserve.engine import sampler
+from pdserve.engine.models.decoder import Batch, Decoder
+from pdserve.engine.pool import KVPool
+from pdserve.engine.ports import Chunk, ChunkResult
+from pdserve.engine.request import Request
+from pdserve.protocol.messages import PositionLogprobs
+from pdserve.protocol.sampling import SamplingParams
+
+LOGITS_BYTES = 64 << 20
+"""Most memory for the logits of prompt positions; a long prompt's are made piece by piece."""
+_WARM_UP_TOKENS = 32
+
+
+class ModelRunner:
+    """Computes chunks of requests on one device. Keeps nothing between steps but weights and KV."""
+
+    def __init__(self, decoder: Decoder, pool: KVPool, device: str) -> None:
+        self._decoder = decoder
+        self._caches = [pool.layer(index) for index in range(decoder.config.num_layers)]
+        self._block_size = pool.block_size
+        self._num_blocks = pool.num_blocks
+        self._device = device
+
+    @torch.inference_mode()
+    def execute(self, chunks: Sequence[Chunk]) -> list[ChunkResult]:
+        """Run one step (see engine.ports.Runner). The chunks' requests are not changed."""
+        if not chunks:
+            return []
+        # Single tokens first: they take the decode kernel, longer chunks the prefill kernel.
+        order = sorted(range(len(chunks)), key=lambda index: chunks[index].length > 1)
+        ordered = [chunks[index] for index in order]
+        ends = list(accumulate(chunk.length for chunk in ordered))
+        hidden = self._decoder.forward(self._batch(ordered, ends), self._caches)
+        drawn = self._draw(ordered, ends, hidden)
+        results = [ChunkResult()] * len(chunks)
+        for index, chunk, end, (token_id, logprobs) in zip(order, ordered, ends, drawn, strict=True):
+            prompt = self._prompt_logprobs(chunk, hidden[end - chunk.length : end])
+            results[index] = ChunkResult(token_id, logprobs, prompt)
+        return results
+
+    def warm_up(self) -> None:
+        """Run a small prompt and a token through everything, so that the first request does not
+        pay for what libraries set up on first use. Writes into the pool's first blocks, so it must
+        come before any request owns them."""
+        length = min(_WARM_UP_TOKENS, self._num_blocks * self._block_size - 1)
+        request = Request(
+            request_id="warm-up",
+            token_ids=[0] * (length + 1),
+            prompt_len=length + 1,
+            sampling=SamplingParams(seed=0, max_tokens=1, top_p=0.9, logprobs=1),
+            deadline=0.0,
+            root=b"",
+            block_table=list(range(length // self._block_size + 1)),
+        )
+        self.execute([Chunk(request, 0, length, samples=False)])
+        self.execute([Chunk(request, length, 1, samples=True)])
+
+    def _batch(self, chunks: Sequence[Chunk], ends: Sequence[int]) -> Batch:
+        size = self._block_size
+        total = ends[-1]
+        token_ids = np.empty(total, dtype=np.int64)
+        positions = np.empty(total, dtype=np.int64)
+        slots = np.empty(total, dtype=np.int64)
+        context_lens = np.array([chunk.start + chunk.length for chunk in chunks], dtype=np.int64)
+        widths = -(-context_lens // size)
+        table = np.zeros((len(chunks), int(widths.max())), dtype=np.int64)
+        for row, (chunk, end) in enumerate(zip(chunks, ends, strict=True)):
+            first, last = chunk.start, chunk.start + chunk.length
+            rows = slice(end - chunk.length, end)
+            width = widths[row]
+            table[row, :width] = chunk.request.block_table[:width]
+            token_ids[rows] = chunk.request.token_ids[first:last]
+            positions[rows] = np.arange(first, last)
+            slots[rows] = table[row, positions[rows] // size] * size + positions[rows] % size
+        return Batch(
+            token_ids=self._tensor(token_ids),
+            positions=self._tensor(positions),
+            slots=self._tensor(slots),
+            query_start=self._tensor(np.array([0, *ends], dtype=np.int64)),
+            context_lens=self._tensor(context_lens),
+            block_table=self._tensor(table),
+            num_decodes=sum(chunk.length == 1 for chunk in chunks),
+        )
+
+    def _draw(
+        self, chunks: Sequence[Chunk], ends: Sequence[int], hidden: torch.Tensor
+    ) -> list[tuple[int | None, PositionLogprobs | None]]:
+        """The drawn token of each chunk that samples, and its log-probabilities if wanted."""
+        drawing = [index for index, chunk in enumerate(chunks) if chunk.samples]
+        drawn: list[tuple[int | None, PositionLogprobs | None]] = [(None, None)] * len(chunks)
+        if not drawing:
+            return drawn
+        logits = self._decoder.logits(hidden[[ends[index] - 1 for index in drawing]])
+        requests = [chunks[index].request for index in drawing]
+        wanted = [
+            row for row, request in enumerate(requests) if request.sampling.logprobs is not None
+        ]
+        raw = logits[wanted] if wanted else None
+        tokens = sampler.draw(logits, requests)
+        for index, token_id in zip(drawing, tokens, strict=True):
+            drawn[index] = (token_id, None)
+        if raw is not None:
+            tops = [requests[row].sampling.logprobs or 0 for row in wanted]
+            logprobs = sampler.position_logprobs(raw, [tokens[row] for row in wanted], tops)
+            for row, entry in zip(wanted, logprobs, strict=True):
+                drawn[drawing[row]] = (tokens[row], entry)
+        return drawn
+
+    def _prompt_logprobs(self, chunk: Chunk, hidden: torch.Tensor) -> list[PositionLogprobs]:
+        """Of the prompt tokens start + 1 .. that the chunk's hidden states [length, E] predict."""
+        request = chunk.request
+        top = request.sampling.prompt_logprobs
+        last = min(chunk.start + chunk.length, request.prompt_len - 1)
+        if top is None or last <= chunk.start:
+            return []
+        entries: list[PositionLogprobs] = []
+        step = max(1, LOGITS_BYTES // (4 * self._decoder.config.vocab_size))
+        for first in range(chunk.start, last, step):
+            end = min(first + step, last)
+            logits = self._decoder.logits(hidden[first - chunk.start : end - chunk.start])
+            token_ids = request.token_ids[first + 1 : end + 1]
+            entries += sampler.position_logprobs(logits, token_ids, [top] * len(token_ids))
+        return entries
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._device)

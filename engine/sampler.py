@@ -1,0 +1,128 @@
+"""From logits and requests to drawn tokens and their log-probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from pdserve import kernels
+from pdserve.engine.request import Request
+from pdserve.protocol.messages import PositionLogprobs
+from pdserve.protocol.sampling import SamplingParams
+
+
+def draw(logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
+    """The next token of each request: [R, V] float32 logits, overwritten, → R token ids.
+
+    A token depends on its row, the request's tokens and parameters, and (seed, position). Nothing
+    is kept between calls: penalties are counted from the token lists, for those that have them.
+    """
+    _apply_bias(logits, requests)
+    _apply_penalties(logits, requests)
+    rows = [row for row, request in enumerate(requests) if not request.sampling.greedy]
+    if not rows:
+        return kernels.greedy(logits).tolist()
+    if len(rows) == len(requests):
+        return _sample(logits, requests).tolist()
+    tokens = kernels.greedy(logits)
+    tokens[rows] = _sample(logits[rows], [requests[row] for row in rows])
+    return tokens.tolist()
+
+
+def position_logprobs(
+    logits: torch.Tensor, token_ids: Sequence[int], tops: Sequence[int]
+) -> list[PositionLogprobs]:
+    """Log-probabilities of `token_ids` under raw logits [R, V], with tops[r] most likely tokens."""
+    if not token_ids:
+        return []
+    chosen = torch.tensor(token_ids, device=logits.device)
+    own, rank, ids, values = kernels.log_probabilities(logits, chosen, max(tops))
+    columns = zip(own.tolist(), rank.tolist(), ids.tolist(), values.tolist(), tops, strict=True)
+    return [
+        PositionLogprobs(logprob, place, tuple(zip(top_ids[:top], top_values[:top], strict=True)))
+        for logprob, place, top_ids, top_values, top in columns
+    ]
+
+
+def _sample(logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
+    params = [request.sampling for request in requests]
+    device = logits.device
+
+    def floats(values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=device)
+
+    seeds = np.array([p.seed for p in params], dtype=np.uint64).view(np.int64)
+    return kernels.sample(
+        logits,
+        temperature=floats([p.temperature for p in params]),
+        top_k=torch.tensor([p.top_k for p in params], device=device),
+        top_p=floats([p.top_p for p in params]),
+        min_p=floats([p.min_p for p in params]),
+        seeds=torch.from_numpy(seeds).to(device),
+        positions=torch.tensor([request.num_tokens for request in requests], device=device),
+    )
+
+
+def _apply_bias(logits: torch.Tensor, requests: Sequence[Request]) -> None:
+    """Logit biases, and -inf for ending tokens that come too early."""
+    rows: list[int] = []
+    token_ids: list[int] = []
+    bias: list[float] = []
+    for row, request in enumerate(requests):
+        params = request.sampling
+        entries = dict(params.logit_bias)
+        if request.num_output < params.min_tokens:
+            entries |= dict.fromkeys(params.eos_token_ids + params.stop_token_ids, float("-inf"))
+        rows += [row] * len(entries)
+        token_ids += entries.keys()
+        bias += entries.values()
+    if rows:
+        device = logits.device
+        kernels.apply_bias(
+            logits,
+            torch.tensor(rows, device=device),
+            torch.tensor(token_ids, device=device),
+            torch.tensor(bias, dtype=torch.float32, device=device),
+        )
+
+
+def _apply_penalties(logits: torch.Tensor, requests: Sequence[Request]) -> None:
+    entries = [
+        (row, *_token_counts(request))
+        for row, request in enumerate(requests)
+        if _is_penalised(request.sampling)
+    ]
+    if not entries:
+        return
+    params = [request.sampling for request in requests]
+    device = logits.device
+
+    def column(values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=device)
+
+    rows = np.concatenate([np.full(len(ids), row) for row, ids, _ in entries])
+    kernels.apply_penalties(
+        logits,
+        torch.from_numpy(rows).to(device),
+        torch.from_numpy(np.concatenate([ids for _, ids, _ in entries])).to(device),
+        torch.from_numpy(np.concatenate([counts for _, _, counts in entries])).to(device),
+        presence=column([p.presence_penalty for p in params]),
+        frequency=column([p.frequency_penalty for p in params]),
+        repetition=column([p.repetition_penalty for p in params]),
+    )
+
+
+def _is_penalised(params: SamplingParams) -> bool:
+    return bool(
+        params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
+    )
+
+
+def _token_counts(request: Request) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct tokens of prompt and output, and how often each is in the output."""
+    tokens = np.array(request.token_ids, dtype=np.int64)
+    ids, inverse = np.unique(tokens, return_inverse=True)
+    counts = np.bincount(inverse[request.prompt_len :], minlength=len(ids)).astype(np.int64)
+    return ids, counts

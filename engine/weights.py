@@ -1,0 +1,148 @@
+"""Weights from safetensors files, one tensor at a time, and random ones for measurements.
+
+On the CPU a tensor whose dtype fits is a view of the memory-mapped file: workers on one host that
+serve the same checkpoint share its pages, and loading costs nothing before first use.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from pdserve.engine.config import ModelError
+
+Progress = Callable[[float], None]
+"""Called with the share of the weights that is loaded, 0.0 to 1.0."""
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+_IGNORED = ("rotary_emb.inv_freq",)
+"""Endings of tensors that old checkpoints carry and that follow from the configuration."""
+
+
+def load_weights(
+    folder: Path,
+    expected: Mapping[str, tuple[int, ...]],
+    *,
+    dtype: torch.dtype,
+    device: str,
+    optional: frozenset[str] = frozenset(),
+    progress: Progress = lambda share: None,
+) -> dict[str, torch.Tensor]:
+    """The tensors that `expected` names, with their shapes, from the checkpoint in `folder`.
+
+    optional: names that the checkpoint may hold besides (a tied output layer), not loaded.
+    Raises ModelError, naming file and tensor, for one that is missing, left over, in two files, of
+    another shape or not of a floating dtype, and for files that are missing or damaged.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for path in _weight_files(folder):
+        for name, tensor in _read(path):
+            if name.endswith(_IGNORED) or name in optional:
+                continue
+            if name not in expected:
+                raise ModelError(f"{path} holds the tensor {name}, which this architecture lacks.")
+            if name in tensors:
+                raise ModelError(f"{path} holds the tensor {name}, as another file does.")
+            if tuple(tensor.shape) != expected[name]:
+                raise ModelError(
+                    f"{path}: the tensor {name} has the shape {list(tensor.shape)}, but config.json "
+                    f"makes it {list(expected[name])}."
+                )
+            if not tensor.is_floating_point():
+                raise ModelError(
+                    f"{path}: the tensor {name} is {str(tensor.dtype)[6:]}; quantised weights are "
+                    "not supported."
+                )
+            tensors[name] = tensor.to(device=device, dtype=dtype)
+            progress(len(tensors) / len(expected))
+    missing = sorted(set(expected) - set(tensors))
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelError(f"The checkpoint in {folder} lacks the tensor {missing[0]}{more}.")
+    return tensors
+
+
+def dummy_weights(
+    expected: Mapping[str, tuple[int, ...]],
+    *,
+    dtype: torch.dtype,
+    device: str,
+    seed: int,
+    progress: Progress = lambda share: None,
+) -> dict[str, torch.Tensor]:
+    """Random weights: each tensor depends on the seed, its name and its shape, and on no order.
+
+    Matrices are normal with deviation 0.02; vectors (norms and biases) one and zero.
+    """
+    tensors = {}
+    for done, (name, shape) in enumerate(expected.items()):
+        if len(shape) == 1:
+            value = torch.full(shape, 0.0 if name.endswith(".bias") else 1.0)
+        else:
+            digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+            value = torch.empty(shape).normal_(0.0, 0.02, generator=generator)
+        tensors[name] = value.to(device=device, dtype=dtype)
+        progress((done + 1) / len(expected))
+    return tensors
+
+
+def weights_digest(folder: Path) -> str:
+    """A text that changes with the checkpoint: the files' names, sizes and headers are hashed,
+    which takes milliseconds whatever their size."""
+    digest = hashlib.blake2b(digest_size=12)
+    for path in _weight_files(folder):
+        try:
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = file.read(min(length, 1 << 26))
+            size = path.stat().st_size
+        except OSError as error:
+            raise ModelError(f"{path} cannot be read: {error.strerror}.") from None
+        digest.update(f"{path.name}\0{size}\0".encode())
+        digest.update(header)
+    return digest.hexdigest()
+
+
+def dummy_digest(seed: int) -> str:
+    """As `weights_digest`, for the dummy weights of a seed."""
+    return f"dummy-{seed}"
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The checkpoint's files in order of their names: those of the index, or the single one."""
+    index = folder / INDEX_FILE
+    if not index.exists():
+        single = folder / SINGLE_FILE
+        if not single.exists():
+            raise ModelError(
+                f"The model folder {folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; only "
+                "safetensors checkpoints can be loaded (or random weights: --load-format dummy)."
+            )
+        return [single]
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index} cannot be read as a weight index: {error!r}.") from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ModelError(f"{index} names {name!r}, which is not a file of the model folder.")
+        if not (folder / name).exists():
+            raise ModelError(f"{index} names {name}, which is not in the model folder.")
+    return [folder / name for name in names]
+
+
+def _read(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of one file, as views of its mapping."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                yield name, file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} is damaged or not a safetensors file: {error}.") from None

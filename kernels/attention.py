@@ -1,0 +1,205 @@
+"""Attention over the paged KV cache.
+
+Legend: T query tokens of all sequences, B sequences, Hq query heads, H KV heads, D head size,
+N blocks in the pool, S tokens per block, M blocks per row of the block table. Query head h reads
+KV head h // (Hq / H). Token t of a sequence lies in block block_table[b, t // S] at offset t % S.
+
+For a query at position i of its sequence, over the keys j that it sees:
+
+    out = Σ_j softmax_j(cap(scale · q·k_j)) v_j,   j ≤ i and, with a window, i - j < window,
+    cap(s) = soft_cap · tanh(s / soft_cap), or s without one.
+
+Scores and the softmax are float32 whatever the dtype. Sequences are computed one by one, so a
+sequence's result depends on its own data and its own split into queries, never on the batch.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as functional
+
+from pdserve.kernels import checks
+
+TILE = 256
+"""Queries per tile of a chunk that needs a mask: bounds the mask to TILE × context."""
+
+
+def attention_prefill(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    query_start: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> torch.Tensor:
+    """Causal attention of a ragged batch of chunks, each over everything cached before it too.
+
+    query: [T, Hq, D]; cache: [N, 2, S, H, D], the chunks' own K and V already stored.
+    query_start: [B + 1], sequence b's queries are rows query_start[b] .. query_start[b + 1] - 1;
+    context_lens: [B], tokens of b in the cache, this chunk included: its queries are the last
+    ones; block_table: [B, M]. The three are int32 or int64. Returns [T, Hq, D].
+    """
+    _check(query, cache, context_lens, block_table, window, soft_cap)
+    checks.shape("query_start", query_start, [context_lens.shape[0] + 1])
+    out = torch.empty_like(query)
+    starts = query_start.tolist()
+    for row, length in enumerate(context_lens.tolist()):
+        first, last = starts[row], starts[row + 1]
+        if first == last:
+            continue
+        if last - first > length:
+            raise checks.KernelError(
+                f"Sequence {row} has {last - first} queries but a context of only {length} tokens."
+            )
+        key, value = _gather(cache, block_table[row], 0, length)
+        out[first:last] = _chunk(query[first:last], key, value, scale, window, soft_cap)
+    return out
+
+
+def attention_decode(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> torch.Tensor:
+    """Attention of the newest token of each sequence.
+
+    query: [B, Hq, D]; cache: [N, 2, S, H, D] with the tokens' K and V stored; context_lens: [B],
+    at least 1, the query's own token included; block_table: [B, M]. Returns [B, Hq, D].
+    """
+    _check(query, cache, context_lens, block_table, window, soft_cap)
+    checks.shape("query", query, [context_lens.shape[0], None, None])
+    heads, dim = cache.shape[3:]
+    out = torch.empty_like(query)
+    # The queries that share a KV head become the "sequence" of one unmasked product.
+    grouped = query.view(-1, heads, query.shape[1] // heads, dim)
+    for row, length in enumerate(context_lens.tolist()):
+        begin = 0 if window is None else max(0, length - window)
+        key, value = _gather(cache, block_table[row], begin, length)
+        if soft_cap is None:
+            result = functional.scaled_dot_product_attention(
+                grouped[row : row + 1], key.unsqueeze(0), value.unsqueeze(0), scale=scale
+            )
+        else:
+            result = _explicit(grouped[row], key, value, scale, None, soft_cap)
+        out[row] = result.view(-1, dim)
+    return out
+
+
+def _gather(
+    cache: torch.Tensor, table: torch.Tensor, begin: int, end: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V of tokens [begin, end) of one sequence: each [H, end - begin, D], a strided view of
+    a copy of the blocks."""
+    size = cache.shape[2]
+    skipped = begin // size
+    blocks = table[skipped : -(-end // size)]
+    if blocks.shape[0] * size < end - skipped * size:
+        raise checks.KernelError(
+            f"block_table has room for {table.shape[0] * size} tokens, the context has {end}."
+        )
+    begin, end = begin - skipped * size, end - skipped * size
+    key = cache[:, 0].index_select(0, blocks).flatten(0, 1)[begin:end]
+    value = cache[:, 1].index_select(0, blocks).flatten(0, 1)[begin:end]
+    return key.transpose(0, 1), value.transpose(0, 1)
+
+
+def _chunk(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+) -> torch.Tensor:
+    """The last L of C positions: query [L, Hq, D], key and value [H, C, D]; returns [L, Hq, D]."""
+    length, context = query.shape[0], key.shape[1]
+    if length == context and soft_cap is None and (window is None or window >= context):
+        result = functional.scaled_dot_product_attention(
+            query.transpose(0, 1).unsqueeze(0),
+            key.unsqueeze(0),
+            value.unsqueeze(0),
+            is_causal=True,
+            scale=scale,
+            enable_gqa=True,
+        )
+        return result[0].transpose(0, 1)
+    out = torch.empty_like(query)
+    for first in range(0, length, TILE):
+        last = min(first + TILE, length)
+        end = context - length + last
+        begin = 0 if window is None else max(0, context - length + first - window + 1)
+        keys, values = key[:, begin:end], value[:, begin:end]
+        mask = _mask(last - first, end - begin, window, query.device)
+        rows = query[first:last].transpose(0, 1)
+        if soft_cap is None:
+            result = functional.scaled_dot_product_attention(
+                rows.unsqueeze(0),
+                keys.unsqueeze(0),
+                values.unsqueeze(0),
+                attn_mask=mask,
+                scale=scale,
+                enable_gqa=True,
+            )[0]
+        else:
+            grouped = rows.unflatten(0, (key.shape[0], -1)).flatten(1, 2)
+            repeated = mask.repeat(rows.shape[0] // key.shape[0], 1)
+            result = _explicit(grouped, keys, values, scale, repeated, soft_cap).view(rows.shape)
+        out[first:last] = result.transpose(0, 1)
+    return out
+
+
+def _mask(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """[queries, keys] bool, true where visible; the last query stands at the last key."""
+    position = torch.arange(keys - queries, keys, device=device).unsqueeze(1)
+    distance = position - torch.arange(keys, device=device)
+    visible = distance >= 0
+    return visible if window is None else visible & (distance < window)
+
+
+def _explicit(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor | None,
+    soft_cap: float,
+) -> torch.Tensor:
+    """The formula as it stands, with a soft cap: query [H, R, D], key and value [H, C, D]."""
+    scores = torch.matmul(query.float(), key.float().transpose(1, 2)) * scale
+    scores = soft_cap * torch.tanh(scores / soft_cap)
+    if mask is not None:
+        scores.masked_fill_(~mask, float("-inf"))
+    return torch.matmul(scores.softmax(-1), value.float()).to(query.dtype)
+
+
+def _check(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    window: int | None,
+    soft_cap: float | None,
+) -> None:
+    _, _, heads, dim = checks.cache_shape(cache)
+    checks.shape("query", query, [None, None, dim])
+    checks.dtype("query", query, checks.FLOATS)
+    checks.same_dtype("query", query, "cache", cache)
+    checks.shape("context_lens", context_lens, [None])
+    checks.shape("block_table", block_table, [context_lens.shape[0], None])
+    checks.dtype("block_table", block_table, checks.INDICES)
+    if query.shape[1] % heads:
+        raise checks.KernelError(
+            f"The {query.shape[1]} query heads must be a multiple of the {heads} KV heads."
+        )
+    if window is not None and window < 1:
+        raise checks.KernelError(f"window must be at least 1, or None for no window, not {window}.")
+    if soft_cap is not None and soft_cap <= 0:
+        raise checks.KernelError(f"soft_cap must be above 0, or None for no cap, not {soft_cap}.")

@@ -1,0 +1,136 @@
+"""Rotary position embeddings (Su et al. 2021, arXiv:2104.09864), NeoX layout, and their scalings.
+
+NeoX layout: dimension i of the first half turns together with dimension i of the second half.
+The frequency functions return float32 [D / 2]; `rope_table` turns frequencies into angles.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from pdserve.kernels import checks
+
+
+def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn each pair (x1, x2) by its token's angle: (x1 cos - x2 sin, x2 cos + x1 sin).
+
+    x: [T, H, D], last two dimensions contiguous, float32/bfloat16/float16; x1 = x[..., :D/2].
+    cos, sin: [T, D / 2] float32, the table's rows at the tokens' positions.
+    Computed in float32, rounded once. Returns a new tensor like x.
+    """
+    checks.shape("x", x, [None, None, None])
+    checks.dtype("x", x, checks.FLOATS)
+    half = x.shape[-1] // 2
+    for name, rows in (("cos", cos), ("sin", sin)):
+        checks.shape(name, rows, [x.shape[0], half])
+        checks.dtype(name, rows, (torch.float32,))
+    source = x.float()
+    first, second = source[..., :half], source[..., half:]
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    turned = torch.empty_like(source)
+    torch.mul(first, cos, out=turned[..., :half]).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=turned[..., half:]).addcmul_(first, sin)
+    return turned.to(x.dtype)
+
+
+def rope_table(
+    frequencies: torch.Tensor, positions: torch.Tensor, scale: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of position · frequency, times `scale`: each [P, D / 2] float32.
+
+    frequencies: [D / 2], or [P, D / 2] where they depend on the position; positions: [P].
+    """
+    angles = positions.float().unsqueeze(-1) * frequencies
+    return angles.cos().mul_(scale), angles.sin().mul_(scale)
+
+
+def default_frequencies(dim: int, base: float) -> torch.Tensor:
+    """base^(-2i / dim) for i in 0 .. dim/2 - 1."""
+    return 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+
+
+def linear_frequencies(dim: int, base: float, factor: float) -> torch.Tensor:
+    """Position interpolation (Chen et al. 2023, arXiv:2306.15595): all frequencies / factor."""
+    return default_frequencies(dim, base) / factor
+
+
+def dynamic_frequencies(
+    dim: int, base: float, factor: float, max_positions: int, lengths: torch.Tensor
+) -> torch.Tensor:
+    """Dynamic NTK scaling: [P, dim / 2], for sequences of the given lengths [P].
+
+    base(n) = base · (factor · n / max_positions - (factor - 1))^(dim / (dim - 2)) for lengths n
+    above `max_positions`, the plain base below (bloc97 and emozilla 2023, as in transformers).
+    """
+    lengths = lengths.clamp(min=max_positions)
+    growth = (factor * lengths / max_positions) - (factor - 1)
+    bases = base * growth ** (dim / (dim - 2))
+    return 1.0 / (bases[:, None] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+
+
+def llama3_frequencies(
+    dim: int,
+    base: float,
+    factor: float,
+    low_freq_factor: float,
+    high_freq_factor: float,
+    original_positions: int,
+) -> torch.Tensor:
+    """Llama 3.1's scaling: long waves are divided by factor, short ones kept, a ramp between.
+
+    With w = 2π / f: w < original/high: f; w > original/low: f / factor; otherwise
+    (1 - s) f / factor + s f with s = (original / w - low) / (high - low).
+    """
+    plain = default_frequencies(dim, base)
+    waves = 2 * math.pi / plain
+    smooth = (original_positions / waves - low_freq_factor) / (high_freq_factor - low_freq_factor)
+    ramp = (1 - smooth) * plain / factor + smooth * plain
+    scaled = torch.where(waves > original_positions / low_freq_factor, plain / factor, ramp)
+    return torch.where(waves < original_positions / high_freq_factor, plain, scaled)
+
+
+def yarn_frequencies(
+    dim: int,
+    base: float,
+    factor: float,
+    original_positions: int,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+    truncate: bool = True,
+) -> torch.Tensor:
+    """YaRN (Peng et al. 2023, arXiv:2309.00071, equations 17 to 23).
+
+    Dimensions that turn more than `beta_fast` times within the original length keep their
+    frequency, those below `beta_slow` are divided by `factor`, a linear ramp lies between.
+    truncate: round the ramp's ends outwards to whole dimensions.
+    """
+
+    def dimension(rotations: float) -> float:
+        turns = math.log(original_positions / (rotations * 2 * math.pi))
+        return dim * turns / (2 * math.log(base))
+
+    low, high = dimension(beta_fast), dimension(beta_slow)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001
+    powers = base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    kept = 1 - ramp
+    return (1.0 / (factor * powers)) * (1 - kept) + (1.0 / powers) * kept
+
+
+def yarn_attention_scale(
+    factor: float, mscale: float | None = None, mscale_all_dim: float | None = None
+) -> float:
+    """YaRN's temperature on cos and sin: 0.1 ln(factor) + 1, or DeepSeek's ratio of two such."""
+
+    def temperature(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if mscale and mscale_all_dim:
+        return temperature(mscale) / temperature(mscale_all_dim)
+    return temperature(1.0)
