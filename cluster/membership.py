@@ -13,8 +13,7 @@ one plus one and Redis' clock in milliseconds: it stays unique even if Redis los
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable
-from typing import Any, cast
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import msgspec
@@ -144,8 +143,7 @@ class Membership:
 
     async def _run(self, script: str, *arguments: str | int | bytes) -> Any:
         try:
-            answer = self._redis.eval(script, len(self._keys), *self._keys, *arguments)
-            return await cast("Awaitable[Any]", answer)
+            return await self._redis.eval(script, len(self._keys), *self._keys, *arguments)
         except (RedisError, OSError) as error:
             reason = str(error).rstrip(".") or type(error).__name__
             raise RedisUnavailable(

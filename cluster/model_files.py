@@ -49,7 +49,7 @@ def _download(model: str) -> Path:
     except Exception as error:  # whatever the hub, the network or the disk may raise
         reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
         raise ModelError(
-            f"The model {model!r} is neither a folder here nor can it be had from the hub: {reason}."
+            f"The model {model!r} is no folder here, and the hub does not give it: {reason}."
         ) from error
 
 

@@ -279,10 +279,8 @@ def up_settings(argv: Sequence[str]) -> UpSettings:
     counts = {name: values[name] for name in ("prefill", "decode") if name in values}
     if values.get("colocated") and not counts:
         counts = {"prefill": 0, "decode": 0}
-    worker_fields = {
-        field for field in options_of(WorkerSettings, _PER_PROCESS) if field not in own
-    }
-    router_fields = {field for field in options_of(RouterSettings) if field not in own}
+    worker_fields = options_of(WorkerSettings, [*_PER_PROCESS, *own])
+    router_fields = options_of(RouterSettings, list(own))
     settings = UpSettings(
         **(_only(values, own) | counts),
         router=RouterSettings(**_only(values, router_fields)),
