@@ -1,0 +1,313 @@
+"""The source: the engine's exporter and the server that others fetch from.
+
+Threads: one accepts, one lets leases expire, one serves each connection. The engine thread only
+takes the outbox's lock for a moment.
+
+    sink                                   source
+      │ ── Fetch(ticket, wanted, "tcp") ───► │  outbox.begin: epoch, layout, lease
+      │ ◄── FetchHeader(checksums) ───────── │
+      │ ◄── raw blocks ───────────────────── │  straight from the pool
+      │           ... further pieces ...     │  outbox.end
+      │ ── Release(ticket, outcome) ───────► │  blocks go back to the engine
+      │ ◄── Released(valid) ──────────────── │
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import xxhash
+
+from pdserve.kv_transfer.line import (
+    REQUEST_LIMIT,
+    Complaints,
+    Line,
+    LineClosed,
+    answer_handshake,
+)
+from pdserve.kv_transfer.memory import BlockMemory, Spans
+from pdserve.kv_transfer.outbox import Outbox, OutboxCounters, Read, Refusal
+from pdserve.kv_transfer.transports import SOURCE_HALVES, SourceHalf
+from pdserve.protocol.errors import ProtocolError
+from pdserve.protocol.ticket import KVTicket, LayoutFingerprint
+from pdserve.protocol.transfer import (
+    Fetch,
+    FetchHeader,
+    Refused,
+    Release,
+    Released,
+    Renew,
+    ToSource,
+)
+from pdserve.protocol.wire import MessageDecoder
+
+log = logging.getLogger(__name__)
+
+CLOSE_TIMEOUT_S = 3.0
+
+_TO_SOURCE: MessageDecoder[Any] = MessageDecoder(ToSource)
+
+
+class _Stopped(ConnectionError):
+    """The ticket was withdrawn while its blocks were being sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceCounters:
+    """A moment's view."""
+
+    outbox: OutboxCounters
+    bytes_out: int
+    """KV bytes sent or shown to readers since the start."""
+    connections: int
+    complaints: int
+    """Connections ended for a fault of the peer: strangers, malformed or oversized frames."""
+
+
+class TransferSource:
+    """Offers blocks of `memory` and serves them until `close`. Satisfies the engine's Exporter.
+
+    `on_returned(ticket, ending)` is called exactly once per ticket, from any thread, when its
+    blocks are the pool's again; `ending` is one of `outbox.Ending`. `transports` are offered best
+    first (see `transports.offered_transports`). `host` is what tickets name and, unless `bind` says
+    otherwise, where the server listens; `port` 0 takes any free one.
+    """
+
+    def __init__(
+        self,
+        memory: BlockMemory,
+        fingerprint: LayoutFingerprint,
+        *,
+        worker_id: str,
+        epoch: int,
+        host: str,
+        secret: str,
+        transports: tuple[str, ...],
+        on_returned: Callable[[KVTicket, str], None],
+        lease_s: float = 30.0,
+        port: int = 0,
+        bind: str = "",
+        max_connections: int = 256,
+        idle_s: float = 300.0,
+        stall_s: float = 5.0,
+    ) -> None:
+        """Raises ValueError for an unknown transport, PoolError if the memory cannot be shared,
+        OSError if the port is taken."""
+        if not transports or set(transports) - set(SOURCE_HALVES):
+            raise ValueError(
+                f"Transports are one or more of {', '.join(SOURCE_HALVES)}. Given: {transports}."
+            )
+        self._pool = Spans(memory)
+        self._halves: dict[str, SourceHalf] = {
+            name: SOURCE_HALVES[name](self._pool) for name in transports
+        }
+        self._worker_id, self._epoch, self._secret = worker_id, epoch, secret
+        self._lease_s, self._idle_s, self._stall_s = lease_s, idle_s, stall_s
+        self._max_connections = max_connections
+        self._listener = _listen(bind or host, port)
+        self.port = int(self._listener.getsockname()[1])
+        self.outbox = Outbox(
+            worker_id=worker_id,
+            epoch=epoch,
+            host=host,
+            port=self.port,
+            transports=transports,
+            fingerprint=fingerprint,
+            lease_s=lease_s,
+            on_returned=on_returned,
+        )
+        self._complain = Complaints(log)
+        self._lock = threading.Lock()
+        self._lines: dict[Line, threading.Thread] = {}
+        self._bytes_out = 0
+        self._closing = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._accept, name="kv-source-accept", daemon=True),
+            threading.Thread(target=self._expire, name="kv-source-leases", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def offer(
+        self,
+        request_id: str,
+        block_ids: Sequence[int],
+        num_tokens: int,
+        block_hashes: Sequence[bytes],
+    ) -> KVTicket:
+        """See `Outbox.offer`. Raises ValueError also for blocks outside the pool."""
+        if any(not 0 <= block_id < self._pool.num_blocks for block_id in block_ids):
+            raise ValueError(f"A block lies outside the pool of {self._pool.num_blocks} blocks.")
+        return self.outbox.offer(request_id, block_ids, num_tokens, block_hashes)
+
+    def withdraw(self, request_id: str) -> None:
+        """End the request's ticket, if there is one: at once, or when its last reader has stopped,
+        within a fraction of a second (line.STOP_CHECK_S)."""
+        self.outbox.withdraw(request_id)
+
+    def counters(self) -> SourceCounters:
+        with self._lock:
+            connections, bytes_out = len(self._lines), self._bytes_out
+        return SourceCounters(self.outbox.counters(), bytes_out, connections, self._complain.count)
+
+    def close(self) -> None:
+        """Stop serving and return all blocks. Idempotent; takes at most CLOSE_TIMEOUT_S."""
+        self._closing.set()
+        self.outbox.close()
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        with self._lock:
+            lines = dict(self._lines)
+        for line in lines:
+            line.interrupt()
+        deadline = time.monotonic() + CLOSE_TIMEOUT_S
+        for thread in [*self._threads, *lines.values()]:
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, deadline - time.monotonic()))
+
+    def __enter__(self) -> TransferSource:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _expire(self) -> None:
+        # While nothing is held a whole lease may be slept: no ticket minted meanwhile ends sooner.
+        while not self._closing.is_set():
+            following = self.outbox.expire()
+            left = self._lease_s if following is None else following - time.monotonic()
+            self._closing.wait(max(0.0, left))
+
+    def _accept(self) -> None:
+        while not self._closing.is_set():
+            try:
+                sock, address = self._listener.accept()
+            except OSError as error:
+                if not self._closing.wait(0.1):  # out of descriptors, or the peer left already
+                    log.warning("A transfer connection could not be accepted: %s.", error)
+                continue
+            try:
+                self._admit(sock, str(address[0]))
+            except (OSError, RuntimeError) as error:
+                sock.close()
+                self._complain(f"A transfer connection from {address[0]} was refused: {error}")
+
+    def _admit(self, sock: socket.socket, host: str) -> None:
+        line = Line(sock)
+        with self._lock:
+            if len(self._lines) >= self._max_connections or self._closing.is_set():
+                raise ConnectionRefusedError(
+                    f"{len(self._lines)} are open already and {self._max_connections} are allowed."
+                )
+            thread = threading.Thread(
+                target=self._serve, args=(line, host), name="kv-source-line", daemon=True
+            )
+            thread.start()
+            self._lines[line] = thread
+
+    def _serve(self, line: Line, host: str) -> None:
+        try:
+            answer_handshake(
+                line, secret=self._secret, worker_id=self._worker_id, epoch=self._epoch
+            )
+            while not self._closing.is_set():
+                idle_until = time.monotonic() + self._idle_s
+                message = line.receive(_TO_SOURCE, idle_until, REQUEST_LIMIT, frame_s=self._stall_s)
+                self._answer(line, message)
+        except LineClosed:
+            pass
+        except ProtocolError as error:
+            self._complain(f"A transfer connection from {line.peer or host} was ended: {error}")
+        except OSError as error:
+            log.debug("The transfer connection from %s ended: %s", line.peer or host, error)
+        except Exception:
+            log.exception("Serving %s failed.", line.peer or host)
+        finally:
+            line.close()
+            with self._lock:
+                self._lines.pop(line, None)
+
+    def _answer(self, line: Line, message: Fetch | Renew | Release) -> None:
+        if isinstance(message, Fetch):
+            self._send(line, message)
+            return
+        if isinstance(message, Renew):
+            valid = self.outbox.renew(message.ticket_id, message.epoch)
+        else:
+            valid = self.outbox.release(
+                message.ticket_id, message.epoch, message.outcome, line.peer
+            )
+        self._say(line, Released(ticket_id=message.ticket_id, valid=valid))
+
+    def _send(self, line: Line, fetch: Fetch) -> None:
+        half = self._halves.get(fetch.transport)
+        objection = (
+            half.objection(fetch)
+            if half
+            else f"{self._worker_id} does not offer the transport {fetch.transport!r}."
+        )
+        if half is None or objection:
+            self._refuse(line, fetch, objection, retry_other_transport=True)
+            return
+        try:
+            read = self.outbox.begin(fetch)
+        except Refusal as refusal:
+            self._refuse(line, fetch, str(refusal))
+            return
+        try:
+            blocks = read.block_ids
+            checksums = read.checksums(lambda block: self._checksum(read, block))
+            header = FetchHeader(
+                ticket_id=fetch.ticket_id,
+                epoch=self._epoch,
+                num_blocks=len(blocks),
+                block_nbytes=self._pool.block_nbytes,
+                checksums=checksums,
+            )
+            self._say(line, half.describe(header, blocks))
+            half.send(line, blocks, lambda: self._patience(read))
+        finally:
+            self.outbox.end(read)
+        with self._lock:
+            self._bytes_out += len(blocks) * self._pool.block_nbytes
+
+    def _patience(self, read: Read) -> float:
+        """The deadline of a reader's next step; raises _Stopped if nobody wants it any more."""
+        if read.stopped:
+            raise _Stopped("The ticket was withdrawn.")
+        return time.monotonic() + self._stall_s
+
+    def _checksum(self, read: Read, block: int) -> int:
+        self._patience(read)
+        return xxhash.xxh3_64_intdigest(self._pool.span(block).data)
+
+    def _refuse(
+        self, line: Line, fetch: Fetch, reason: str, retry_other_transport: bool = False
+    ) -> None:
+        log.info("A fetch of %s by %s was refused: %s", fetch.request_id, line.peer, reason)
+        self._say(
+            line,
+            Refused(
+                ticket_id=fetch.ticket_id,
+                reason=reason,
+                retry_other_transport=retry_other_transport,
+            ),
+        )
+
+    def _say(self, line: Line, message: FetchHeader | Refused | Released) -> None:
+        line.send(message, time.monotonic() + self._stall_s)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family, _, _, _, address = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    return socket.create_server(address[:2], family=family, backlog=128)

@@ -1,0 +1,194 @@
+"""The transports: how the wanted blocks of an authenticated fetch get into the target blocks.
+
+Each has two halves. The source's half answers `Fetch` (what the header says, what follows it); the
+sink's half fills the targets. Checksums, retries, leases and tickets are the same for all and lie
+outside. A further transport is one more class of each kind in the two tables below.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import msgspec
+import numpy as np
+
+from pdserve.kv_transfer.line import Line
+from pdserve.kv_transfer.memory import (
+    BlockMemory,
+    MappedPool,
+    PoolError,
+    Spans,
+    host_id,
+    runs,
+)
+from pdserve.protocol.errors import PdserveError
+from pdserve.protocol.transfer import Fetch, FetchHeader
+
+CHUNK_BYTES = 512 * 2**10
+"""Copied, then hashed, at once: small enough to be hashed from the cache, large enough that the
+calls do not count and the interpreter lock is seldom touched."""
+
+Wait = Callable[[], float]
+"""Gives the deadline (time.monotonic seconds) of the next wait; raises to stop the transfer."""
+
+
+class TransportUnfit(PdserveError):
+    """This transport does not work between these two processes; another one may."""
+
+
+class SourceHalf(Protocol):
+    """Stateless but for the pool, so that any number of threads may use it at once."""
+
+    def objection(self, fetch: Fetch) -> str:
+        """Why this reader cannot be served over this transport; "" if it can."""
+
+    def describe(self, header: FetchHeader, block_ids: Sequence[int]) -> FetchHeader:
+        """The header with what this transport adds to it."""
+
+    def send(self, line: Line, block_ids: Sequence[int], wait: Wait) -> None:
+        """What follows the header on the line."""
+
+
+class SinkHalf(Protocol):
+    """Shared by the sink's threads."""
+
+    borrows: bool
+    """Whether the copy is made from memory that the source could take back meanwhile: then it
+    counts only if the source confirms the lease afterwards."""
+
+    def receive(
+        self, line: Line, header: FetchHeader, targets: Sequence[int], wait: Wait
+    ) -> Iterator[int]:
+        """Fill the target blocks in order; yields how many are complete, ascending, after every
+        few, the last time len(targets). Raises TransportUnfit, OSError or ProtocolError."""
+
+
+class TcpSource:
+    """Raw blocks on the line itself, straight from the pool."""
+
+    def __init__(self, pool: Spans) -> None:
+        self._pool = pool
+
+    def objection(self, fetch: Fetch) -> str:
+        return ""
+
+    def describe(self, header: FetchHeader, block_ids: Sequence[int]) -> FetchHeader:
+        return header
+
+    def send(self, line: Line, block_ids: Sequence[int], wait: Wait) -> None:
+        pool = self._pool
+        spans = [pool.span(first, count) for first, count in runs(block_ids, pool.num_blocks)]
+        line.send_buffers(spans, wait)
+
+
+class TcpSink:
+    borrows = False
+
+    def __init__(self, pool: Spans) -> None:
+        self._pool = pool
+
+    def receive(
+        self, line: Line, header: FetchHeader, targets: Sequence[int], wait: Wait
+    ) -> Iterator[int]:
+        complete = 0
+        for first, count in runs(targets, max(1, CHUNK_BYTES // self._pool.block_nbytes)):
+            line.receive_into(self._pool.span(first, count).data, wait)
+            complete += count
+            yield complete
+
+
+class ShmSource:
+    """Says where the blocks lie; the reader copies them itself."""
+
+    def __init__(self, pool: Spans) -> None:
+        self._path = pool.memory.path
+        self._nonce = pool.memory.nonce
+        self._host_id = host_id()
+        MappedPool(self._path, pool.block_nbytes, self._nonce)  # as a reader will: fail early
+
+    def objection(self, fetch: Fetch) -> str:
+        if fetch.host_id != self._host_id:
+            return "Shared memory needs both workers on one host, under one user."
+        return ""
+
+    def describe(self, header: FetchHeader, block_ids: Sequence[int]) -> FetchHeader:
+        return msgspec.structs.replace(
+            header,
+            pool_path=self._path,
+            pool_blocks=tuple(block_ids),
+            pool_nonce=self._nonce,
+        )
+
+    def send(self, line: Line, block_ids: Sequence[int], wait: Wait) -> None:
+        """Nothing follows the header."""
+
+
+class ShmSink:
+    """Maps each source's pool once; a mapping lives as long as a line to that source."""
+
+    borrows = True
+
+    def __init__(self, pool: Spans) -> None:
+        self._pool = pool
+        self._lock = threading.Lock()
+        self._mapped: weakref.WeakValueDictionary[tuple[str, bytes], MappedPool] = (
+            weakref.WeakValueDictionary()
+        )
+
+    def receive(
+        self, line: Line, header: FetchHeader, targets: Sequence[int], wait: Wait
+    ) -> Iterator[int]:
+        if len(header.pool_blocks) != len(targets):
+            raise TransportUnfit("The source named another number of blocks than were wanted.")
+        try:
+            theirs = self._map(line, header)
+            yield from self._copy(theirs, header.pool_blocks, targets, wait)
+        except PoolError as error:
+            raise TransportUnfit(str(error)) from None
+
+    def _copy(
+        self, theirs: MappedPool, blocks: Sequence[int], targets: Sequence[int], wait: Wait
+    ) -> Iterator[int]:
+        complete = 0
+        longest = max(1, CHUNK_BYTES // self._pool.block_nbytes)
+        for first, count in runs(blocks, longest):
+            for target, length in runs(targets[complete : complete + count], longest):
+                wait()
+                mine = self._pool.span(target, length)
+                np.copyto(mine, theirs.span(first, length))
+                first += length
+                complete += length
+                yield complete
+
+    def _map(self, line: Line, header: FetchHeader) -> MappedPool:
+        key = (header.pool_path, header.pool_nonce)
+        with self._lock:
+            pool = self._mapped.get(key)
+            if pool is None:
+                pool = MappedPool(header.pool_path, header.block_nbytes, header.pool_nonce)
+                self._mapped[key] = pool
+        line.keeps = pool
+        return pool
+
+
+SOURCE_HALVES: dict[str, Callable[[Spans], SourceHalf]] = {"shm": ShmSource, "tcp": TcpSource}
+SINK_HALVES: dict[str, Callable[[Spans], SinkHalf]] = {"shm": ShmSink, "tcp": TcpSink}
+"""Best first: "auto" tries them in this order."""
+
+
+def offered_transports(memory: BlockMemory, transport: str) -> tuple[str, ...]:
+    """What a source with this memory offers, best first, for the setting `transport`.
+
+    Raises ValueError if the setting is unknown or the memory cannot do what it asks for.
+    """
+    if transport == "auto":
+        return tuple(name for name in SOURCE_HALVES if name != "shm" or memory.path)
+    if transport not in SOURCE_HALVES:
+        known = ", ".join(["auto", *SOURCE_HALVES])
+        raise ValueError(f"The transport must be one of {known}. Given: {transport!r}.")
+    if transport == "shm" and not memory.path:
+        raise ValueError("The transport shm needs a KV pool in shared memory; choose tcp or auto.")
+    return (transport,)
