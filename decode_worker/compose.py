@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pdserve.kv_transfer.sink import TransferSink
+from pdserve.kv_transfer.transports import SINK_HALVES
 from pdserve.worker.assembly import Assembly, Context
 from pdserve.worker.loading import load
 
@@ -10,10 +11,10 @@ from pdserve.worker.loading import load
 def compose(context: Context) -> Assembly:
     """Load the model; tickets (or prompts) in, tokens out."""
     loaded = load(context)
-    settings = context.settings
+    settings, pool = context.settings, loaded.built.pool
     sink = TransferSink(
-        loaded.pool,
-        loaded.fingerprint,
+        pool,
+        loaded.built.fingerprint,
         name=settings.worker_id,
         secret=settings.secret,
         transport=settings.transport,
@@ -21,12 +22,12 @@ def compose(context: Context) -> Assembly:
 
     def close() -> None:
         sink.close()
-        loaded.pool.close()
+        pool.close()
 
     return Assembly(
         engine=loaded.engine(context.sink, importer=sink),
-        model=loaded.model,
-        transports=sink.transports,
-        traffic=lambda: (sink.bytes_in, 0),
+        model=loaded.info,
+        transports=tuple(SINK_HALVES) if settings.transport == "auto" else (settings.transport,),
+        traffic=lambda: (sink.counters().bytes_in, 0),
         close=close,
     )

@@ -28,7 +28,7 @@ from pdserve.protocol.blocks import root_hash
 from pdserve.protocol.errors import ErrorCode, WorkerError
 from pdserve.protocol.events import FINISHED, FIRST_TOKEN, HELD
 from pdserve.protocol.messages import FinishReason, Output, Submit, WorkerStatus
-from pdserve.protocol.ticket import LayoutFingerprint
+from pdserve.protocol.ticket import KVTicket, LayoutFingerprint
 from pdserve.protocol.transfer import FetchReport
 
 log = logging.getLogger(__name__)
@@ -324,7 +324,8 @@ class Engine:
     def _start_fetches(self, plan: Plan) -> None:
         for order in plan.fetches:
             request = order.request
-            assert self._importer is not None and request.ticket is not None
+            assert self._importer is not None
+            assert request.ticket is not None
             self._importer.fetch(
                 request.ticket,
                 order.wanted,
@@ -390,7 +391,7 @@ class Engine:
             return FinishReason.LENGTH
         return None
 
-    def _hold(self, request: Request) -> object:
+    def _hold(self, request: Request) -> KVTicket:
         """Pass the blocks to the outbox; returns the ticket."""
         assert self._exporter is not None
         num_tokens = request.num_computed

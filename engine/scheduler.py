@@ -18,6 +18,7 @@ from pdserve.engine.blocks import BlockPool
 from pdserve.engine.ports import Chunk
 from pdserve.engine.request import Request, State
 from pdserve.protocol.blocks import block_hashes
+from pdserve.protocol.errors import PdserveError
 from pdserve.protocol.events import FETCH_STARTED, FETCHED, PREEMPTED, RECOMPUTED, SCHEDULED
 from pdserve.protocol.transfer import FetchReport
 
@@ -55,7 +56,7 @@ class Scheduler:
 
     def __init__(self, pool: BlockPool, limits: Limits) -> None:
         if limits.max_num_batched_tokens < limits.max_num_seqs:
-            raise ValueError(
+            raise PdserveError(
                 f"max_num_batched_tokens ({limits.max_num_batched_tokens}) must be at least "
                 f"max_num_seqs ({limits.max_num_seqs}): each running request needs a token a step."
             )

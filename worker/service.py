@@ -31,14 +31,13 @@ class RouterService:
     """Hands messages to the engine and the engine's steps to the routers. Event loop only, but for
     `sink`, which the engine thread calls."""
 
-    def __init__(
-        self, epoch: int, traffic: Callable[[], tuple[int, int]]
-    ) -> None:
+    def __init__(self, epoch: int, traffic: Callable[[], tuple[int, int]]) -> None:
         self._epoch = epoch
         self._traffic = traffic
         self._loop = asyncio.get_running_loop()
         self._channels: dict[Channel, WorkerStatus | None] = {}
         self._engine: Engine | None = None
+        self._moved = (0, 0)
         self._step = 0
         self._status: WorkerStatus | None = None
         self._status_timer: asyncio.TimerHandle | None = None
@@ -90,10 +89,7 @@ class RouterService:
 
     def _deliver(self, outcome: StepOutcome) -> None:
         self._step = outcome.step
-        bytes_in, bytes_out = self._traffic()
-        self._status = msgspec.structs.replace(
-            outcome.status, bytes_in=bytes_in, bytes_out=bytes_out
-        )
+        self._status = self._with_traffic(outcome.status)
         for client, outputs in outcome.outputs.items():
             if client in self._channels:
                 assert isinstance(client, Channel)
@@ -106,14 +102,19 @@ class RouterService:
 
     def _send_status(self) -> None:
         self._status_timer = None
+        self._moved = self._traffic()
+        if self._status is not None:
+            self._status = self._with_traffic(self._status)
         for channel, told in list(self._channels.items()):
             if told is not self._status:
                 self._send(channel, [])
 
+    def _with_traffic(self, status: WorkerStatus) -> WorkerStatus:
+        bytes_in, bytes_out = self._moved
+        return msgspec.structs.replace(status, bytes_in=bytes_in, bytes_out=bytes_out)
+
     def _send(self, channel: Channel, outputs: list[Output]) -> None:
-        frame = StepFrame(
-            epoch=self._epoch, step=self._step, outputs=outputs, status=self._status
-        )
+        frame = StepFrame(epoch=self._epoch, step=self._step, outputs=outputs, status=self._status)
         self._channels[channel] = self._status
         try:
             channel.send(frame)

@@ -157,9 +157,7 @@ class WorkerProcess:
         stopping.cancel()
         return task.done()
 
-    async def _serve(
-        self, presence: Presence, service: RouterService, assembly: Assembly
-    ) -> int:
+    async def _serve(self, presence: Presence, service: RouterService, assembly: Assembly) -> int:
         while not self._stop.is_set():
             if presence.fenced.is_set():
                 return EXIT_FENCED

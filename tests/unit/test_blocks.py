@@ -14,7 +14,8 @@ ROOT = root_hash("layout")
 def test_hashes_name_the_whole_prefix():
     tokens = list(range(12))
     hashes = block_hashes(tokens, 4, ROOT)
-    assert len(hashes) == 3 and len(set(hashes)) == 3
+    assert len(hashes) == 3
+    assert len(set(hashes)) == 3
     assert block_hashes([9, *tokens[1:]], 4, ROOT)[2] != hashes[2]
     assert block_hashes(tokens, 4, root_hash("layout", "salt"))[0] != hashes[0]
     assert block_hashes(tokens[:11], 4, ROOT) == hashes[:2]
@@ -26,7 +27,8 @@ def test_allocation_is_all_or_nothing():
     assert pool.allocate(5) is None
     assert pool.num_free == 4
     blocks = pool.allocate(4)
-    assert blocks is not None and sorted(blocks) == [0, 1, 2, 3]
+    assert blocks is not None
+    assert sorted(blocks) == [0, 1, 2, 3]
     assert pool.allocate(1) is None
     pool.release(blocks)
     assert pool.num_available == 4
@@ -58,7 +60,8 @@ def test_a_second_copy_of_a_block_stays_with_its_request():
     pool = BlockPool(2, 2)
     (name,) = block_hashes(range(2), 2, ROOT)
     first, second = pool.allocate(2) or []
-    assert pool.register(first, name) and not pool.register(second, name)
+    assert pool.register(first, name)
+    assert not pool.register(second, name)
     pool.release([second])
     assert (pool.num_free, pool.match([name])) == (1, [first])
 

@@ -1,4 +1,4 @@
-"""The engine's life cycles, in its own steps, without tensors. Every test ends with all blocks free."""
+"""The engine's life cycles in its own steps, without tensors; each ends with all blocks free."""
 
 import random
 import threading
@@ -107,7 +107,8 @@ def run_prefill(prefill: Bench, name: str, tokens: list[int], max_tokens: int = 
 def test_disaggregated_equals_colocated(length: int) -> None:
     prefill, decode = pair()
     first = run_prefill(prefill, "a", prompt(length))
-    assert first.ticket is not None and first.ticket.num_tokens == length
+    assert first.ticket is not None
+    assert first.ticket.num_tokens == length
     assert prefill.engine.status().blocks_held == first.ticket.num_blocks
     decode.submit("a", prompt(length), output=first.token_ids, ticket=first.ticket)
     decode.engine.step()
@@ -233,7 +234,8 @@ def test_requests_that_can_never_run_are_refused(options: dict, needle: str) -> 
     bench.submit("a", **options)
     bench.run()
     error = bench.last("a").error
-    assert error.code is ErrorCode.INVALID_REQUEST and needle in error.message
+    assert error.code is ErrorCode.INVALID_REQUEST
+    assert needle in error.message
     bench.assert_clean()
 
 
@@ -306,6 +308,7 @@ def test_the_thread_wakes_for_commands_and_stops() -> None:
     bench.submit("a", prompt(3), max_tokens=1)
     assert finished.wait(5)
     bench.engine.stop()
-    assert not bench.engine.alive and bench.engine.failure is None
+    assert not bench.engine.alive
+    assert bench.engine.failure is None
     assert bench.tokens("a") == continuation(prompt(3), 1)
     bench.assert_clean()

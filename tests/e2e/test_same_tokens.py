@@ -1,0 +1,102 @@
+"""The sentence this project lives by: the same tokens on every topology, and as transformers."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import make_checkpoint
+from live_cluster import Cluster, metrics
+from openai import AsyncOpenAI
+from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.timeout(300)
+
+TOPOLOGIES = {
+    "1P+1D over shared memory": ("--prefill", 1, "--decode", 1, "--transport", "shm"),
+    "1P+1D over TCP": ("--prefill", 1, "--decode", 1, "--transport", "tcp"),
+    "2P+2D": ("--prefill", 2, "--decode", 2),
+    "colocated": ("--colocated", 1),
+}
+OPTIONS = (
+    "--dtype", "float32", "--kv-cache-memory", "64MiB", "--block-size", 16,
+    "--max-num-batched-tokens", 64, "--max-num-seqs", 32,
+)  # fmt: skip
+NEW_TOKENS = 12
+VOCAB = 500
+SHARED = random.Random(7).choices(range(10, VOCAB), k=70)
+
+
+def prompts() -> list[list[int]]:
+    """One token; a block and its neighbours; several chunks; a long shared prefix."""
+    rng = random.Random(1)
+    alone = [rng.choices(range(10, VOCAB), k=length) for length in (1, 15, 16, 17, 32, 150, 201)]
+    return alone + [[*SHARED, *rng.choices(range(10, VOCAB), k=n)] for n in (1, 10, 11, 26)]
+
+
+@torch.inference_mode()
+def expected(model: Any, prompt: list[int]) -> list[int]:
+    """Greedy by hand: `generate` has no way to run on past eos without touching the logits."""
+    tokens, past, fed = list(prompt), None, list(prompt)
+    for _ in range(NEW_TOKENS):
+        out = model(torch.tensor([fed]), past_key_values=past, use_cache=True)
+        past, fed = out.past_key_values, [int(out.logits[0, -1].argmax())]
+        tokens += fed
+    return tokens[len(prompt) :]
+
+
+async def ask(client: AsyncOpenAI, prompt: list[int], **options: Any) -> list[int]:
+    extra = {"return_token_ids": True, "ignore_eos": True}
+    answer = await client.completions.create(
+        model="m", prompt=prompt, max_tokens=NEW_TOKENS, extra_body=extra, **options
+    )
+    choice = answer.choices[0].model_dump()
+    assert choice["finish_reason"] == "length"
+    return choice["token_ids"]
+
+
+async def everything(url: str) -> dict[str, list[list[int]]]:
+    """Greedy one by one, greedy all at once, and seeded sampling all at once."""
+    rng = random.Random(2)
+
+    async def later(prompt: list[int], **options: Any) -> list[int]:
+        await asyncio.sleep(rng.random() * 0.3)  # arrivals at random, not a wait for something
+        return await ask(client, prompt, **options)
+
+    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        alone = [await ask(client, prompt, temperature=0) for prompt in prompts()]
+        many = (prompts() * 2)[:16]
+        together = await asyncio.gather(*(later(prompt, temperature=0) for prompt in many))
+        seeded = await asyncio.gather(
+            *(
+                later(prompt, temperature=0.8, top_p=0.9, seed=index, frequency_penalty=0.3)
+                for index, prompt in enumerate(many)
+            )
+        )
+    return {"alone": alone, "together": list(together), "seeded": list(seeded)}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
+def test_every_topology_gives_the_tokens_of_transformers(architecture: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / architecture, architecture, "nano", seed=3)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    reference = [expected(model, prompt) for prompt in prompts()]
+    seeded: dict[str, list[list[int]]] = {}
+    for name, topology in TOPOLOGIES.items():
+        options = ("--model", folder, "--served-model-name", "m", *OPTIONS, *topology)
+        with Cluster(*options) as cluster:
+            answers = asyncio.run(everything(cluster.url))
+            assert answers["alone"] == reference, name
+            assert answers["together"] == (reference * 2)[:16], name
+            seeded[name] = answers["seeded"]
+            cluster.wait_until_clean()
+            moved = sum(metrics(w["host"], w["http_port"])["bytes_in"] for w in cluster.workers())
+            assert (moved > 0) is (name != "colocated"), f"{name} moved {moved} bytes of KV"
+    first = seeded.pop("colocated")
+    assert first != (reference * 2)[:16], "the seeded requests were greedy"
+    for name, tokens in seeded.items():
+        assert tokens == first, name
