@@ -4,8 +4,8 @@
            │ block 0 │ block 1 │       │ block N - 1 │ nonce (16 B) │
            └─────────┴─────────┴─ ··· ─┴─────────────┴──────────────┘
 
-A pool that others on the host may read lies in a memfd, sealed so that it can never shrink: a
-reader's mapping of it must not turn into a bus error because its owner had an accident.
+A pool that others on the host may read lies in a memfd. Best sealed with F_SEAL_SHRINK: a reader
+of a mapping gets a bus error if the owner makes the file shorter, which nothing here ever does.
 """
 
 from __future__ import annotations
@@ -51,8 +51,7 @@ class BlockMemory(Protocol):
 
     @property
     def path(self) -> str:
-        """ "/proc/<pid>/fd/<n>" of a memfd laid out as drawn above, created with
-        MFD_ALLOW_SEALING and sealed with F_SEAL_SHRINK; "" if other processes cannot map it."""
+        """ "/proc/<pid>/fd/<n>" of a memfd laid out as drawn above; "" if other processes cannot map it."""
 
     @property
     def nonce(self) -> bytes:
@@ -128,7 +127,7 @@ class MappedPool:
     """
 
     def __init__(self, path: str, block_nbytes: int, nonce: bytes) -> None:
-        """Raises PoolError if `path` names no sealed pool of such blocks with this nonce."""
+        """Raises PoolError if `path` names no pool of such blocks with this nonce."""
         descriptor = _open_pool(path)
         try:
             size = _checked_size(descriptor, path, block_nbytes)
@@ -168,13 +167,11 @@ def _open_pool(path: str) -> int:
 
 
 def _checked_size(descriptor: int, path: str, block_nbytes: int) -> int:
-    """The file's size, once it is known to be a pool of such blocks that cannot shrink."""
+    """The file's size, once it is known to be a memfd that may hold such blocks."""
     try:
-        seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
+        fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)  # only files in memory have seals
     except OSError:
-        raise PoolError(f"{path} is not a memory file that can be sealed.") from None
-    if not seals & fcntl.F_SEAL_SHRINK:
-        raise PoolError(f"{path} is not sealed against shrinking, so reading it is not safe.")
+        raise PoolError(f"{path} is not a memory file.") from None
     size = os.fstat(descriptor).st_size
     if block_nbytes < 1 or size <= NONCE_BYTES or (size - NONCE_BYTES) % block_nbytes:
         raise PoolError(
