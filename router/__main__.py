@@ -1,0 +1,74 @@
+"""`python -P -m pdserve.router`: one router process."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import sys
+from collections.abc import Sequence
+
+import uvicorn
+
+from pdserve.cluster.options import fail
+from pdserve.cluster.settings import RouterSettings, router_settings
+from pdserve.protocol.errors import PdserveError
+from pdserve.router.app import create_app
+
+log = logging.getLogger("pdserve.router")
+
+PROGRAM = "pdserve router"
+KEEP_ALIVE_S = 30
+SHUTDOWN_S = 2
+"""Seconds that streams get to end after SIGTERM."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Serve until SIGINT or SIGTERM. A bad setting, model or port is a sentence and exit code 2."""
+    settings = router_settings(argv)
+    logging.basicConfig(
+        level=settings.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        app = create_app(settings)
+    except PdserveError as error:
+        fail(PROGRAM, str(error))
+    listener = _listen(settings)
+    host, port = listener.getsockname()[:2]
+    log.info("Serving on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    config = uvicorn.Config(
+        app,
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        access_log=False,
+        log_config=None,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=SHUTDOWN_S,
+        server_header=False,
+    )
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def _listen(settings: RouterSettings) -> socket.socket:
+    """The listening socket, taken before anything else is started."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+        listener.listen(2048)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        fail(
+            PROGRAM,
+            f"Cannot listen on {settings.host} port {settings.port}: {reason}. Give another "
+            "--port, or stop what uses it.",
+        )
+    return listener
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

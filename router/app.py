@@ -1,0 +1,377 @@
+"""The routes. Each one reads, asks the right module, and answers; nothing is decided here."""
+
+from __future__ import annotations
+
+import os
+import random
+import secrets
+import socket
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from pdserve.cluster.membership import Membership
+from pdserve.cluster.settings import RouterSettings
+from pdserve.router import metrics as router_metrics
+from pdserve.router.dispatch import Dispatcher
+from pdserve.router.errors import (
+    ApiError,
+    BadRequest,
+    NotFound,
+    Overloaded,
+    Unavailable,
+    from_exception,
+)
+from pdserve.router.fields import refuse
+from pdserve.router.generation import ClientGone, Generation
+from pdserve.router.http import Gate, JsonResponse, error_response, http_error, read_json
+from pdserve.router.metrics import RouterMetrics
+from pdserve.router.openai import Json, encode_json
+from pdserve.router.requests import GenerateRequest, RequestParser
+from pdserve.router.schemas import (
+    BODIES,
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeChatRequest,
+    TokenizeTextRequest,
+    parse,
+)
+from pdserve.router.served import ServedModel, load_model, version
+from pdserve.router.workers import WorkerPool
+
+TEXT_THREADS = 1
+"""Threads that tokenize and render long prompts."""
+TIMINGS_HEADER = "x-pdserve-timings"
+
+
+class GenerationResponse(Response):
+    """Serves a generation: server-sent events or one JSON body."""
+
+    def __init__(self, generation: Generation, stream: bool) -> None:
+        self._generation = generation
+        self._stream = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            with self._generation as generation:
+                generation.watch(receive)
+                if self._stream:
+                    await generation.stream(send, [])
+                    return
+                answer: Response = JsonResponse(encode_json(await generation.body()))
+        except ClientGone:
+            return
+        except ApiError as error:
+            answer = error_response(error)
+        await answer(scope, receive, send)
+
+
+class Router:
+    """What the routes share: the model, the workers, the parser."""
+
+    def __init__(self, settings: RouterSettings, model: ServedModel) -> None:
+        self.settings = settings
+        self.metrics = RouterMetrics(model.name, model.own_max_len)
+        rng = random.Random(settings.seed)
+        self._executor = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
+        self.pool = WorkerPool(
+            Membership(settings.redis, settings.cluster),
+            secret=settings.secret,
+            name=f"router-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}",
+        )
+        self.model = replace(model, workers_max_len=self.pool.max_model_len)
+        self.parser = RequestParser(
+            self.model,
+            max_logprobs=settings.max_logprobs,
+            trust_templates=settings.trust_request_chat_template,
+            executor=self._executor,
+            rng=rng,
+        )
+        self._dispatcher: Dispatcher | None = None
+
+    @property
+    def dispatcher(self) -> Dispatcher:
+        assert self._dispatcher is not None, "the router has not been started"
+        return self._dispatcher
+
+    async def start(self) -> None:
+        self._dispatcher = Dispatcher(
+            self.pool,
+            timeout_s=self.settings.request_timeout_s,
+            rng=random.Random(self.settings.seed),
+            count_move=self.metrics.retried,
+        )
+        self.metrics.follow(self.pool, self._dispatcher)
+        self.pool.start()
+
+    async def close(self) -> None:
+        await self.pool.close()
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def ready(self) -> bool:
+        return self._dispatcher is not None and self._dispatcher.ready
+
+    async def read(self, request: Request) -> Any:
+        return await read_json(request, self.settings.max_body)
+
+    def admit(self, answers: int) -> None:
+        """Raises Overloaded if that many more answers are too many now, BadRequest if ever."""
+        limit = self.settings.max_queue
+        if answers > limit:
+            raise BadRequest(
+                f"The request asks for {answers} answers (prompts × n); this router generates at "
+                f"most {limit} at once (--max-queue).",
+                param="n",
+            )
+        if self.dispatcher.in_flight + answers > limit:
+            self.metrics.rejected()
+            raise Overloaded(
+                f"The router is busy with {self.dispatcher.in_flight} answers; at most {limit} may "
+                "be in flight (--max-queue). Try again soon."
+            )
+
+    def launch(self, request: Request, parsed: GenerateRequest, received: float) -> Response:
+        """Start generating. Raises ApiError."""
+        self.admit(len(parsed.answers))
+        timings = request.headers.get(TIMINGS_HEADER) == "1"
+        try:
+            generation = Generation(
+                parsed, self.model, self.dispatcher, self.metrics, received, timings
+            )
+        except Exception as error:
+            raise from_exception(error) from error
+        return GenerationResponse(generation, parsed.stream)
+
+    def model_card(self, name: str) -> Json:
+        """One entry of /v1/models."""
+        created = self.model.created
+        return {
+            "id": name,
+            "object": "model",
+            "created": created,
+            "owned_by": "pdserve",
+            "root": self.settings.model or self.model.name,
+            "parent": None,
+            "max_model_len": self.model.max_len,
+            "permission": [
+                {
+                    "id": f"modelperm-{name}",
+                    "object": "model_permission",
+                    "created": created,
+                    "allow_create_engine": False,
+                    "allow_sampling": True,
+                    "allow_logprobs": True,
+                    "allow_search_indices": False,
+                    "allow_view": True,
+                    "allow_fine_tuning": False,
+                    "organization": "*",
+                    "group": None,
+                    "is_blocking": False,
+                }
+            ],
+        }
+
+
+def create_app(settings: RouterSettings) -> FastAPI:
+    """The router as an ASGI application. Reads the model's files at once: raises ModelError, or
+    TemplateError for a bad --chat-template, RedisUnavailable for an unusable Redis URL."""
+    router = Router(settings, load_model(settings))
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await router.start()
+        try:
+            yield
+        finally:
+            await router.close()
+
+    app = FastAPI(
+        title="pdserve", version=version(), root_path=settings.root_path, lifespan=lifespan
+    )
+    app.state.router = router
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=settings.allowed_origins,
+        allow_methods=["*"],
+        allow_headers=["*"],
+    )
+    app.add_middleware(Gate, keys=settings.api_key, count=router.metrics.http)
+    _add_error_handlers(app)
+    _add_generation_routes(app, router)
+    _add_model_routes(app, router)
+    _add_text_routes(app, router)
+    _add_status_routes(app, router)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    @app.exception_handler(ApiError)
+    async def _api_error(_: Request, error: ApiError) -> Response:
+        return error_response(error)
+
+    @app.exception_handler(HTTPException)
+    async def _http_error(request: Request, error: HTTPException) -> Response:
+        known = http_error(error.status_code)
+        if error.status_code == 404:
+            known.message = f"There is no {request.method} {request.url.path:.200} here."
+        elif error.status_code == 405:
+            known.message = f"{request.url.path:.200} does not answer to {request.method}."
+        known.headers.update(error.headers or {})
+        return error_response(known)
+
+
+def _body_of(*kinds: type[Any]) -> Json:
+    """The OpenAPI entry of a route that reads its body itself."""
+    references = [{"$ref": f"#/components/schemas/{kind.__name__}"} for kind in kinds]
+    schema = references[0] if len(references) == 1 else {"anyOf": references}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _add_generation_routes(app: FastAPI, router: Router) -> None:
+    @app.post(
+        "/v1/chat/completions",
+        openapi_extra=_body_of(ChatCompletionRequest),
+        response_class=JsonResponse,
+        summary="Answer a conversation",
+    )
+    async def chat_completions(request: Request) -> Response:
+        received = time.monotonic()
+        router.admit(1)
+        body = parse(ChatCompletionRequest, await router.read(request))
+        parsed = await router.parser.chat(body, request.scope["pdserve.request_id"])
+        return router.launch(request, parsed, received)
+
+    @app.post(
+        "/v1/completions",
+        openapi_extra=_body_of(CompletionRequest),
+        response_class=JsonResponse,
+        summary="Continue a text",
+    )
+    async def completions(request: Request) -> Response:
+        received = time.monotonic()
+        router.admit(1)
+        body = parse(CompletionRequest, await router.read(request))
+        parsed = await router.parser.completion(body, request.scope["pdserve.request_id"])
+        return router.launch(request, parsed, received)
+
+
+def _add_model_routes(app: FastAPI, router: Router) -> None:
+    @app.get("/v1/models", response_class=JsonResponse, summary="The models that can be asked for")
+    async def models() -> Response:
+        names = router.model.names if router.ready else ()
+        return JsonResponse(
+            encode_json({"object": "list", "data": [router.model_card(name) for name in names]})
+        )
+
+    @app.get("/v1/models/{name:path}", response_class=JsonResponse, summary="One model")
+    async def model(name: str) -> Response:
+        if name not in router.model.names:
+            raise NotFound(f"The model `{name:.200}` does not exist.", param="model")
+        if not router.ready:
+            raise Unavailable(router.dispatcher.nobody())
+        return JsonResponse(encode_json(router.model_card(name)))
+
+
+def _add_text_routes(app: FastAPI, router: Router) -> None:
+    @app.post(
+        "/tokenize",
+        openapi_extra=_body_of(TokenizeTextRequest, TokenizeChatRequest),
+        response_class=JsonResponse,
+        summary="Text or a conversation to token ids",
+    )
+    async def tokenize(request: Request) -> Response:
+        content = await router.read(request)
+        tokenizer = router.model.tokenizer
+        body: TokenizeChatRequest | TokenizeTextRequest
+        if isinstance(content, dict) and "messages" in content:
+            body = chat = parse(TokenizeChatRequest, content)
+            router.model.check_name(body.model)
+            refuse(body)
+            prompt = await router.parser.render(chat, dict(chat.chat_template_kwargs or {}))
+            ids = prompt.token_ids
+        else:
+            body = parse(TokenizeTextRequest, content)
+            router.model.check_name(body.model)
+            ids = await router.parser.encode(body.prompt, body.add_special_tokens is not False)
+        strings = tokenizer.token_strings(ids) if body.return_token_strs else None
+        return JsonResponse(
+            encode_json(
+                {
+                    "count": len(ids),
+                    "max_model_len": router.model.max_len,
+                    "tokens": ids,
+                    "token_strs": strings,
+                }
+            )
+        )
+
+    @app.post(
+        "/detokenize",
+        openapi_extra=_body_of(DetokenizeRequest),
+        response_class=JsonResponse,
+        summary="Token ids to text",
+    )
+    async def detokenize(request: Request) -> Response:
+        body = parse(DetokenizeRequest, await router.read(request))
+        router.model.check_name(body.model)
+        text = router.model.tokenizer.tokens.text(body.tokens, False)
+        return JsonResponse(encode_json({"prompt": text}))
+
+
+def _add_status_routes(app: FastAPI, router: Router) -> None:
+    async def health() -> Response:
+        if router.ready:
+            return Response(status_code=200)
+        return error_response(Unavailable(router.dispatcher.nobody()))
+
+    app.add_api_route(
+        "/health", health, methods=["GET"], summary="200 while requests can be served, else 503"
+    )
+    app.add_api_route(
+        "/ping", health, methods=["GET"], summary="The same as /health", operation_id="ping_get"
+    )
+    app.add_api_route(
+        "/ping", health, methods=["POST"], summary="The same as /health", operation_id="ping_post"
+    )
+
+    @app.get("/version", summary="The release")
+    async def show_version() -> Response:
+        return JsonResponse(encode_json({"version": version()}))
+
+    @app.get("/load", summary="Answers in flight at this router")
+    async def load() -> Response:
+        return JsonResponse(encode_json({"server_load": router.dispatcher.in_flight}))
+
+    @app.get("/metrics", summary="Counters and histograms in Prometheus' text format")
+    async def metrics() -> Response:
+        return Response(
+            router.metrics.text(), headers={"content-type": router_metrics.CONTENT_TYPE}
+        )
+
+
+def _openapi(app: FastAPI) -> Json:
+    """FastAPI's document with the bodies that routes read themselves."""
+    if app.openapi_schema is None:
+        document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        _, definitions = models_json_schema(
+            [(body, "validation") for body in BODIES],
+            ref_template="#/components/schemas/{model}",
+        )
+        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+        schemas.update(definitions.get("$defs", {}))
+        app.openapi_schema = document
+    return app.openapi_schema

@@ -1,0 +1,425 @@
+"""The life of one answer over its legs.
+
+    place ──pair──► PREFILL ──first token, ticket──► DECODE ──tokens … finish──► done
+      │                │ worker lost, refused            │ lost, refused, blocks lost
+      │                └──► place again                  └──► moved: prompt + tokens so far are
+      └─colocated──► FULL ──tokens … finish──► done            computed by another worker
+                         └ lost, refused ──► moved
+
+Every leg that fails for a reason that another worker may not have is retried, at most MAX_MOVES
+times in a life; tokens already delivered are never drawn again: they travel with the submission,
+and the generator keyed by (seed, position) goes on where it was. While no worker is there, the
+answer waits for one for up to `patience_s`.
+
+All of this happens in callbacks on the event loop; sends never wait, so neither does any of this,
+and an abort cannot be cancelled half way. What comes out is put into the request's `Mailbox`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Self
+
+import msgspec
+
+from pdserve.protocol.errors import ErrorCode, RequestError, WorkerError
+from pdserve.protocol.messages import LifeEvent, Output, Submit
+from pdserve.protocol.sampling import SamplingParams
+from pdserve.protocol.ticket import KVTicket
+from pdserve.router.placement import choose_decode, choose_path, usable
+from pdserve.router.workers import WorkerLink, WorkerPool, final_error
+
+log = logging.getLogger(__name__)
+
+MAX_MOVES = 4
+"""Legs that may fail under one answer before it does."""
+PATIENCE_S = 10.0
+"""How long an answer waits for a worker after its own were lost."""
+
+RETRYABLE = frozenset(
+    {
+        ErrorCode.OVERLOADED,
+        ErrorCode.STALE_EPOCH,
+        ErrorCode.KV_LOST,
+        ErrorCode.DRAINING,
+        ErrorCode.WORKER_LOST,
+    }
+)
+"""Another worker may do better; everything else is the request's fate anywhere."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerSpec:
+    """One answer to generate."""
+
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    cache_salt: str = ""
+
+
+class Mailbox:
+    """Outputs of a request's answers, for the one task that serves its client.
+
+    However many outputs a step brings, the task wakes up once.
+    """
+
+    __slots__ = ("_items", "_waiter")
+
+    def __init__(self) -> None:
+        self._items: list[tuple[int, Output]] = []
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, index: int, output: Output) -> None:
+        self._items.append((index, output))
+        self.wake()
+
+    def wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def take(self) -> list[tuple[int, Output]]:
+        """Everything that has come, at least one thing unless `wake` was called."""
+        if not self._items:
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        items, self._items = self._items, []
+        return items
+
+
+@dataclass(slots=True, eq=False)
+class AnswerLeg:
+    """One submission to one worker. The link calls `receive` and `lost`."""
+
+    answer: Answer
+    link: WorkerLink
+    request_id: str
+    kind: str
+    """"prefill", "decode" (with a ticket), "full" (prompt in, tokens out) or "moved"."""
+    submitted_at: float
+    events: tuple[LifeEvent, ...] = ()
+    answered: bool = False
+    """The worker has brought at least one output."""
+
+    def receive(self, output: Output) -> None:
+        self.answered = True
+        if output.events:
+            self.events = output.events
+        self.answer.on_output(self, output)
+
+    def lost(self, error: WorkerError) -> None:
+        self.answer.on_failure(self, error)
+
+
+class Answer:
+    """One answer on its way: at most one running leg, at most one prefill leg whose blocks may
+    still lie in its worker's outbox (`_held`)."""
+
+    def __init__(
+        self, dispatcher: Dispatcher, base_id: str, index: int, spec: AnswerSpec,
+        mailbox: Mailbox, deadline: float,
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._base_id = base_id
+        self._index = index
+        self._spec = spec
+        self._mailbox = mailbox
+        self._deadline = deadline
+        self._tokens: list[int] = []
+        self._running: AnswerLeg | None = None
+        self._held: AnswerLeg | None = None
+        self._avoid: set[str] = set()
+        self._moves = 0
+        self._attempts = 0
+        self._prompt_logprobs_sent = spec.sampling.prompt_logprobs is None
+        self.done = False
+        self.legs: list[AnswerLeg] = []
+        """Every leg there was, for those who ask for timings."""
+
+    # from the request
+
+    def start(self) -> None:
+        """Send the first leg. Raises RequestError(NO_WORKER) if nobody can serve it."""
+        if not usable(self._dispatcher.pool.snapshot()):
+            raise RequestError(ErrorCode.NO_WORKER, self._dispatcher.nobody())
+        self.place()
+
+    def end(self) -> None:
+        """The client has what it wanted, or is gone: abort whatever still goes on. Idempotent."""
+        self.done = True
+        self._dispatcher.forget(self)
+        for leg in (self._running, self._held):
+            if leg is not None:
+                leg.link.abort(leg.request_id)
+        self._running = self._held = None
+
+    def fail(self, code: ErrorCode, message: str) -> None:
+        """End with an error that the client sees."""
+        if not self.done:
+            self.end()
+            error = WorkerError(code=code, message=message)
+            self._mailbox.put(self._index, final_error(self._base_id, error))
+
+    # placing
+
+    def place(self) -> None:
+        """Find a worker for what is left to do, or wait for one."""
+        while not self.done:
+            chosen = self._choose()
+            if chosen is None:
+                self._dispatcher.wait_for_workers(self)
+                return
+            link, kind = chosen
+            try:
+                self._submit(link, kind, None)
+                return
+            except RequestError:
+                self._avoid.add(link.worker_id)
+                link.listed = False
+
+    def _choose(self) -> tuple[WorkerLink, str] | None:
+        pool, rng = self._dispatcher.pool, self._dispatcher.rng
+        workers = pool.snapshot()
+        length = len(self._spec.prompt_token_ids) + len(self._tokens)
+        if not self._tokens:
+            path = choose_path(workers, length, rng, self._avoid)
+            if path is not None:
+                link = pool.link(path.first.worker_id)
+                return (link, "prefill" if path.hand_off else "full") if link else None
+            if not self._moves:
+                return None
+        worker = choose_decode(workers, length, rng, avoid=self._avoid)
+        link = pool.link(worker.worker_id) if worker else None
+        return (link, "moved") if link else None
+
+    def _submit(self, link: WorkerLink, kind: str, ticket: KVTicket | None) -> None:
+        """One more leg. Raises RequestError(WORKER_LOST)."""
+        now = time.monotonic()
+        if ticket is None:
+            self._attempts += 1
+        sampling = self._spec.sampling
+        if self._prompt_logprobs_sent and sampling.prompt_logprobs is not None:
+            sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
+        leg = AnswerLeg(self, link, f"{self._base_id}-{self._index}-{self._attempts}", kind, now)
+        message = Submit(
+            request_id=leg.request_id,
+            epoch=link.epoch,
+            prompt_token_ids=self._spec.prompt_token_ids,
+            output_token_ids=list(self._tokens),
+            sampling=sampling,
+            hand_off=kind == "prefill",
+            ticket=ticket,
+            timeout_s=max(0.001, self._deadline - now),
+            cache_salt=self._spec.cache_salt,
+        )
+        link.submit(message, leg)
+        self.legs.append(leg)
+        self._running = leg
+
+    # from the workers
+
+    def on_output(self, leg: AnswerLeg, output: Output) -> None:
+        if self.done or leg is not self._running:
+            return
+        if output.error is not None:
+            self.on_failure(leg, output.error)
+            return
+        if leg.kind == "decode":
+            self._held = None  # it has tokens, so it has the blocks
+        self._tokens.extend(output.token_ids)
+        if output.prompt_logprobs is not None:
+            self._prompt_logprobs_sent = True
+        if output.finish_reason is not None:
+            self.done = True
+            self._running = self._held = None
+        self._mailbox.put(self._index, output)
+        if output.ticket is not None and not self.done:
+            self._running, self._held = None, leg
+            self._hand_over(output.ticket)
+
+    def _hand_over(self, ticket: KVTicket) -> None:
+        """From prefill to decode, on fresh numbers."""
+        pool, length = self._dispatcher.pool, ticket.num_tokens
+        assert self._held is not None
+        fingerprint = self._held.link.fingerprint
+        while True:
+            worker = choose_decode(
+                pool.snapshot(), length, self._dispatcher.rng, fingerprint, self._avoid
+            )
+            link = pool.link(worker.worker_id) if worker else None
+            if link is None:
+                break
+            try:
+                self._submit(link, "decode", ticket)
+                return
+            except RequestError:
+                self._avoid.add(link.worker_id)
+                link.listed = False
+        self._drop_held()
+        self.place()
+
+    def _drop_held(self) -> None:
+        """The blocks in the outbox are of no use any more."""
+        if self._held is not None:
+            self._held.link.abort(self._held.request_id)
+            self._held = None
+
+    def on_failure(self, leg: AnswerLeg, error: WorkerError) -> None:
+        """A leg ended badly: go on elsewhere if that can help."""
+        if self.done or leg is not self._running:
+            return
+        self._running = None
+        self._drop_held()
+        if error.code not in RETRYABLE or self._moves >= MAX_MOVES:
+            self.fail(error.code, error.message)
+            return
+        self._moves += 1
+        self._dispatcher.count_move(leg.kind, error.code)
+        log.warning(
+            "%s: the %s leg on %s ended (%s); going on elsewhere after %d tokens",
+            leg.request_id, leg.kind, leg.link.worker_id, error.message, len(self._tokens),
+        )
+        if error.code is not ErrorCode.KV_LOST:
+            self._avoid.add(leg.link.worker_id)
+        if error.code is ErrorCode.OVERLOADED and not self._others(leg.link.worker_id):
+            self.fail(error.code, error.message)
+            return
+        self.place()
+
+    def _others(self, worker_id: str) -> bool:
+        return usable(
+            [load for load in self._dispatcher.pool.snapshot() if load.worker_id != worker_id]
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """All answers of one HTTP request. Use as a context: leaving it aborts what still runs."""
+
+    answers: list[Answer]
+    mailbox: Mailbox
+    open: int
+    """Answers that have not ended."""
+    timer: asyncio.TimerHandle
+    release: Callable[[], None]
+    gone: bool = field(default=False)
+    """The client has left."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.timer.cancel()
+        for answer in self.answers:
+            if not answer.done:
+                answer.end()
+        self.release()
+
+    def client_left(self) -> None:
+        """Abort everything now, and wake the task that serves the client."""
+        self.gone = True
+        for answer in self.answers:
+            answer.end()
+        self.mailbox.wake()
+
+
+class Dispatcher:
+    """Starts requests on the pool's workers."""
+
+    def __init__(
+        self,
+        pool: WorkerPool,
+        *,
+        timeout_s: float,
+        patience_s: float = PATIENCE_S,
+        rng: random.Random | None = None,
+        count_move: Callable[[str, ErrorCode], None] = lambda kind, code: None,
+    ) -> None:
+        """`timeout_s`: longest life of a request. `count_move(kind of leg, why)` is told of each
+        leg that is retried."""
+        self.pool = pool
+        self.rng = rng or random.Random()
+        self.count_move = count_move
+        self.in_flight = 0
+        """Answers that are being generated."""
+        self._timeout_s = timeout_s
+        self._patience_s = patience_s
+        self._parked: dict[Answer, asyncio.TimerHandle] = {}
+        pool.on_change(self._try_parked)
+
+    @property
+    def ready(self) -> bool:
+        return usable(self.pool.snapshot())
+
+    def launch(self, request_id: str, specs: Sequence[AnswerSpec]) -> Flight:
+        """Send the first legs of all answers. Raises RequestError(NO_WORKER); then none is left.
+
+        `request_id` need not be unique: what workers get is.
+        """
+        mailbox = Mailbox()
+        base_id = f"{request_id}-{secrets.token_hex(4)}"
+        deadline = time.monotonic() + self._timeout_s
+        answers = [
+            Answer(self, base_id, index, spec, mailbox, deadline)
+            for index, spec in enumerate(specs)
+        ]
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(self._timeout_s, self._expire, answers)
+        self.in_flight += len(answers)
+        flight = Flight(answers, mailbox, len(answers), timer, lambda: self._land(len(answers)))
+        try:
+            for answer in answers:
+                answer.start()
+        except BaseException:
+            flight.__exit__()
+            raise
+        return flight
+
+    def nobody(self) -> str:
+        """Why no request can be served, as a sentence."""
+        roles = sorted(link.role for link in self.pool.links if link.placeable)
+        there = ", ".join(roles) or "none"
+        reason = f" ({self.pool.redis_error})" if self.pool.redis_error else ""
+        return (
+            "No workers can serve requests now: at least one prefill and one decode worker, or one "
+            f"colocated worker, must be ready; connected: {there}{reason}. Try again soon."
+        )
+
+    def wait_for_workers(self, answer: Answer) -> None:
+        """Park an answer until a worker comes, but not for ever."""
+        if answer not in self._parked:
+            loop = asyncio.get_running_loop()
+            self._parked[answer] = loop.call_later(self._patience_s, self._give_up, answer)
+
+    def forget(self, answer: Answer) -> None:
+        timer = self._parked.pop(answer, None)
+        if timer is not None:
+            timer.cancel()
+
+    def _try_parked(self) -> None:
+        for answer in list(self._parked):
+            self.forget(answer)
+            answer.place()
+
+    def _give_up(self, answer: Answer) -> None:
+        self._parked.pop(answer, None)
+        answer.fail(ErrorCode.NO_WORKER, self.nobody())
+
+    def _expire(self, answers: list[Answer]) -> None:
+        for answer in answers:
+            answer.fail(
+                ErrorCode.DEADLINE,
+                f"The request was not finished within {self._timeout_s:g} s; ask for fewer tokens, "
+                "or raise --request-timeout.",
+            )
+
+    def _land(self, count: int) -> None:
+        self.in_flight -= count

@@ -1,0 +1,125 @@
+"""What becomes of every request field: the one table behind "nothing accepted is ignored".
+
+- HONOURED: does what its name says.
+- REFUSED: not served (yet); any value but the harmless ones listed is a 400 naming the field.
+- ADVISORY: accepted and without effect here, because it cannot change an answer.
+
+A field that no request model declares is ignored, as in vLLM. A test walks the models and fails for
+a field that is in none of the groups, or in two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+
+from pdserve.router.errors import BadRequest
+
+HONOURED = frozenset(
+    {
+        "model", "messages", "prompt", "tokens", "echo", "n", "seed", "temperature", "top_p",
+        "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
+        "logit_bias", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos",
+        "min_tokens", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs",
+        "prompt_logprobs", "stream", "stream_options", "include_usage", "continuous_usage_stats",
+        "stream_interval", "skip_special_tokens", "truncate_prompt_tokens", "truncation_side",
+        "add_special_tokens", "add_generation_prompt", "continue_final_message", "documents",
+        "chat_template", "chat_template_kwargs", "reasoning_effort", "tools", "tool_choice",
+        "cache_salt", "request_id", "return_token_ids", "return_tokens_as_token_ids",
+        "return_prompt_text", "return_token_strs",
+    }
+)
+
+ADVISORY: dict[str, str] = {
+    "best_of": "removed from the API; old clients still send it",
+    "user": "names the client's user; nothing depends on it",
+    "store": "nothing is stored",
+    "metadata": "kept by nobody",
+    "service_tier": "there is one tier",
+    "prediction": "a hint to draft with; the answer does not depend on it",
+    "verbosity": "a hint to the model family that knows it",
+    "prompt_cache_key": "prefixes are shared by content",
+    "safety_identifier": "names the client's user; nothing depends on it",
+    "parallel_tool_calls": "matters only when tools are called",
+    "include_reasoning": "matters only with a reasoning parser",
+    "priority": "the scheduling policy is first come, first served",
+    "session_id": "there is no session affinity",
+    "spaces_between_special_tokens": "fast tokenizers write no such spaces",
+    "watermarking": "no watermark is configured",
+    "return_mm_kwargs": "meaningful only for /render",
+    "length_penalty": "meaningful only for beam search",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a field is refused, and the values that ask for nothing and pass."""
+
+    reason: str
+    harmless: tuple[Any, ...] = (None,)
+
+
+REFUSED: dict[str, Refusal] = {
+    "suffix": Refusal("suffix is only supported for models with FIM completion rendering"),
+    "prompt_embeds": Refusal("prompt embeddings are not accepted; send text or token ids"),
+    "response_format": Refusal("only response_format of type text is served", (None,)),
+    "structured_outputs": Refusal("constrained outputs are not served"),
+    "guided_json": Refusal("constrained outputs are not served"),
+    "guided_regex": Refusal("constrained outputs are not served"),
+    "guided_choice": Refusal("constrained outputs are not served"),
+    "guided_grammar": Refusal("constrained outputs are not served"),
+    "guided_decoding_backend": Refusal("constrained outputs are not served"),
+    "guided_whitespace_pattern": Refusal("constrained outputs are not served"),
+    "use_beam_search": Refusal("beam search is not served", (None, False)),
+    "allowed_token_ids": Refusal("a list of allowed tokens is not served"),
+    "bad_words": Refusal("a list of forbidden words is not served", (None, [])),
+    "logprob_token_ids": Refusal(
+        "log-probabilities of chosen tokens are not served; use logprobs", (None, [])
+    ),
+    "thinking_token_budget": Refusal("no reasoning parser is configured"),
+    "repetition_detection": Refusal("detection of repetitions is not served"),
+    "kv_transfer_params": Refusal("the router itself moves KV blocks between workers"),
+    "ec_transfer_params": Refusal("there are no encoders to transfer from"),
+    "vllm_xargs": Refusal("there are no plug-ins that could read it", (None, {})),
+    "media_io_kwargs": Refusal("the model reads text only", (None, {})),
+    "mm_processor_kwargs": Refusal("the model reads text only", (None, {})),
+    "modalities": Refusal("answers are text only", (None, [], ["text"])),
+    "audio": Refusal("answers are text only"),
+    "web_search_options": Refusal("there is no web search"),
+    "functions": Refusal("functions were replaced by tools"),
+    "function_call": Refusal("function_call was replaced by tool_choice", (None, "none")),
+    "return_token_offsets": Refusal("token offsets are meaningful only for /render", (None, False)),
+    "routed_experts_prompt_start": Refusal("routed experts are not captured"),
+}
+
+
+def refuse(request: BaseModel) -> None:
+    """Raise BadRequest for the first field that asks for what is not served."""
+    for name in sorted(request.model_fields_set):
+        refusal = REFUSED.get(name)
+        if refusal is None:
+            continue
+        value = getattr(request, name)
+        if name == "response_format":
+            _check_response_format(value)
+        elif not any(_same(value, harmless) for harmless in refusal.harmless):
+            raise BadRequest(
+                f"{name} cannot be used: {refusal.reason} (parameter={name}).", param=name
+            )
+
+
+def _same(value: Any, harmless: Any) -> bool:
+    return type(value) is type(harmless) and value == harmless
+
+
+def _check_response_format(value: Any) -> None:
+    if value is None or (isinstance(value, dict) and value.get("type") == "text"):
+        return
+    kind = value.get("type") if isinstance(value, dict) else value
+    raise BadRequest(
+        f"response_format of type {kind!r:.100} cannot be used: "
+        f"{REFUSED['response_format'].reason}.",
+        param="response_format",
+    )

@@ -1,0 +1,156 @@
+"""The HTTP layer under the routes: reading bodies, keys, request ids, errors."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import http
+import logging
+import re
+import secrets
+import time
+from collections.abc import Callable
+from typing import Any
+
+from starlette._utils import get_route_path
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pdserve.router.errors import ApiError, SchemaError, from_exception
+from pdserve.router.schemas import decode
+
+log = logging.getLogger(__name__)
+
+GUARDED = ("/v1", "/v2", "/inference", "/cohere")
+"""Paths below these need the key."""
+BODY_TIMEOUT_S = 60.0
+"""How long a client may take to send its body."""
+REQUEST_ID = re.compile(r"[!-~]{1,256}")
+"""What a client's X-Request-Id must look like to be used."""
+
+
+class JsonResponse(Response):
+    """Bytes that are JSON already."""
+
+    media_type = "application/json"
+
+
+def error_response(error: ApiError) -> Response:
+    return JsonResponse(error.json(), status_code=error.status, headers=error.headers)
+
+
+def http_error(status: int, message: str = "") -> ApiError:
+    """An error of the HTTP layer itself: 404 and 405 of routing, 408, 413."""
+    phrase = http.HTTPStatus(status).phrase
+    kind = {404: "NotFoundError"}.get(status, phrase)
+    return ApiError(message or phrase, status=status, kind=kind)
+
+
+async def read_json(request: Request, limit: int) -> Any:
+    """The decoded JSON body. Raises SchemaError, or ApiError 413 or 408."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise SchemaError(
+            "1 validation error: Unsupported Media Type: Only 'application/json' is allowed"
+        )
+    return decode(await read_body(request, limit))
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The body, at most `limit` bytes of it."""
+    announced = request.headers.get("content-length", "")
+    if announced.isdigit() and int(announced) > limit:
+        raise _too_long(limit)
+    message = await request.receive()
+    body: bytes = message.get("body", b"")
+    if not message.get("more_body"):
+        if len(body) > limit:
+            raise _too_long(limit)
+        return body
+    parts, size = [body], len(body)
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            while message.get("more_body"):
+                message = await request.receive()
+                parts.append(message.get("body", b""))
+                size += len(parts[-1])
+                if size > limit:
+                    raise _too_long(limit)
+    except TimeoutError:
+        raise http_error(408, f"The body did not arrive within {BODY_TIMEOUT_S:g} s.") from None
+    return b"".join(parts)
+
+
+def _too_long(limit: int) -> ApiError:
+    return http_error(413, f"The body is longer than the limit of {limit} bytes (--max-body).")
+
+
+class Gate:
+    """Outermost layer: request ids, keys, counts, and a JSON answer to whatever went wrong."""
+
+    def __init__(
+        self, app: ASGIApp, keys: tuple[str, ...],
+        count: Callable[[str, str, int, float], None],
+    ) -> None:
+        """`keys`: any of them opens the guarded paths; none: they are open. `count(handler,
+        method, status, seconds)` is told of every request."""
+        self._app = app
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys if key]
+        self._count = count
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.monotonic()
+        given = _header(scope, b"x-request-id")
+        known = given if REQUEST_ID.fullmatch(given) else ""
+        scope["pdserve.request_id"] = known
+        shown = (known or secrets.token_hex(16)).encode()
+        status = 0
+
+        async def send_on(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", shown)]
+            await send(message)
+
+        try:
+            await self._serve(scope, receive, send_on)
+        except Exception as error:
+            if status:
+                raise  # too late to say anything: the server closes the connection
+            if not isinstance(error, ApiError):
+                log.exception("%s %s failed", scope["method"], scope["path"])
+            await error_response(from_exception(error))(scope, receive, send_on)
+        finally:
+            route = scope.get("route")
+            handler = getattr(route, "path", None) or "none"
+            self._count(handler, scope["method"], status, time.monotonic() - started)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._digests and scope["method"] != "OPTIONS" and not self._may_pass(scope):
+            refusal = JsonResponse(b'{"error":"Unauthorized"}', status_code=401)
+            await refusal(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _may_pass(self, scope: Scope) -> bool:
+        if not get_route_path(scope).startswith(GUARDED):
+            return True
+        scheme, _, token = _header(scope, b"authorization").partition(" ")
+        digest = hashlib.sha256(token.strip().encode("latin-1")).digest()
+        matches = [hmac.compare_digest(digest, own) for own in self._digests]
+        return scheme.lower() == "bearer" and any(matches)
+
+
+def _header(scope: Scope, name: bytes) -> str:
+    for key, value in scope["headers"]:
+        if key == name:
+            return str(value.decode("latin-1"))
+    return ""
+
+

@@ -1,0 +1,259 @@
+"""What the router counts, for Prometheus. Names that vLLM's dashboards know begin with `vllm:`;
+those that only a disaggregated cluster has begin with `pdserve:`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    GCCollector,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from pdserve.protocol import events
+from pdserve.protocol.errors import ErrorCode
+from pdserve.protocol.messages import LifeEvent
+from pdserve.router.dispatch import Dispatcher
+from pdserve.router.workers import WorkerPool
+
+FIRST_TOKEN_BUCKETS = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40,
+    80, 160, 640, 2560,
+)
+NEXT_TOKEN_BUCKETS = (
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80,
+)
+REQUEST_BUCKETS = (
+    0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680,
+)
+PHASE_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60)
+
+PHASES = (
+    ("queue", events.QUEUED, events.SCHEDULED),
+    ("prefill", events.SCHEDULED, events.FIRST_TOKEN),
+    ("transfer", events.FETCH_STARTED, events.FETCHED),
+    ("decode", events.FIRST_TOKEN, events.FINISHED),
+)
+"""Phase, the event that begins it, the event that ends it (both of one leg)."""
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+
+def length_buckets(longest: int) -> tuple[float, ...]:
+    """1, 2, 5, 10, … up to `longest` tokens."""
+    found: list[float] = []
+    scale = 1
+    while scale <= longest:
+        found += [scale * step for step in (1, 2, 5) if scale * step <= longest]
+        scale *= 10
+    return tuple(found)
+
+
+class RouterMetrics:
+    """All of one router's metrics, in a registry of its own."""
+
+    def __init__(self, model_name: str, max_len: int) -> None:
+        self.registry = CollectorRegistry()
+        self._labels = {"model_name": model_name, "engine": "0"}
+        lengths = length_buckets(max_len)
+        self._first = self._histogram(
+            "vllm:time_to_first_token_seconds", "Request to first token.", FIRST_TOKEN_BUCKETS
+        )
+        self._next = self._histogram(
+            "vllm:inter_token_latency_seconds", "From one token to the next.", NEXT_TOKEN_BUCKETS
+        )
+        self._per_token = self._histogram(
+            "vllm:request_time_per_output_token_seconds",
+            "A request's mean time per token after the first.", NEXT_TOKEN_BUCKETS,
+        )
+        self._whole = self._histogram(
+            "vllm:e2e_request_latency_seconds", "Request to end of answer.", REQUEST_BUCKETS
+        )
+        self._queue = self._histogram(
+            "vllm:request_queue_time_seconds", "In the queue of the first worker.", REQUEST_BUCKETS
+        )
+        self._prefill = self._histogram(
+            "vllm:request_prefill_time_seconds", "Scheduled to first token.", REQUEST_BUCKETS
+        )
+        self._decode = self._histogram(
+            "vllm:request_decode_time_seconds", "First token to end of answer.", REQUEST_BUCKETS
+        )
+        self._prompt_length = self._histogram(
+            "vllm:request_prompt_tokens", "Length of prompts.", lengths
+        )
+        self._answer_length = self._histogram(
+            "vllm:request_generation_tokens", "Length of answers.", lengths
+        )
+        self._max_tokens = self._histogram(
+            "vllm:request_params_max_tokens", "max_tokens of requests.", lengths
+        )
+        self._n = self._histogram("vllm:request_params_n", "n of requests.", (1, 2, 5, 10, 20))
+        self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens.")
+        self._cached = self._counter("vllm:prompt_tokens_cached", "Prompt tokens from caches.")
+        self._tokens = self._counter("vllm:generation_tokens", "Generated tokens.")
+        self._success = Counter(
+            "vllm:request_success", "Finished answers.",
+            [*self._labels, "finished_reason"], registry=self.registry,
+        )
+        self._rejected = Counter(
+            "vllm:admission_rejections", "Requests refused for load.",
+            ["model_name", "reason"], registry=self.registry,
+        ).labels(model_name, "max_queue")
+        self._moves = Counter(
+            "pdserve:leg_retries", "Legs that failed and went on elsewhere.",
+            ["kind", "reason"], registry=self.registry,
+        )
+        self._phases = Histogram(
+            "pdserve:phase_seconds", "Phases of legs, from the workers' life events.",
+            ["kind", "phase"], buckets=PHASE_BUCKETS, registry=self.registry,
+        )
+        self._http = Counter(
+            "http_requests", "HTTP requests.", ["handler", "method", "status"],
+            registry=self.registry,
+        )
+        self._http_time = Histogram(
+            "http_request_duration_seconds", "Time to serve HTTP requests.",
+            ["handler", "method"], registry=self.registry,
+        )
+        for collector in (ProcessCollector, PlatformCollector, GCCollector):
+            collector(registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
+        metric = Histogram(
+            name, text, list(self._labels), buckets=buckets, registry=self.registry
+        )
+        return metric.labels(**self._labels)
+
+    def _counter(self, name: str, text: str) -> Counter:
+        metric = Counter(name, text, list(self._labels), registry=self.registry)
+        return metric.labels(**self._labels)
+
+    def follow(self, pool: WorkerPool, dispatcher: Dispatcher) -> None:
+        """Also show the workers and the load, read at each scrape."""
+        self.registry.register(_ClusterCollector(pool, dispatcher, self._labels))
+
+    def text(self) -> bytes:
+        """Everything in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    # what happened
+
+    def first_token(self, seconds: float) -> None:
+        self._first.observe(seconds)
+
+    def next_token(self, seconds: float) -> None:
+        self._next.observe(seconds)
+
+    def rejected(self) -> None:
+        self._rejected.inc()
+
+    def retried(self, kind: str, code: ErrorCode) -> None:
+        self._moves.labels(kind, code.value).inc()
+
+    def finished(self, reason: str) -> None:
+        self._success.labels(**self._labels, finished_reason=reason).inc()
+
+    def http(self, handler: str, method: str, status: int, seconds: float) -> None:
+        self._http.labels(handler, method, f"{status // 100}xx").inc()
+        self._http_time.labels(handler, method).observe(seconds)
+
+    def request(
+        self, *, elapsed: float, to_first: float, prompt_tokens: Sequence[int],
+        answers: Sequence[tuple[str, int]], max_tokens: Iterable[int], cached_tokens: int,
+    ) -> None:
+        """A request was served. `answers`: (finish reason, tokens) of each."""
+        self._whole.observe(elapsed)
+        self._n.observe(len(answers) / len(prompt_tokens))
+        self._cached.inc(cached_tokens)
+        for length in prompt_tokens:
+            self._prompt_tokens.inc(length)
+            self._prompt_length.observe(length)
+        for count in max_tokens:
+            self._max_tokens.observe(count)
+        for reason, count in answers:
+            self._tokens.inc(count)
+            self._answer_length.observe(count)
+            if reason:
+                self.finished(reason)
+            if count > 1:
+                self._per_token.observe((elapsed - to_first) / (count - 1))
+
+    def leg(self, kind: str, happened: Sequence[LifeEvent]) -> None:
+        """A leg ended; its worker said what happened when."""
+        at = {event.name: event.at_s for event in happened}
+        for phase, begin, end in PHASES:
+            if begin in at and end in at:
+                self._phases.labels(kind, phase).observe(at[end] - at[begin])
+        if kind in ("prefill", "full") and events.FIRST_TOKEN in at and events.SCHEDULED in at:
+            self._queue.observe(at[events.SCHEDULED] - at.get(events.QUEUED, 0.0))
+            self._prefill.observe(at[events.FIRST_TOKEN] - at[events.SCHEDULED])
+        if kind != "prefill" and events.FINISHED in at:
+            begin_s = at.get(events.FIRST_TOKEN, at.get(events.SCHEDULED, 0.0))
+            self._decode.observe(at[events.FINISHED] - begin_s)
+
+
+class _ClusterCollector(Collector):
+    """Gauges that are read off the pool when somebody scrapes."""
+
+    def __init__(
+        self, pool: WorkerPool, dispatcher: Dispatcher, labels: dict[str, str]
+    ) -> None:
+        self._pool = pool
+        self._dispatcher = dispatcher
+        self._labels = labels
+
+    def collect(self) -> Iterable[Metric]:
+        statuses = [
+            (link, link.status) for link in self._pool.links if link.status is not None
+        ]
+        yield self._gauge(
+            "vllm:num_requests_running", "Requests in prefill or decode on all workers.",
+            sum(status.running + status.fetching for _, status in statuses),
+        )
+        yield self._gauge(
+            "vllm:num_requests_waiting", "Requests waiting on all workers.",
+            sum(status.waiting for _, status in statuses),
+        )
+        total = sum(status.blocks_total for _, status in statuses)
+        free = sum(status.blocks_free + status.blocks_cached for _, status in statuses)
+        yield self._gauge(
+            "vllm:kv_cache_usage_perc", "Share of all KV blocks in use, 0 to 1.",
+            1 - free / total if total else 0.0,
+        )
+        yield self._gauge(
+            "pdserve:answers_in_flight", "Answers that this router is generating.",
+            self._dispatcher.in_flight,
+        )
+        yield self._gauge(
+            "pdserve:redis_up", "Whether Redis answered the last time.",
+            float(self._pool.redis_error is None),
+        )
+        names = ["worker", "role"]
+        up = GaugeMetricFamily("pdserve:worker_up", "Connected workers.", labels=names)
+        usage = GaugeMetricFamily(
+            "pdserve:worker_kv_usage", "Share of the worker's KV blocks in use.", labels=names
+        )
+        queued = GaugeMetricFamily(
+            "pdserve:worker_queued_tokens", "Prompt tokens not yet computed.", labels=names
+        )
+        for link in self._pool.links:
+            up.add_metric([link.worker_id, link.role.value], float(link.placeable))
+        for link, status in statuses:
+            key = [link.worker_id, link.role.value]
+            used = status.blocks_total - status.blocks_free - status.blocks_cached
+            usage.add_metric(key, used / status.blocks_total if status.blocks_total else 0.0)
+            queued.add_metric(key, status.queued_tokens)
+        yield from (up, usage, queued)
+
+    def _gauge(self, name: str, text: str, value: float) -> Metric:
+        family = GaugeMetricFamily(name, text, labels=list(self._labels))
+        family.add_metric(list(self._labels.values()), value)
+        return family

@@ -1,0 +1,118 @@
+"""One answer's text, growing: tokens in, deltas out.
+
+Tokens are taken one at a time, so the result does not depend on how they were grouped on the way:
+what is streamed, joined, is what is not streamed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pdserve.protocol.messages import FinishReason, Output, PositionLogprobs
+from pdserve.protocol.sampling import SamplingParams
+from pdserve.router.detokenize import TokenText
+from pdserve.router.requests import TextOptions
+from pdserve.router.stops import StopScanner
+
+
+@dataclass(slots=True)
+class Delta:
+    """What is new in an answer since the last delta."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[PositionLogprobs] = field(default_factory=list)
+    """One per token, if asked for."""
+    offsets: list[int] = field(default_factory=list)
+    """Characters of the answer before each token, if logprobs were asked for."""
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+class AnswerText:
+    """Feeds outputs of the workers through detokenizer and stop strings."""
+
+    def __init__(
+        self, tokens: TokenText, prompt: list[int], sampling: SamplingParams, options: TextOptions
+    ) -> None:
+        self._detokenizer = tokens.detokenizer(prompt, options.skip_special_tokens)
+        self._scanner = StopScanner(options.stops, options.include_stop)
+        self._ending = sampling.ending_token_ids
+        self._include_stop = options.include_stop
+        self._scan_after = sampling.min_tokens if options.stops else 0
+        """Stop strings are looked for only behind so many tokens."""
+        self._with_logprobs = sampling.logprobs is not None
+        self._chars = 0
+        self._delta = Delta()
+        self.count = 0
+        """Tokens of the answer."""
+        self.finished = False
+        self.finish_reason = ""
+        self.cached_tokens: int | None = None
+        self.prompt_logprobs: list[PositionLogprobs | None] | None = None
+
+    def feed(self, output: Output) -> None:
+        """Take one output. After a stop string nothing more counts."""
+        if output.cached_tokens is not None and self.cached_tokens is None:
+            self.cached_tokens = output.cached_tokens
+        if output.prompt_logprobs is not None:
+            self.prompt_logprobs = output.prompt_logprobs
+        token_ids, logprobs = output.token_ids, output.logprobs
+        stopped = output.finish_reason is FinishReason.STOP
+        for place, token_id in enumerate(token_ids):
+            ends = stopped and place == len(token_ids) - 1 and token_id in self._ending
+            self._add(token_id, logprobs[place] if logprobs else None, ends)
+            if self.finished:
+                return
+        if output.finish_reason is not None:
+            self._finish(output.finish_reason.value, output.stop_token_id)
+
+    def _add(self, token_id: int, logprobs: PositionLogprobs | None, ends: bool) -> None:
+        self.count += 1
+        delta = self._delta
+        delta.token_ids.append(token_id)
+        if logprobs is not None and self._with_logprobs:
+            delta.logprobs.append(logprobs)
+            delta.offsets.append(self._chars)
+        if ends and not self._include_stop:
+            return  # the token that ends an answer is counted, its text is not shown
+        text = self._detokenizer.add(token_id)
+        if text:
+            self._pass_on(text)
+
+    def _pass_on(self, text: str) -> None:
+        self._chars += len(text)
+        if self.count <= self._scan_after:
+            self._delta.text += text
+            return
+        free, match = self._scanner.feed(text)
+        self._delta.text += free
+        if match is not None:
+            self._end("stop", match)
+
+    def _finish(self, reason: str, stop_token_id: int | None) -> None:
+        rest = self._detokenizer.finish()
+        if rest:
+            self._pass_on(rest)
+        if not self.finished:
+            self._delta.text += self._scanner.flush()
+            self._end(reason, stop_token_id)
+
+    def _end(self, reason: str, stop_reason: int | str | None) -> None:
+        self.finished = True
+        self.finish_reason = reason
+        self._delta.finish_reason = reason
+        self._delta.stop_reason = stop_reason
+
+    def pending(self) -> int:
+        """Tokens in the delta so far."""
+        return len(self._delta.token_ids)
+
+    def take(self) -> Delta | None:
+        """The delta, if it has text or ends the answer: tokens wait for the text they are part
+        of."""
+        delta = self._delta
+        if not delta.text and delta.finish_reason is None:
+            return None
+        self._delta = Delta()
+        return delta

@@ -1,0 +1,210 @@
+"""The request bodies as clients write them. What they mean is decided in `requests.py`.
+
+Every optional field may be null. Types are checked here, ranges and combinations there. Fields that
+are refused are declared too (as Any), so that `fields.refuse` can name them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pdserve.router.errors import SchemaError, schema_error
+
+Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+MAX_STOPS = 4
+MAX_PROMPTS = 1024
+
+StopList = Annotated[list[str], Field(max_length=MAX_STOPS)]
+Object = dict[str, Any]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+
+class StreamOptions(_Body):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class SamplingFields(_Body):
+    """What completions and chat have in common."""
+
+    model: str | None = None
+    n: Int64 | None = None
+    temperature: Finite | None = None
+    top_p: Finite | None = None
+    top_k: Int64 | None = None
+    min_p: Finite | None = None
+    presence_penalty: Finite | None = None
+    frequency_penalty: Finite | None = None
+    repetition_penalty: Finite | None = None
+    logit_bias: dict[str, Finite] | None = None
+    seed: Int64 | None = None
+    stop: str | StopList | None = None
+    stop_token_ids: list[Int64] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    min_tokens: Int64 | None = None
+    max_tokens: Int64 | None = None
+    prompt_logprobs: Int64 | None = None
+    skip_special_tokens: bool | None = None
+    truncate_prompt_tokens: Int64 | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    echo: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    stream_interval: Int64 | None = None
+    add_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    request_id: str | None = None
+    cache_salt: str | None = None
+
+    # advisory
+    user: Any = None
+    store: Any = None
+    metadata: Any = None
+    service_tier: Any = None
+    priority: Int64 | None = None
+    session_id: Any = None
+    spaces_between_special_tokens: bool | None = None
+    watermarking: bool | None = None
+    length_penalty: Finite | None = None
+    return_mm_kwargs: bool | None = None
+
+    # refused
+    response_format: Any = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    guided_decoding_backend: Any = None
+    guided_whitespace_pattern: Any = None
+    use_beam_search: Any = None
+    allowed_token_ids: Any = None
+    bad_words: Any = None
+    logprob_token_ids: Any = None
+    thinking_token_budget: Any = None
+    repetition_detection: Any = None
+    kv_transfer_params: Any = None
+    ec_transfer_params: Any = None
+    vllm_xargs: Any = None
+    return_token_offsets: Any = None
+    routed_experts_prompt_start: Any = None
+
+
+class CompletionRequest(SamplingFields):
+    prompt: str | list[TokenId] | list[str] | list[list[TokenId]] | None = None
+    logprobs: Int64 | None = None
+    best_of: Int64 | None = None
+
+    # refused
+    suffix: Any = None
+    prompt_embeds: Any = None
+
+
+class ChatFields(_Body):
+    """The conversation, for chat and for /tokenize."""
+
+    model: str | None = None
+    messages: list[Object]
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: Object | None = None
+    tools: list[Object] | None = None
+    documents: list[Object] | None = None
+
+    # refused
+    media_io_kwargs: Any = None
+    mm_processor_kwargs: Any = None
+
+
+class ChatCompletionRequest(ChatFields, SamplingFields):
+    logprobs: bool | None = None
+    top_logprobs: Int64 | None = None
+    max_completion_tokens: Int64 | None = None
+    tool_choice: str | Object | None = None
+    reasoning_effort: (
+        Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None
+    ) = None
+    return_prompt_text: bool | None = None
+
+    # advisory
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
+    prediction: Any = None
+    verbosity: Any = None
+    prompt_cache_key: Any = None
+    safety_identifier: Any = None
+
+    # refused
+    modalities: Any = None
+    audio: Any = None
+    web_search_options: Any = None
+    functions: Any = None
+    function_call: Any = None
+
+
+class TokenizeTextRequest(_Body):
+    model: str | None = None
+    prompt: str
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class TokenizeChatRequest(ChatFields):
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(_Body):
+    model: str | None = None
+    tokens: list[TokenId]
+
+
+BODIES: tuple[type[_Body], ...] = (
+    CompletionRequest,
+    ChatCompletionRequest,
+    TokenizeTextRequest,
+    TokenizeChatRequest,
+    DetokenizeRequest,
+)
+"""Every request model there is."""
+
+Body = TypeVar("Body", bound=_Body)
+
+_JSON = msgspec.json.Decoder()
+
+
+def decode(body: bytes) -> Any:
+    """Strict JSON: no NaN, no lone surrogates, bounded nesting. Raises SchemaError."""
+    try:
+        return _JSON.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        place = str(error).rpartition("(byte ")[2].rstrip(")")
+        offset = place if place.isdigit() else "0"
+        raise SchemaError(
+            "1 validation error:\n"
+            f"  {{'type': 'json_invalid', 'loc': ('body', {offset}), "
+            f"'msg': 'JSON decode error', 'ctx': {{'error': {str(error)!r:.300}}}}}",
+            param=f"body.{offset}",
+        ) from None
+
+
+def parse(kind: type[Body], content: Any) -> Body:
+    """Decoded JSON as a request. Raises SchemaError."""
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        raise schema_error(
+            error.errors(include_url=False, include_context=False)  # type: ignore[arg-type]
+        ) from None

@@ -1,0 +1,139 @@
+"""The model as the router serves it: its names, tokenizer, template, defaults and limits."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pdserve.cluster.model_files import ModelError, read_json, resolve_model
+from pdserve.cluster.settings import RouterSettings
+from pdserve.router.chat import ChatTemplate, find_template
+from pdserve.router.errors import NotFound
+from pdserve.router.sampling import Defaults
+from pdserve.router.tokenizer import TextTokenizer, load_tokenizer
+
+DEFAULT_MODEL_LEN = 2048
+"""For a config.json that says nothing."""
+
+
+def version() -> str:
+    """The release of this installation."""
+    try:
+        return importlib.metadata.version("pdserve")
+    except importlib.metadata.PackageNotFoundError:
+        return "0+source"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedModel:
+    """Everything about the model that a request is checked against."""
+
+    names: tuple[str, ...]
+    """The first one is put into answers."""
+    folder: Path
+    tokenizer: TextTokenizer
+    template: ChatTemplate | None
+    """None: the model has no chat template, and chat requests are refused."""
+    template_kwargs: dict[str, Any]
+    defaults: Defaults
+    eos_token_ids: tuple[int, ...]
+    vocab_size: int
+    own_max_len: int
+    workers_max_len: Callable[[], int | None] = lambda: None
+    """What all connected workers accept, in tokens."""
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def max_len(self) -> int:
+        """Longest prompt and answer together, in tokens, here and on every worker."""
+        workers = self.workers_max_len()
+        return self.own_max_len if workers is None else min(self.own_max_len, workers)
+
+    @property
+    def fingerprint(self) -> str:
+        """`system_fingerprint` of answers: changes with the release and the model."""
+        digest = hashlib.sha256(repr((self.names, self.vocab_size, self.own_max_len)).encode())
+        return f"pdserve-{version()}-{digest.hexdigest()[:8]}"
+
+    def check_name(self, name: str | None) -> None:
+        """Raises NotFound for a model that is not served. None and "" mean the default one."""
+        if name and name not in self.names:
+            raise NotFound(
+                f"The model `{name:.200}` does not exist. Valid aliases: {', '.join(self.names)}.",
+                param="model",
+            )
+
+
+def load_model(settings: RouterSettings) -> ServedModel:
+    """Read everything that the router needs of the model's folder. Raises ModelError, and
+    TemplateError for a bad --chat-template."""
+    folder = resolve_model(settings.model)
+    config = read_json(folder / "config.json")
+    text_config = config.get("text_config") or config
+    tokenizer = load_tokenizer(folder)
+    generation = _generation_config(settings.generation_config, folder)
+    source = find_template(settings.chat_template, tokenizer.templates)
+    default_name = settings.model or "demo"
+    model_len = int(text_config.get("max_position_embeddings") or DEFAULT_MODEL_LEN)
+    return ServedModel(
+        names=settings.served_model_name or (default_name,),
+        folder=folder,
+        tokenizer=tokenizer,
+        template=ChatTemplate(source, settings.chat_template_content_format) if source else None,
+        template_kwargs=_template_kwargs(settings.default_chat_template_kwargs),
+        defaults=Defaults.from_generation_config(generation),
+        eos_token_ids=_eos_ids(generation, config, text_config, tokenizer),
+        vocab_size=int(text_config.get("vocab_size") or tokenizer.size),
+        own_max_len=min(settings.max_model_len or model_len, model_len),
+    )
+
+
+def _generation_config(option: str, folder: Path) -> dict[str, Any]:
+    """What `--generation-config` stands for."""
+    if option == "neutral":
+        return {}
+    path = folder if option == "auto" else Path(option).expanduser()
+    if path.is_dir():
+        path = path / "generation_config.json"
+    if option == "auto" and not path.is_file():
+        return {}
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} must hold a JSON object.")
+    return content
+
+
+def _template_kwargs(text: str) -> dict[str, Any]:
+    try:
+        kwargs = json.loads(text) if text else {}
+    except ValueError as error:
+        raise ModelError(f"--default-chat-template-kwargs is not valid JSON: {error}.") from None
+    if not isinstance(kwargs, dict):
+        raise ModelError("--default-chat-template-kwargs must be a JSON object.")
+    return kwargs
+
+
+def _eos_ids(
+    generation: dict[str, Any], config: dict[str, Any], text_config: dict[str, Any],
+    tokenizer: TextTokenizer,
+) -> tuple[int, ...]:
+    """generation_config's, else config's; and always the tokenizer's."""
+    found: list[int] = []
+    for source in (generation, config, text_config):
+        value = source.get("eos_token_id")
+        if value is not None:
+            found = [value] if isinstance(value, int) else list(value)
+            break
+    if tokenizer.eos_id is not None:
+        found.append(tokenizer.eos_id)
+    return tuple(dict.fromkeys(found))
