@@ -238,6 +238,12 @@ class UpSettings:
         "Redis to use: redis://[:PASSWORD@]HOST:PORT[/DB]",
         shown="a private one that is started and stopped with the cluster",
     )
+    start_timeout_s: float = option(
+        1800.0,
+        "Longest time until the cluster is ready, weights loaded",
+        parse=seconds(1.0),
+        unit="seconds",
+    )
     log_dir: str = option(
         "", "Folder for the log files", shown="a temporary one, removed at the end"
     )
