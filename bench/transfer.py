@@ -131,45 +131,58 @@ def _memcpy(target: np.ndarray, source: np.ndarray) -> float:
     return time.perf_counter() - start
 
 
+def _row(
+    name: str,
+    orders: Connection,
+    sink: TransferSink,
+    count: int,
+    nbytes: int,
+    limit: float,
+    s: float,
+) -> str:
+    taken = _times(s, lambda: _hand_over(orders, sink, count))
+    best, middle = min(taken), statistics.median(taken)
+    return (
+        f"{name:10}{nbytes / 2**20:9.2f}{middle * 1e3:10.3f}{best * 1e3:10.3f}"
+        f"{nbytes / best / 1e9:8.2f}{nbytes / limit / 1e9:8.2f}{limit / best:8.0%}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--block-kib", type=int, default=64, help="KiB per block (default 64)")
     parser.add_argument("--seconds", type=float, default=1.0, help="per line (default 1 s)")
     parser.add_argument("--max-mib", type=int, default=256, help="largest size (default 256 MiB)")
     options = parser.parse_args()
-    block_nbytes = options.block_kib * 2**10
+    block_nbytes, seconds = options.block_kib * 2**10, options.seconds
     num_blocks = max(1, options.max_mib * 2**20 // block_nbytes)
-    sizes = [count for count in (1, 4, 16, 64, 256, 1024) if count < num_blocks] + [num_blocks]
+    counts = [count for count in (1, 4, 16, 64, 256, 1024) if count < num_blocks] + [num_blocks]
     secret = secrets.token_hex(16)
     memory, other = HostMemory(num_blocks, block_nbytes), HostMemory(num_blocks, block_nbytes)
     mine, source = Spans(memory).span(0, num_blocks), Spans(other).span(0, num_blocks)
     source[:] = 7
-    print(f"blocks of {options.block_kib} KiB, one hand-over at a time, source in its own process")
-    print(
-        f"{'transport':10}{'MiB':>9}{'p50 ms':>10}{'best ms':>10}{'GB/s':>8}{'limit':>8}{'share':>8}"
-    )
-    with _started(num_blocks, block_nbytes, secret) as (orders, port):
-        bare = socket.create_connection(("127.0.0.1", port))
-        for transport in ("shm", "tcp"):
+
+    def limit(transport: str, nbytes: int, bare: socket.socket) -> float:
+        part = mine[:nbytes]
+        if transport == "shm":
+            return min(_times(seconds / 2, lambda: _memcpy(part, source[:nbytes])))
+        return min(_times(seconds / 2, lambda: _bare(bare, part.data)))
+
+    print(f"Blocks of {options.block_kib} KiB, one hand-over at a time, source in its own process.")
+    heads = ("MiB", 9), ("p50 ms", 10), ("best ms", 10), ("GB/s", 8), ("limit", 8), ("share", 8)
+    print("transport " + "".join(f"{text:>{width}}" for text, width in heads))
+    with (
+        _started(num_blocks, block_nbytes, secret) as (orders, port),
+        socket.create_connection(("127.0.0.1", port)) as bare,
+    ):
+        for name in ("shm", "tcp"):
             with TransferSink(
-                memory, FINGERPRINT, name="sink", secret=secret, transport=transport
+                memory, FINGERPRINT, name="sink", secret=secret, transport=name
             ) as sink:
-                for count in sizes:
-                    part = mine[: count * block_nbytes]
-                    if transport == "shm":
-                        limit = min(
-                            _times(options.seconds / 2, lambda: _memcpy(part, source[: len(part)]))
-                        )
-                    else:
-                        limit = min(_times(options.seconds / 2, lambda: _bare(bare, part.data)))
-                    taken = _times(options.seconds, lambda: _hand_over(orders, sink, count))
-                    best, nbytes = min(taken), count * block_nbytes
-                    print(
-                        f"{transport:10}{nbytes / 2**20:9.2f}{statistics.median(taken) * 1e3:10.3f}"
-                        f"{best * 1e3:10.3f}{nbytes / best / 1e9:8.2f}{nbytes / limit / 1e9:8.2f}"
-                        f"{limit / best:8.0%}"
-                    )
-        bare.close()
+                for count in counts:
+                    nbytes = count * block_nbytes
+                    best = limit(name, nbytes, bare)
+                    print(_row(name, orders, sink, count, nbytes, best, seconds), flush=True)
     memory.close()
     other.close()
 

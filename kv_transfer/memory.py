@@ -51,7 +51,7 @@ class BlockMemory(Protocol):
 
     @property
     def path(self) -> str:
-        """ "/proc/<pid>/fd/<n>" of a memfd laid out as drawn above; "" if other processes cannot map it."""
+        """/proc/<pid>/fd/<n> of a memfd laid out as drawn above, or "" if nobody can map it."""
 
     @property
     def nonce(self) -> bytes:

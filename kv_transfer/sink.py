@@ -22,7 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import xxhash
 
@@ -273,7 +273,7 @@ class TransferSink:
             self._report(job, job.wanted, "The transfer was closed.")
         self._lines.close()
 
-    def __enter__(self) -> TransferSink:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,0 +1,26 @@
+"""Fixtures of the transfer tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from transfer_rig import FINGERPRINT, Rig, open_sockets, transfer_threads
+
+from pdserve.protocol.ticket import LayoutFingerprint
+
+
+@pytest.fixture
+def fingerprint() -> LayoutFingerprint:
+    return FINGERPRINT
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    """Fails the test if it leaves a socket or a thread behind."""
+    before = open_sockets()
+    rig = Rig()
+    yield rig
+    rig.close()
+    assert transfer_threads() == []
+    assert open_sockets() - before == set()

@@ -1,0 +1,271 @@
+"""The outbox alone: a fake clock, no sockets, no threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+import pytest
+
+from pdserve.kv_transfer.outbox import Outbox, Refusal, TicketState
+from pdserve.protocol.ticket import KVTicket, LayoutFingerprint
+from pdserve.protocol.transfer import Fetch, Outcome
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def returned() -> list[tuple[str, str]]:
+    return []
+
+
+@pytest.fixture
+def outbox(fingerprint: LayoutFingerprint, clock: Clock, returned: list[tuple[str, str]]) -> Outbox:
+    return Outbox(
+        worker_id="p",
+        epoch=3,
+        host="h",
+        port=1,
+        transports=("tcp",),
+        fingerprint=fingerprint,
+        lease_s=10.0,
+        on_returned=lambda ticket, ending: returned.append((ticket.request_id, ending)),
+        clock=clock,
+    )
+
+
+def offer(outbox: Outbox, request_id: str = "r", blocks: int = 3) -> KVTicket:
+    return outbox.offer(request_id, list(range(10, 10 + blocks)), 16 * blocks, [b"h"] * blocks)
+
+
+def ask(ticket: KVTicket, *wanted: int) -> Fetch:
+    return Fetch(
+        ticket_id=ticket.ticket_id,
+        request_id=ticket.request_id,
+        epoch=ticket.epoch,
+        fingerprint=ticket.fingerprint,
+        transport="tcp",
+        wanted=wanted or (0,),
+        host_id="",
+    )
+
+
+def release(outbox: Outbox, ticket: KVTicket, reader: str = "d", epoch: int = 3) -> bool:
+    return outbox.release(ticket.ticket_id, epoch, Outcome.COMMITTED, reader)
+
+
+def test_ticket_says_what_was_offered(outbox: Outbox, fingerprint: LayoutFingerprint) -> None:
+    ticket = outbox.offer("r", [5, 9], 20, [b"h" * 16])
+    assert (ticket.num_tokens, ticket.num_blocks, ticket.block_hashes) == (20, 2, (b"h" * 16,))
+    assert (ticket.source, ticket.epoch, ticket.host, ticket.port) == ("p", 3, "h", 1)
+    assert (ticket.fingerprint, ticket.lease_s) == (fingerprint, 10.0)
+    assert outbox.begin(ask(ticket, 1)).block_ids == (9,)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "tokens", "hashes", "says"),
+    [
+        ([1], 17, [b"h"], "do not fill 1 blocks"),
+        ([1, 2], 16, [b"h"], "do not fill 2 blocks"),
+        ([], 0, [], "do not fill"),
+        ([1, 2], 17, [], "0 hashes"),
+        ([1, 1], 32, [b"h", b"h"], "twice"),
+    ],
+)
+def test_contradictory_offers_are_refused(
+    outbox: Outbox, blocks: list[int], tokens: int, hashes: list[bytes], says: str
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        outbox.offer("r", blocks, tokens, hashes)
+    assert outbox.counters().held_blocks == 0
+
+
+def test_a_request_is_offered_once_at_a_time(outbox: Outbox) -> None:
+    offer(outbox)
+    with pytest.raises(ValueError, match="already"):
+        offer(outbox)
+    outbox.withdraw("r")
+    offer(outbox)
+
+
+def test_release_returns_once_and_answers_its_reader_again(
+    outbox: Outbox, returned: list[tuple[str, str]]
+) -> None:
+    ticket = offer(outbox)
+    assert outbox.counters().held_blocks == 3
+    assert release(outbox, ticket)
+    assert release(outbox, ticket)
+    assert not release(outbox, ticket, reader="another")
+    assert returned == [("r", "committed")]
+    assert outbox.counters().held_blocks == 0
+    assert outbox.state(ticket.ticket_id) is TicketState.RETURNED
+
+
+def test_withdraw_waits_for_the_reader(outbox: Outbox, returned: list[tuple[str, str]]) -> None:
+    ticket = offer(outbox)
+    first, second = outbox.begin(ask(ticket)), outbox.begin(ask(ticket, 1, 2))
+    assert outbox.state(ticket.ticket_id) is TicketState.SENDING
+    outbox.withdraw("r")
+    assert first.stopped
+    assert outbox.state(ticket.ticket_id) is TicketState.ENDING
+    with pytest.raises(Refusal, match="released or expired"):
+        outbox.begin(ask(ticket))
+    outbox.end(first)
+    assert returned == []
+    outbox.end(second)
+    assert returned == [("r", "withdrawn")]
+    assert not release(outbox, ticket)
+    outbox.withdraw("r")
+    assert returned == [("r", "withdrawn")]
+
+
+def test_expiry_waits_for_the_reader_but_does_not_stop_it(
+    outbox: Outbox, clock: Clock, returned: list[tuple[str, str]]
+) -> None:
+    ticket = offer(outbox)
+    read = outbox.begin(ask(ticket))
+    clock.now += 10
+    assert outbox.expire() is None
+    assert not read.stopped
+    assert returned == []
+    outbox.end(read)
+    assert returned == [("r", "expired")]
+
+
+def test_expire_names_the_next_deadline(
+    outbox: Outbox, clock: Clock, returned: list[tuple[str, str]]
+) -> None:
+    assert outbox.expire() is None
+    offer(outbox, "a")
+    clock.now += 4
+    offer(outbox, "b")
+    assert outbox.expire() == 110.0
+    clock.now = 110.0
+    assert outbox.expire() == 114.0
+    assert returned == [("a", "expired")]
+
+
+@pytest.mark.parametrize("late", ["begin", "renew", "release"])
+def test_a_lease_is_over_on_time_even_if_nobody_swept(
+    outbox: Outbox, clock: Clock, returned: list[tuple[str, str]], late: str
+) -> None:
+    ticket = offer(outbox)
+    clock.now += 10
+    if late == "begin":
+        with pytest.raises(Refusal):
+            outbox.begin(ask(ticket))
+    elif late == "renew":
+        assert not outbox.renew(ticket.ticket_id, 3)
+    else:
+        assert not release(outbox, ticket)
+    assert returned == [("r", "expired")]
+
+
+def test_renewal_starts_the_lease_anew(
+    outbox: Outbox, clock: Clock, returned: list[tuple[str, str]]
+) -> None:
+    ticket = offer(outbox)
+    clock.now += 9
+    assert outbox.renew(ticket.ticket_id, 3)
+    clock.now += 9
+    assert outbox.expire() == 119.0
+    assert returned == []
+
+
+def test_another_epoch_is_refused_everywhere(
+    outbox: Outbox, returned: list[tuple[str, str]]
+) -> None:
+    ticket = offer(outbox)
+    with pytest.raises(Refusal, match=r"epoch 2; p is in epoch 3"):
+        outbox.begin(msgspec.structs.replace(ask(ticket), epoch=2))
+    assert not outbox.renew(ticket.ticket_id, 2)
+    assert not release(outbox, ticket, epoch=2)
+    assert returned == []
+
+
+def _other(field: str, value: object) -> Callable[[LayoutFingerprint], LayoutFingerprint]:
+    return lambda fingerprint: msgspec.structs.replace(fingerprint, **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"fingerprint": _other("dtype", "float16")}, "differ in dtype: 'float32' here"),
+        ({"request_id": "another"}, "another request"),
+        ({"ticket_id": "unknown"}, "unknown"),
+        ({"wanted": ()}, "at least one"),
+        ({"wanted": (1, 1)}, "ascending"),
+        ({"wanted": (2, 0)}, "ascending"),
+        ({"wanted": (0, 3)}, "below 3"),
+        ({"wanted": (-1,)}, "ascending"),
+    ],
+)
+def test_wrong_fetches_are_refused_with_a_sentence(
+    outbox: Outbox, change: dict[str, object], says: str
+) -> None:
+    ticket = offer(outbox)
+    fetch = ask(ticket)
+    if callable(make := change.get("fingerprint")):
+        change = {"fingerprint": make(fetch.fingerprint)}
+    with pytest.raises(Refusal, match=says):
+        outbox.begin(msgspec.structs.replace(fetch, **change))
+    assert outbox.state(ticket.ticket_id) is TicketState.READY
+
+
+def test_close_returns_everything_and_takes_nothing_more(
+    outbox: Outbox, returned: list[tuple[str, str]]
+) -> None:
+    ticket = offer(outbox, "read")
+    offer(outbox, "idle")
+    read = outbox.begin(ask(ticket))
+    outbox.close()
+    outbox.close()
+    assert returned == [("idle", "closed")]
+    assert read.stopped
+    outbox.end(read)
+    assert returned == [("idle", "closed"), ("read", "closed")]
+    with pytest.raises(RuntimeError, match="closed"):
+        offer(outbox)
+    assert outbox.counters().returned == {"closed": 2}
+
+
+def test_checksums_are_computed_once(outbox: Outbox) -> None:
+    ticket = offer(outbox)
+    computed: list[int] = []
+
+    def compute(block: int) -> int:
+        computed.append(block)
+        return block * 2
+
+    assert outbox.begin(ask(ticket, 0, 2)).checksums(compute) == (20, 24)
+    assert outbox.begin(ask(ticket, 0, 1, 2)).checksums(compute) == (20, 22, 24)
+    assert computed == [10, 12, 11]
+
+
+def test_a_failing_callback_does_not_stop_the_outbox(fingerprint: LayoutFingerprint) -> None:
+    def fail(ticket: KVTicket, ending: str) -> None:
+        raise RuntimeError("boom")
+
+    outbox = Outbox(
+        worker_id="p",
+        epoch=3,
+        host="h",
+        port=1,
+        transports=("tcp",),
+        fingerprint=fingerprint,
+        lease_s=10.0,
+        on_returned=fail,
+    )
+    assert release(outbox, offer(outbox))
+    assert outbox.counters().returned == {"committed": 1}
