@@ -53,6 +53,18 @@ def _download(model: str) -> Path:
         ) from error
 
 
+def check_model(folder: Path, *, weights: bool) -> None:
+    """See that a folder can hold a model, without reading weights. Raises ModelError."""
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or not config.get("architectures"):
+        raise ModelError(f"{folder / 'config.json'} does not name an architecture.")
+    if weights and not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"The folder {folder} holds no *.safetensors; convert the checkpoint, or give "
+            "--load-format dummy for random weights."
+        )
+
+
 def read_json(path: Path) -> Any:
     """The content of a JSON file. Raises ModelError naming the file and what is wrong."""
     try:

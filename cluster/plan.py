@@ -1,0 +1,110 @@
+"""Which processes a cluster consists of, and how each is started. Pure decisions."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import secrets
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pdserve.cluster.cores import Share
+from pdserve.cluster.options import ENVIRONMENT_PREFIX
+from pdserve.cluster.process import Command
+from pdserve.cluster.records import Role
+from pdserve.cluster.settings import (
+    RouterSettings,
+    UpSettings,
+    WorkerSettings,
+    arguments,
+)
+
+_MODULES = {
+    Role.PREFILL: ["pdserve.prefill_worker"],
+    Role.DECODE: ["pdserve.decode_worker"],
+    Role.COLOCATED: ["pdserve.decode_worker", "--accept-prompts"],
+}
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterPlan:
+    """The processes of a cluster, Redis apart."""
+
+    workers: tuple[Command, ...]
+    """Named by their worker ids."""
+    router: Command
+
+
+def cluster_secret(settings: UpSettings) -> str:
+    """The secret that was given, or a fresh one."""
+    return settings.router.secret or secrets.token_urlsafe(32)
+
+
+def roles_of(settings: UpSettings) -> list[Role]:
+    """One role per worker, in the order in which cores are given out."""
+    return [
+        *[Role.PREFILL] * settings.prefill,
+        *[Role.DECODE] * settings.decode,
+        *[Role.COLOCATED] * settings.colocated,
+    ]
+
+
+def plan_cluster(
+    settings: UpSettings,
+    shares: Sequence[Share],
+    *,
+    redis: str,
+    secret: str,
+    port: int,
+    logs: Path,
+    environment: Mapping[str, str],
+) -> ClusterPlan:
+    """The commands of all workers and the router. `shares`: one per worker, in `roles_of` order."""
+    base = {
+        name: value
+        for name, value in environment.items()
+        if not name.startswith(ENVIRONMENT_PREFIX)
+    } | {"PYTHONUNBUFFERED": "1"}
+    common: dict[str, Any] = {"redis": redis, "secret": secret}
+    # Several launchers may share a Redis of the user's; in a private one short names are unique.
+    suffix = f"-{socket.gethostname()}-{os.getpid()}" if settings.redis else ""
+    workers, counts = [], dict.fromkeys(Role, 0)
+    for role, share in zip(roles_of(settings), shares, strict=True):
+        worker = dataclasses.replace(
+            settings.worker,
+            role=role,
+            worker_id=f"{role}-{counts[role]}{suffix}",
+            threads=share.threads,
+            cpus=share.cpus,
+            **common,
+        )
+        counts[role] += 1
+        workers.append(worker_command(worker, logs, base))
+    router = dataclasses.replace(settings.router, port=port, **common)
+    return ClusterPlan(workers=tuple(workers), router=router_command(router, logs, base))
+
+
+def worker_command(settings: WorkerSettings, logs: Path, base: Mapping[str, str]) -> Command:
+    argv, environment = arguments(settings)
+    threads = dict.fromkeys(_THREAD_VARIABLES, str(settings.threads))
+    return Command(
+        name=settings.worker_id,
+        argv=[sys.executable, "-P", "-m", *_MODULES[settings.role], *argv],
+        env={**base, **threads, **environment},
+        log=logs / f"{settings.worker_id}.log",
+    )
+
+
+def router_command(settings: RouterSettings, logs: Path, base: Mapping[str, str]) -> Command:
+    argv, environment = arguments(settings)
+    return Command(
+        name="router",
+        argv=[sys.executable, "-P", "-m", "pdserve.router", *argv],
+        env={**base, **environment},
+        log=logs / "router.log",
+    )

@@ -1,0 +1,135 @@
+"""`pdserve status`: who is in the cluster, as a table or as JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from pdserve.cluster.membership import Membership, masked
+from pdserve.cluster.options import EXIT_USAGE, integer, load, option, options_of
+from pdserve.cluster.records import WorkerRecord, WorkerState
+from pdserve.cluster.runfile import RunNote, running
+from pdserve.protocol.errors import PdserveError
+
+_STORY = (
+    "Prints the workers of a cluster: by default of the one that `pdserve up` runs on this machine."
+)
+HEADINGS = (
+    "WORKER", "ROLE", "STATE", "EPOCH", "PID", "RUNNING", "WAITING", "FREE", "HELD", "TOTAL",
+    "TRANSPORTS", "ADDRESS",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StatusSettings:
+    """What `pdserve status` can be told."""
+
+    redis: str = option(
+        "",
+        "Redis where the cluster meets: redis://[:PASSWORD@]HOST:PORT[/DB]",
+        shown="that of the cluster running on this machine",
+    )
+    cluster: str = option("pdserve", "Name of the cluster, if --redis is given")
+    pid: int = option(
+        0,
+        "Process id of the `pdserve up` to ask",
+        parse=integer(0),
+        shown="the only one that runs",
+    )
+    json: bool = option(False, "Print everything that the workers say, as JSON")
+
+
+class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """What is printed with --json."""
+
+    cluster: str
+    url: str
+    """Of the router, if `pdserve up` runs on this machine."""
+    redis: str
+    workers: list[WorkerRecord]
+
+
+def status(argv: Sequence[str]) -> int:
+    """Print the state of a cluster; returns the exit code."""
+    values = load("pdserve status", _STORY, options_of(StatusSettings), argv)
+    settings = StatusSettings(**values)
+    try:
+        snapshot = asyncio.run(_ask(settings))
+    except PdserveError as error:
+        print(f"pdserve status: error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    if settings.json:
+        print(msgspec.json.format(msgspec.json.encode(snapshot), indent=2).decode())
+    else:
+        print(as_table(snapshot))
+    return 0
+
+
+async def _ask(settings: StatusSettings) -> Snapshot:
+    url, redis, cluster = "", settings.redis, settings.cluster
+    if not redis:
+        note = _choose(running(), settings.pid)
+        url, redis, cluster = note.url, note.redis, note.cluster
+    membership = Membership(redis, cluster)
+    try:
+        workers = await membership.workers()
+    finally:
+        await membership.close()
+    return Snapshot(cluster=cluster, url=url, redis=masked(redis), workers=workers)
+
+
+def _choose(notes: list[RunNote], pid: int) -> RunNote:
+    """The cluster that is meant. Raises PdserveError if that is none or not clear."""
+    known = ", ".join(f"{note.pid} ({note.url})" for note in notes)
+    if pid:
+        for note in notes:
+            if note.pid == pid:
+                return note
+        raise PdserveError(
+            f"No `pdserve up` with process id {pid} runs here; running: {known or 'none'}."
+        )
+    if not notes:
+        raise PdserveError(
+            "No cluster runs on this machine; start one with `pdserve up`, or give --redis URL."
+        )
+    if len(notes) > 1:
+        raise PdserveError(f"Several clusters run here; choose with --pid one of {known}.")
+    return notes[0]
+
+
+def as_table(snapshot: Snapshot) -> str:
+    """One line per worker under the headings, blocks in KV blocks."""
+    rows = [HEADINGS, *map(_row, snapshot.workers)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    title = f"cluster {snapshot.cluster} at {snapshot.url or snapshot.redis}"
+    return "\n".join([title, *(lines if snapshot.workers else ["no workers"])])
+
+
+def _row(record: WorkerRecord) -> tuple[str, ...]:
+    load = record.status
+    state = str(record.state)
+    if record.state is WorkerState.LOADING:
+        state = f"{record.detail or state} {record.progress:.0%}"
+    free = load.blocks_free + load.blocks_cached if load else "-"
+    return (
+        record.worker_id,
+        str(record.role),
+        state,
+        str(record.epoch),
+        str(record.pid),
+        str(load.running + load.fetching if load else "-"),
+        str(load.waiting if load else "-"),
+        str(free),
+        str(load.blocks_held if load else "-"),
+        str(load.blocks_total if load else "-"),
+        ",".join(record.transports) or "-",
+        f"{record.host}:{record.port}" if record.port else "-",
+    )
