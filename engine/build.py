@@ -98,9 +98,7 @@ def resolve(config: EngineConfig, model: ModelConfig) -> EngineConfig:
             f"request of {longest}: raise --kv-cache-memory to at least {needed} bytes "
             f"({-(-needed >> 20)} MiB), or lower --max-model-len."
         )
-    return replace(
-        config, dtype=dtype, device=device, max_model_len=longest, num_blocks=num_blocks
-    )
+    return replace(config, dtype=dtype, device=device, max_model_len=longest, num_blocks=num_blocks)
 
 
 def _load(

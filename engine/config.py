@@ -161,7 +161,8 @@ def model_config(raw: dict[str, Any], source: str = "config.json") -> ModelConfi
     activation = raw.get("hidden_act", "silu")
     if activation not in ACTIVATIONS:
         raise ModelError(
-            f"{source}: hidden_act {activation!r} is not supported; known: {', '.join(ACTIVATIONS)}."
+            f"{source}: hidden_act {activation!r} is not supported; known: "
+            f"{', '.join(ACTIVATIONS)}."
         )
     positions = _positive(raw, "max_position_embeddings", source)
     try:
@@ -224,12 +225,10 @@ def _refuse_unsupported(raw: dict[str, Any], source: str) -> None:
             "use the unquantised checkpoint."
         )
     if raw.get("partial_rotary_factor", 1.0) not in (None, 1.0):
-        raise ModelError(f"{source}: partial_rotary_factor must be 1; partial rotation is not known.")
+        raise ModelError(f"{source}: partial_rotary_factor must be 1.")
 
 
-def _windows(
-    raw: dict[str, Any], kind: str, layers: int, source: str
-) -> tuple[int | None, ...]:
+def _windows(raw: dict[str, Any], kind: str, layers: int, source: str) -> tuple[int | None, ...]:
     if kind == "none" or (kind == "some" and not raw.get("use_sliding_window", False)):
         types = raw.get("layer_types")
         if kind == "some" and types is not None and "sliding_attention" in types:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import secrets
@@ -33,7 +34,7 @@ class KVPool:
         self.nonce = secrets.token_bytes(NONCE_BYTES)
         self.path = ""
         self._memory: memoryview | None = None
-        self._owned: weakref.finalize | None = None
+        self._owned: weakref.finalize[[int], KVPool] | None = None
         if device == "cpu":
             size = num_blocks * self.block_nbytes
             descriptor, mapping = _shared_memory(size, self.nonce)
@@ -75,9 +76,11 @@ def block_nbytes(model: ModelConfig, block_size: int, dtype: str) -> int:
 
 def _shared_memory(size: int, nonce: bytes) -> tuple[int, mmap.mmap]:
     """A mapped memfd of `size` bytes and the nonce: (its descriptor, to be closed, and the map)."""
-    descriptor = os.memfd_create("pdserve-kv", os.MFD_CLOEXEC)
+    descriptor = os.memfd_create("pdserve-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(descriptor, size + len(nonce))
+        # Readers map the file: shrinking it would kill them with SIGBUS, so it cannot be shrunk.
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
         mapping = mmap.mmap(descriptor, size + len(nonce))
         mapping[size:] = nonce
     except OSError:

@@ -74,9 +74,7 @@ class RopeConfig:
         its own length, which no cache shared among requests could hold.
         """
         positions = torch.arange(length)
-        return rope_table(
-            self._frequencies(head_dim, positions), positions, self.attention_scale
-        )
+        return rope_table(self._frequencies(head_dim, positions), positions, self.attention_scale)
 
     def _frequencies(self, dim: int, positions: torch.Tensor) -> torch.Tensor:
         if self.kind == "linear":
@@ -152,7 +150,7 @@ def read_rope(raw: dict[str, Any], max_positions: int) -> RopeConfig:
 def _factor(given: dict[str, Any]) -> float:
     factor = given.get("factor", 1.0)
     if not isinstance(factor, int | float) or factor < 1:
-        raise ValueError(f"The rope parameter factor must be a number of at least 1, not {factor!r}.")
+        raise ValueError(f"The rope parameter factor must be a number from 1 up, not {factor!r}.")
     return float(factor)
 
 
@@ -161,6 +159,4 @@ def _attention_scale(kind: str, given: dict[str, Any]) -> float:
         return 1.0
     if "attention_factor" in given:
         return float(given["attention_factor"])
-    return yarn_attention_scale(
-        _factor(given), given.get("mscale"), given.get("mscale_all_dim")
-    )
+    return yarn_attention_scale(_factor(given), given.get("mscale"), given.get("mscale_all_dim"))

@@ -43,9 +43,9 @@ class ModelRunner:
         hidden = self._decoder.forward(self._batch(ordered, ends), self._caches)
         drawn = self._draw(ordered, ends, hidden)
         results = [ChunkResult()] * len(chunks)
-        for index, chunk, end, (token_id, logprobs) in zip(order, ordered, ends, drawn, strict=True):
+        for index, chunk, end, draw in zip(order, ordered, ends, drawn, strict=True):
             prompt = self._prompt_logprobs(chunk, hidden[end - chunk.length : end])
-            results[index] = ChunkResult(token_id, logprobs, prompt)
+            results[index] = ChunkResult(*draw, prompt)
         return results
 
     def warm_up(self) -> None:

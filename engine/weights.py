@@ -51,8 +51,8 @@ def load_weights(
                 raise ModelError(f"{path} holds the tensor {name}, as another file does.")
             if tuple(tensor.shape) != expected[name]:
                 raise ModelError(
-                    f"{path}: the tensor {name} has the shape {list(tensor.shape)}, but config.json "
-                    f"makes it {list(expected[name])}."
+                    f"{path}: the tensor {name} has the shape {list(tensor.shape)}, but by "
+                    f"config.json it must have {list(expected[name])}."
                 )
             if not tensor.is_floating_point():
                 raise ModelError(

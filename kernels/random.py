@@ -59,9 +59,7 @@ def token_words(
     )
 
 
-def vocabulary_words(
-    seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int
-) -> torch.Tensor:
+def vocabulary_words(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """`token_words` of all tokens 0 .. vocab_size - 1 at a quarter of the cost.
 
     seeds, positions: [R] int64. Returns [R, vocab_size] int64.

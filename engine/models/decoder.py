@@ -1,12 +1,12 @@
 """The decoder of Llama, Mistral, Qwen2 and Qwen3, composed from kernels; they differ by flags.
 
-Legend: T tokens of all sequences of a step, E hidden size, Hq and H query and KV heads, D head size,
-I intermediate size, V vocabulary.
+Legend: T tokens of all sequences of a step, B sequences, M blocks per row of the block table,
+E hidden size, D head size, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,6 +18,8 @@ from pdserve.engine.config import ModelConfig
 
 Weights = Mapping[str, torch.Tensor]
 Shapes = dict[str, tuple[int, ...]]
+Angles = tuple[torch.Tensor, torch.Tensor]
+"""cos and sin of a step's tokens, [T, D / 2] float32 each."""
 
 EMBEDDING = "model.embed_tokens.weight"
 OUTPUT = "lm_head.weight"
@@ -72,6 +74,14 @@ def weight_shapes(config: ModelConfig) -> Shapes:
     return shapes
 
 
+GATES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "silu": kernels.silu_and_mul,
+    "gelu": kernels.gelu_and_mul,
+    "gelu_pytorch_tanh": partial(kernels.gelu_and_mul, tanh=True),
+}
+"""The gated activation by its name in config.json."""
+
+
 class Linear:
     """y = x Wᵀ + b for x [T, columns], W [rows, columns]."""
 
@@ -102,14 +112,13 @@ class Attention:
             self.norms = (weights[prefix + "q_norm.weight"], weights[prefix + "k_norm.weight"])
         self.eps = config.rms_norm_eps
         self.dim = config.head_dim
-        options = {"scale": config.head_dim**-0.5, "window": config.windows[layer]}
-        self.decode = partial(kernels.attention_decode, **options)
-        self.prefill = partial(kernels.attention_prefill, **options)
+        self.scale = config.head_dim**-0.5
+        self.window = config.windows[layer]
 
     def __call__(
-        self, x: torch.Tensor, angles: Sequence[torch.Tensor], cache: torch.Tensor, batch: Batch
+        self, x: torch.Tensor, angles: Angles, cache: torch.Tensor, batch: Batch
     ) -> torch.Tensor:
-        """x: [T, E]; angles: cos and sin, [T, D / 2] each; cache: the layer's. Returns [T, E]."""
+        """x: [T, E]; cache: the layer's. Returns [T, E]."""
         query = self.query(x).unflatten(-1, (-1, self.dim))
         key = self.key(x).unflatten(-1, (-1, self.dim))
         value = self.value(x).unflatten(-1, (-1, self.dim))
@@ -121,17 +130,31 @@ class Attention:
 
     def _attend(self, query: torch.Tensor, cache: torch.Tensor, batch: Batch) -> torch.Tensor:
         decodes, lens, table = batch.num_decodes, batch.context_lens, batch.block_table
-        if decodes == lens.shape[0]:
-            return self.decode(query, cache, lens, table)
-        if decodes == 0:
-            return self.prefill(query, cache, batch.query_start, lens, table)
-        starts = batch.query_start[decodes:] - decodes
-        return torch.cat(
-            [
-                self.decode(query[:decodes], cache, lens[:decodes], table[:decodes]),
-                self.prefill(query[decodes:], cache, starts, lens[decodes:], table[decodes:]),
-            ]
-        )
+        parts = []
+        if decodes:
+            parts.append(
+                kernels.attention_decode(
+                    query[:decodes],
+                    cache,
+                    lens[:decodes],
+                    table[:decodes],
+                    scale=self.scale,
+                    window=self.window,
+                )
+            )
+        if decodes < lens.shape[0]:
+            parts.append(
+                kernels.attention_prefill(
+                    query[decodes:],
+                    cache,
+                    batch.query_start[decodes:] - decodes,
+                    lens[decodes:],
+                    table[decodes:],
+                    scale=self.scale,
+                    window=self.window,
+                )
+            )
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class FeedForward:
@@ -142,11 +165,7 @@ class FeedForward:
         self.gate = Linear(weights, prefix + "gate_proj")
         self.up = Linear(weights, prefix + "up_proj")
         self.down = Linear(weights, prefix + "down_proj")
-        self.activate = {
-            "silu": kernels.silu_and_mul,
-            "gelu": kernels.gelu_and_mul,
-            "gelu_pytorch_tanh": partial(kernels.gelu_and_mul, tanh=True),
-        }[config.activation]
+        self.activate = GATES[config.activation]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.down(self.activate(self.gate(x), self.up(x)))
@@ -167,7 +186,7 @@ class Layer:
         self,
         x: torch.Tensor,
         residual: torch.Tensor | None,
-        angles: Sequence[torch.Tensor],
+        angles: Angles,
         cache: torch.Tensor,
         batch: Batch,
     ) -> tuple[torch.Tensor, torch.Tensor]:

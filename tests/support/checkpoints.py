@@ -65,7 +65,7 @@ def make_checkpoint(
     dtype: str = "float32",
     tied: bool | None = None,
     max_shard_size: str = "5GB",
-    spread: float = 0.08,
+    spread: float = 0.2,
     **config: Any,
 ) -> Path:
     """Write a checkpoint into the folder `out` and return it.
@@ -135,7 +135,8 @@ def _spread_vectors(model: torch.nn.Module, spread: float) -> None:
 def _bpe(vocab_size: int) -> str:
     """A byte-level BPE tokenizer trained on the standard library, as JSON."""
     sources = sorted(Path(functools.__file__).parent.glob("*.py"))
-    texts = [path.read_text(errors="replace") for path in sources[: 8 if vocab_size < 1000 else 150]]
+    few = sources[: 8 if vocab_size < 1000 else 150]
+    texts = [path.read_text(errors="replace") for path in few]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
