@@ -7,7 +7,7 @@ import random
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -23,6 +23,7 @@ from starlette.types import Receive, Scope, Send
 
 from pdserve.cluster.membership import Membership
 from pdserve.cluster.settings import RouterSettings
+from pdserve.protocol.errors import PdserveError
 from pdserve.router import metrics as router_metrics
 from pdserve.router.dispatch import Dispatcher
 from pdserve.router.errors import (
@@ -57,24 +58,27 @@ TIMINGS_HEADER = "x-pdserve-timings"
 
 
 class GenerationResponse(Response):
-    """Serves a generation: server-sent events or one JSON body."""
+    """Generates when it is sent: server-sent events or one JSON body."""
 
-    def __init__(self, generation: Generation, stream: bool) -> None:
-        self._generation = generation
+    background = None
+
+    def __init__(self, launch: Callable[[], Generation], stream: bool) -> None:
+        """`launch` sends the request to workers; from then on this response must see to its end."""
+        self._launch = launch
         self._stream = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            with self._generation as generation:
+            with self._launch() as generation:
                 generation.watch(receive)
                 if self._stream:
-                    await generation.stream(send, [])
+                    await generation.stream(send)
                     return
                 answer: Response = JsonResponse(encode_json(await generation.body()))
         except ClientGone:
             return
-        except ApiError as error:
-            answer = error_response(error)
+        except PdserveError as error:
+            answer = error_response(from_exception(error))
         await answer(scope, receive, send)
 
 
@@ -143,17 +147,17 @@ class Router:
                 "be in flight (--max-queue). Try again soon."
             )
 
-    def launch(self, request: Request, parsed: GenerateRequest, received: float) -> Response:
-        """Start generating. Raises ApiError."""
+    def respond(self, request: Request, parsed: GenerateRequest, received: float) -> Response:
+        """The answer to a request. Raises ApiError if it cannot be taken on."""
         self.admit(len(parsed.answers))
         timings = request.headers.get(TIMINGS_HEADER) == "1"
-        try:
-            generation = Generation(
+
+        def launch() -> Generation:
+            return Generation(
                 parsed, self.model, self.dispatcher, self.metrics, received, timings
             )
-        except Exception as error:
-            raise from_exception(error) from error
-        return GenerationResponse(generation, parsed.stream)
+
+        return GenerationResponse(launch, parsed.stream)
 
     def model_card(self, name: str) -> Json:
         """One entry of /v1/models."""
@@ -253,7 +257,7 @@ def _add_generation_routes(app: FastAPI, router: Router) -> None:
         router.admit(1)
         body = parse(ChatCompletionRequest, await router.read(request))
         parsed = await router.parser.chat(body, request.scope["pdserve.request_id"])
-        return router.launch(request, parsed, received)
+        return router.respond(request, parsed, received)
 
     @app.post(
         "/v1/completions",
@@ -266,7 +270,7 @@ def _add_generation_routes(app: FastAPI, router: Router) -> None:
         router.admit(1)
         body = parse(CompletionRequest, await router.read(request))
         parsed = await router.parser.completion(body, request.scope["pdserve.request_id"])
-        return router.launch(request, parsed, received)
+        return router.respond(request, parsed, received)
 
 
 def _add_model_routes(app: FastAPI, router: Router) -> None:

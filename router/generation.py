@@ -216,7 +216,7 @@ class Generation:
 
     # streams
 
-    async def stream(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
+    async def stream(self, send: Send) -> None:
         """Send the answer as server-sent events.
 
         Raises ApiError only while nothing has been sent; ClientGone.
@@ -232,8 +232,7 @@ class Generation:
                 if not started:
                     started = True
                     await send(
-                        {"type": "http.response.start", "status": 200,
-                         "headers": SSE_HEADERS + headers}
+                        {"type": "http.response.start", "status": 200, "headers": SSE_HEADERS}
                     )
                 for index in grown:
                     frames += self._frames(forms, index)
