@@ -15,7 +15,7 @@ import logging
 import socket
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import msgspec
 
@@ -74,8 +74,7 @@ class _FrameStream(asyncio.Protocol):
     # asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's is no subclass
         connection: socket.socket = transport.get_extra_info("socket")
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if self._on_connected is not None:
@@ -398,7 +397,7 @@ class ChannelServer:
                 name = await self._authenticate(stream)
         except (ProtocolError, ConnectionError, TimeoutError) as error:
             peer = stream.transport.get_extra_info("peername")
-            log.warning("Refused a connection from %s: %s", peer, error or "it said nothing")
+            log.warning("Refused a connection from %s: %s", peer, str(error) or "it took too long.")
             return None
         finally:
             self._strangers -= 1

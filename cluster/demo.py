@@ -78,7 +78,7 @@ def _cluster(options: Sequence[str]) -> Iterator[str]:
 
 
 def _ask_all(client: Any) -> tuple[list[Timing], list[str]]:
-    """Ask and print; returns the timings, and the questions whose answers miss what they must say."""
+    """Ask and print; returns timings, and the questions with unexpected answers."""
     model = client.models.list().data[0].id
     timings, wrong = [], []
     for question, must in SHOWCASE:
