@@ -1,0 +1,81 @@
+# One word for everything that a developer does. Needs Python 3.11 or newer, make and a C compiler.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
+PACKAGES := $(shell sed -n 's/^ *"\(pdserve\.[a-z_.]*\)",$$/-p \1/p' pyproject.toml)
+PYTEST := $(BIN)/python -P -m pytest
+PORT ?= 8000
+ARGS ?=
+
+.PHONY: help install serve demo test test-slow check format demo-model bench clean distclean
+
+help:
+	@echo "make install     make $(VENV) with everything in it (the other targets do this first)"
+	@echo "make serve       serve the demo model on port $(PORT) until Ctrl-C; ARGS='--model ...' for more"
+	@echo "make demo        start a cluster, ask it a few questions, print where the time went, stop"
+	@echo "make test        the tests;  make test-slow: those that take longer, too"
+	@echo "make check       ruff, mypy, and who may import whom;  make format: ruff's fixes"
+	@echo "make bench       compare the topologies"
+	@echo "make demo-model  train the demo model again (under 30 minutes on 2 cores)"
+	@echo "make clean       remove caches and build outputs;  make distclean: $(VENV), too"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "pdserve needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
+	    "Give another one: make PYTHON=/path/to/python3"; exit 1; }
+	@test -x $(BIN)/python || { echo "==> making the environment $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "==> installing $(TORCH) (the largest part)"
+	@$(BIN)/python -m pip install -q -c constraints.txt setuptools "$(TORCH)"
+	@echo "==> installing pdserve and what it needs (versions: constraints.txt)"
+	@$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $(STAMP)
+	@echo "==> installed: $(BIN)/pdserve"
+
+serve: install
+	@echo "==> starting a cluster; Ctrl-C stops it"
+	@exec $(BIN)/pdserve up --port $(PORT) $(ARGS)
+
+demo: install
+	@echo "==> starting a cluster and asking it a few questions"
+	@exec $(BIN)/pdserve demo $(ARGS)
+
+test: install
+	@echo "==> running the tests (not the slow ones)"
+	@OMP_NUM_THREADS=1 $(PYTEST) -m "not slow and not gpu" $(ARGS)
+
+test-slow: install
+	@echo "==> running all tests"
+	@OMP_NUM_THREADS=1 $(PYTEST) -m "not gpu" $(ARGS)
+
+check: install
+	@echo "==> ruff"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@echo "==> mypy"
+	@$(BIN)/mypy $(PACKAGES)
+	@echo "==> who imports whom"
+	@$(PYTEST) -q tests/unit/test_imports.py
+
+format: install
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+demo-model: install
+	@echo "==> training the demo model"
+	@$(BIN)/python -P -m pdserve.demo.train
+
+bench: install
+	@echo "==> comparing topologies"
+	@$(BIN)/python -P -m pdserve.bench.topologies $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)
