@@ -34,6 +34,7 @@ MODULES = {
     "prefill": ("pdserve.prefill_worker",),
     "decode": ("pdserve.decode_worker",),
     "colocated": ("pdserve.decode_worker", "--accept-prompts"),
+    "demo": ("pdserve.demo.show",),
 }
 """Commands that become another process: this package may not import what they run."""
 
@@ -75,11 +76,5 @@ def _status(options: Sequence[str]) -> int:
     return status(options)
 
 
-def _demo(options: Sequence[str]) -> int:
-    from pdserve.cluster.demo import demo
-
-    return demo(options)
-
-
-_HERE: dict[str, Callable[[Sequence[str]], int]] = {"up": _up, "status": _status, "demo": _demo}
+_HERE: dict[str, Callable[[Sequence[str]], int]] = {"up": _up, "status": _status}
 """Each imports what it needs when it is chosen."""

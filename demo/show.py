@@ -113,3 +113,7 @@ def _ask(client: Any, model: str, question: str) -> tuple[str, Timing]:
             print(pieces[-1], end="", flush=True)
     print(flush=True)
     return "".join(pieces), Timing(first, last, tokens)
+
+
+if __name__ == "__main__":
+    sys.exit(demo(sys.argv[1:]))
