@@ -1,0 +1,171 @@
+"""Membership against a real Redis: leases, fencing, one round trip, and Redis going away."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+import pytest
+from pdserve.cluster.membership import Membership, RedisUnavailable, masked
+from pdserve.cluster.records import Role, WorkerRecord, WorkerState
+from redis.asyncio import Redis
+from redis_for_tests import RedisForTests, redis_for_tests
+
+Scenario = Callable[[RedisForTests, Membership], Awaitable[None]]
+
+
+def run(scenario: Scenario) -> None:
+    async def main() -> None:
+        async with redis_for_tests() as redis:
+            membership = Membership(redis.url)
+            try:
+                async with asyncio.timeout(20):
+                    await scenario(redis, membership)
+            finally:
+                await membership.close()
+
+    asyncio.run(main())
+
+
+def record(worker_id: str, epoch: int, **changes: Any) -> WorkerRecord:
+    plain = WorkerRecord(
+        worker_id=worker_id,
+        epoch=epoch,
+        role=Role.DECODE,
+        state=WorkerState.LOADING,
+        host="127.0.0.1",
+        port=1,
+        http_port=2,
+        pid=3,
+    )
+    return msgspec.structs.replace(plain, **changes)
+
+
+def test_a_record_comes_back_as_it_was_published() -> None:
+    async def scenario(_: RedisForTests, membership: Membership) -> None:
+        epoch = await membership.next_epoch("w")
+        sent = record("w", epoch, progress=0.5, detail="loading “weights”", cpus=(0, 1))
+        assert await membership.publish(sent)
+        assert await membership.workers() == [sent]
+
+    run(scenario)
+
+
+def test_workers_are_sorted_and_clusters_apart() -> None:
+    async def scenario(redis: RedisForTests, membership: Membership) -> None:
+        for name in ("b", "c", "a"):
+            await membership.publish(record(name, 1))
+        other = Membership(redis.url, "other")
+        assert await other.workers() == []
+        await other.publish(record("z", 1))
+        await other.close()
+        assert [worker.worker_id for worker in await membership.workers()] == ["a", "b", "c"]
+
+    run(scenario)
+
+
+def test_an_older_epoch_is_fenced() -> None:
+    async def scenario(_: RedisForTests, membership: Membership) -> None:
+        old = await membership.next_epoch("w")
+        assert await membership.publish(record("w", old))
+        new = await membership.next_epoch("w")
+        assert new > old
+        assert not await membership.publish(record("w", old)), "the newer one exists already"
+        assert await membership.publish(record("w", new))
+        await membership.remove("w", old)
+        assert [worker.epoch for worker in await membership.workers()] == [new]
+        await membership.remove("w", new)
+        assert await membership.workers() == []
+
+    run(scenario)
+
+
+def test_a_lease_ends_unless_it_is_renewed() -> None:
+    async def scenario(_: RedisForTests, membership: Membership) -> None:
+        await membership.publish(record("short", 1), lease_s=0.05)
+        await membership.publish(record("long", 1), lease_s=60)
+        while len(await membership.workers()) == 2:
+            await asyncio.sleep(0.005)
+        assert [worker.worker_id for worker in await membership.workers()] == ["long"]
+
+    run(scenario)
+
+
+def test_epochs_stay_unique_when_redis_loses_its_memory() -> None:
+    async def scenario(redis: RedisForTests, membership: Membership) -> None:
+        before = [await membership.next_epoch("w") for _ in range(3)]
+        assert sorted(set(before)) == before
+        await redis.stop()
+        with pytest.raises(RedisUnavailable, match="does not answer"):
+            await membership.workers()
+        await redis.start()
+        assert await membership.next_epoch("w") > before[-1]
+
+    run(scenario)
+
+
+def test_reading_all_workers_is_one_round_trip() -> None:
+    async def scenario(redis: RedisForTests, membership: Membership) -> None:
+        for number in range(50):
+            await membership.publish(record(f"w{number}", 1))
+        watcher = Redis.from_url(redis.url)
+        commands: list[str] = []
+        async with watcher.monitor() as monitor:
+            assert len(await membership.workers()) == 50
+            await membership.publish(record("last", 1))
+            async for command in monitor.listen():
+                if command["client_type"] != "lua":
+                    commands.append(command["command"].split()[0].upper())
+                if "last" in command["command"]:
+                    break
+        await watcher.aclose()
+        assert commands == ["EVAL", "EVAL"]
+
+    run(scenario)
+
+
+def test_a_record_of_another_release_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario(redis: RedisForTests, membership: Membership) -> None:
+        await membership.publish(record("good", 1))
+        await membership.publish(record("strange", 1))
+        client = Redis.from_url(redis.url)
+        await client.hset("{pdserve}:workers", "strange", '{"epoch": 1, "worker_id": "strange"}')
+        await client.aclose()
+        for _ in range(2):
+            assert [worker.worker_id for worker in await membership.workers()] == ["good"]
+
+    run(scenario)
+    assert len(caplog.records) == 1, "said once, not at every look"
+
+
+def test_errors_name_the_url_without_its_password() -> None:
+    async def ask() -> None:
+        membership = Membership("redis://user:hush@127.0.0.1:1/0")
+        try:
+            await membership.workers()
+        finally:
+            await membership.close()
+
+    with pytest.raises(RedisUnavailable) as caught:
+        asyncio.run(ask())
+    assert "redis://user:***@127.0.0.1:1/0" in str(caught.value)
+    assert "hush" not in str(caught.value)
+
+
+def test_a_url_that_is_none_is_refused_with_a_sentence() -> None:
+    with pytest.raises(RedisUnavailable, match="cannot be used"):
+        Membership("http://somewhere")
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://h:1/0", "redis://h:1/0"),
+        ("redis://:p@h:1", "redis://:***@h:1"),
+        ("unix://:p@/run/r.sock", "unix://:***@/run/r.sock"),
+    ],
+)
+def test_masked(url: str, shown: str) -> None:
+    assert masked(url) == shown
