@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -49,6 +50,9 @@ def main(argv: Sequence[str]) -> None:
         timeout_graceful_shutdown=SHUTDOWN_S,
         server_header=False,
     )
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # uvicorn raises the signal again when it has shut down; that is the end, not an accident.
+        signal.signal(number, lambda *_: None)
     uvicorn.Server(config).run(sockets=[listener])
 
 

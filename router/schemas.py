@@ -205,6 +205,4 @@ def parse(kind: type[Body], content: Any) -> Body:
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        raise schema_error(
-            error.errors(include_url=False, include_context=False)  # type: ignore[arg-type]
-        ) from None
+        raise schema_error(error.errors(include_url=False, include_context=False)) from None

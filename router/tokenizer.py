@@ -10,7 +10,7 @@ import asyncio
 import os
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -46,7 +46,7 @@ class TextTokenizer:
         return None if token is None else self.core.token_to_id(token)
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return cast("list[int]", self.core.encode(text, add_special_tokens=add_special_tokens).ids)
+        return self.core.encode(text, add_special_tokens=add_special_tokens).ids
 
     async def encode_soon(
         self, text: str, add_special_tokens: bool, executor: Executor

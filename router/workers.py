@@ -14,6 +14,7 @@ whose lease has run out gets nothing new, and is given up once it is silent as w
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections.abc import Callable
@@ -292,7 +293,12 @@ class WorkerPool:
             if record.state is WorkerState.READY and key not in self._tasks:
                 task = asyncio.create_task(self._attend(record))
                 self._tasks[key] = task
-                task.add_done_callback(lambda _, key=key: self._tasks.pop(key, None))
+                task.add_done_callback(functools.partial(self._forget_task, key))
+
+    def _forget_task(self, key: tuple[str, int], task: asyncio.Task[None]) -> None:
+        self._tasks.pop(key, None)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("The link to %s failed", key[0], exc_info=task.exception())
 
     def _tell_listeners(self) -> None:
         for listener in self._listeners:

@@ -27,6 +27,7 @@ from typing import Any, Self, TypeVar
 
 import httpx
 import uvicorn
+from fake_worker import SECRET, FakeWorker, Script
 from redis import Redis
 from redis.exceptions import RedisError
 
@@ -36,10 +37,9 @@ from pdserve.cluster.redis_server import find_redis_server
 from pdserve.cluster.settings import RouterSettings
 from pdserve.protocol.messages import Submit
 from pdserve.router.app import Router, create_app
-from pdserve.tests.support.fake_worker import SECRET, FakeWorker, Script
 
 WAIT_S = 10.0
-TEXT = "Hello! A prefill worker reads the prompt, a decode worker writes the answer. 1 + 1 = 2. ☃ ok"
+TEXT = "Hello! A prefill worker reads the prompt, a decode worker writes the answer. 1 + 1 = 2 ☃ ok"
 """What fake workers answer."""
 
 T = TypeVar("T")
