@@ -21,6 +21,12 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch, name, poisoning)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Tests share the machine: threads that wait for one another would only spin."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
