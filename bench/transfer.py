@@ -138,9 +138,9 @@ def _row(
     count: int,
     nbytes: int,
     limit: float,
-    s: float,
+    seconds: float,
 ) -> str:
-    taken = _times(s, lambda: _hand_over(orders, sink, count))
+    taken = _times(seconds, lambda: _hand_over(orders, sink, count))
     best, middle = min(taken), statistics.median(taken)
     return (
         f"{name:10}{nbytes / 2**20:9.2f}{middle * 1e3:10.3f}{best * 1e3:10.3f}"

@@ -21,11 +21,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Self
 
 import xxhash
 
+from pdserve.kv_transfer.job import Done, Ended, Job
 from pdserve.kv_transfer.line import Address, EpochChanged, Line, LinePool
 from pdserve.kv_transfer.memory import BlockMemory, Spans, host_id
 from pdserve.kv_transfer.transports import SINK_HALVES, SinkHalf, TransportUnfit
@@ -60,12 +61,6 @@ IDLE_S = 60.0
 
 _TO_READER: MessageDecoder[Any] = MessageDecoder(ToReader)
 
-Done = Callable[[FetchReport], None]
-
-
-class _Ended(Exception):
-    """The fetch is over, whatever is still missing; `str()` is the reason."""
-
 
 @dataclass(frozen=True, slots=True)
 class SinkCounters:
@@ -79,64 +74,6 @@ class SinkCounters:
     """Reported fetches by outcome: "ok", "failed"."""
     transports: dict[str, int]
     """Reported fetches by the transport that was used last."""
-
-
-@dataclass(slots=True, eq=False)
-class _Job:
-    """One fetch. `missing` and the results belong to the thread that took the job."""
-
-    ticket: KVTicket
-    missing: dict[int, int]
-    """Wanted indices that have not arrived intact yet → target blocks."""
-    wanted: tuple[int, ...]
-    deadline: float
-    done: Done
-    renew_at: float
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    line: Line | None = None
-    """The line in use, for `stop`."""
-    taken: bool = False
-    """By a worker thread, or by whoever reported it instead."""
-    stopped: str = ""
-    """Why it shall end, once it shall."""
-    outcome: Outcome = Outcome.FAILED
-    """What the source shall hear."""
-    releasable: bool = True
-    """False once the source is known to have restarted."""
-    reason: str = ""
-    transport: str = ""
-    nbytes: int = 0
-    borrowed: bool = False
-    """Some blocks were copied from memory that the source could have taken back."""
-
-    def take(self) -> bool:
-        """Become the one who works on it (or ends it unworked)."""
-        with self.lock:
-            taken, self.taken = self.taken, True
-        return not taken
-
-    def attach(self, line: Line | None) -> None:
-        with self.lock:
-            self.line = line
-            if line is not None and self.stopped:
-                line.interrupt()
-
-    def stop(self, reason: str, outcome: Outcome) -> None:
-        """Make it end soon. From any thread."""
-        with self.lock:
-            if not self.stopped:
-                self.stopped, self.outcome = reason, outcome
-            if self.line is not None:
-                self.line.interrupt()
-
-    def wait(self, stall_s: float) -> float:
-        """The deadline of the next wait. Raises _Ended if there must be none."""
-        if self.stopped:
-            raise _Ended(self.stopped)
-        now = time.monotonic()
-        if now >= self.deadline:
-            raise _Ended("The request's deadline passed before all its KV blocks had arrived.")
-        return min(self.deadline, now + stall_s)
 
 
 class TransferSink:
@@ -174,7 +111,7 @@ class TransferSink:
         # The name is made unique, so that the source never takes a restarted sink for its old self.
         self._lines = LinePool(secret=secret, name=f"{name}#{secrets.token_hex(4)}")
         self._lock = threading.Lock()
-        self._jobs: dict[str, _Job] = {}
+        self._jobs: dict[str, Job] = {}
         self._unfit: dict[tuple[str, int, str], float] = {}
         """(source, epoch, transport) → when it may be tried again."""
         self._bytes_in = 0
@@ -184,7 +121,7 @@ class TransferSink:
         self._release_until = float("inf")
         self._next_look = float("inf")
         """When the keeper looks again by itself."""
-        self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._wake = threading.Event()
         self._threads = [
             threading.Thread(target=self._work, name=f"kv-sink-{index}", daemon=True)
@@ -207,7 +144,7 @@ class TransferSink:
         """See the engine's Importer. Raises ValueError for a caller's mistake: lengths that
         differ, indices or targets that repeat or lie outside, a request that is being fetched."""
         self._check(ticket, wanted, targets)
-        job = _Job(
+        job = Job(
             ticket=ticket,
             missing=dict(zip(wanted, targets, strict=True)),
             wanted=tuple(wanted),
@@ -259,7 +196,8 @@ class TransferSink:
         deadline = time.monotonic() + timeout_s
         with self._lock:
             self._closing = True
-            self._release_until = min(self._release_until, deadline)
+            farewell = min(deadline, time.monotonic() + RELEASE_TIMEOUT_S)
+            self._release_until = min(self._release_until, farewell)
             jobs = list(self._jobs.values())
         for job in jobs:
             job.stop("The transfer was closed.", Outcome.ABORTED)
@@ -293,10 +231,10 @@ class TransferSink:
                 self._report(job, job.wanted, f"The transfer failed: {error}")
                 self._release(job)
 
-    def _run(self, job: _Job) -> None:
+    def _run(self, job: Job) -> None:
         try:
             self._fetch_all(job)
-        except _Ended as ended:
+        except Ended as ended:
             job.reason = str(ended)
         if job.missing:
             self._report(job)  # first, because the source may not answer any more
@@ -311,14 +249,14 @@ class TransferSink:
         else:
             self._report(job)
 
-    def _fetch_all(self, job: _Job) -> None:
+    def _fetch_all(self, job: Job) -> None:
         """Ask for what is missing until nothing is, or there is nothing left to try. What remains
         in `job.missing` failed for `job.reason`."""
         if difference := self._fingerprint.difference(job.ticket.fingerprint):
-            raise _Ended(difference)
+            raise Ended(difference)
         names = self._plan(job.ticket)
         if not names:
-            raise _Ended(
+            raise Ended(
                 f"{job.ticket.source} offers the transports {', '.join(job.ticket.transports)}; "
                 f"this worker uses {', '.join(self._halves)}."
             )
@@ -339,9 +277,11 @@ class TransferSink:
                 continue
             except EpochChanged as error:
                 job.releasable = False
-                raise _Ended(str(error)) from None
+                raise Ended(str(error)) from None
             except (OSError, ProtocolError) as error:
                 job.wait(self._stall_s)  # stopped or late: that is the better reason
+                if isinstance(error, TimeoutError):
+                    error = TimeoutError(f"it said nothing for {self._stall_s:g} s.")
                 job.reason = f"Fetching from {job.ticket.source} over {name} failed: {error}"
             names = names[1:] or names
 
@@ -365,7 +305,7 @@ class TransferSink:
             self._unfit = {key: until for key, until in self._unfit.items() if until > now}
             self._unfit[(ticket.source, ticket.epoch, name)] = now + UNFIT_S
 
-    def _attempt(self, job: _Job, name: str) -> None:
+    def _attempt(self, job: Job, name: str) -> None:
         """Ask for everything missing over one transport. Blocks whose checksum differs stay in
         `job.missing` without an exception."""
         half = self._halves[name]
@@ -378,7 +318,7 @@ class TransferSink:
                     self._ask(line, job, name, pieces[number + 1])
                 self._receive(line, job, half, piece)
 
-    def _ask(self, line: Line, job: _Job, name: str, piece: Sequence[int]) -> None:
+    def _ask(self, line: Line, job: Job, name: str, piece: Sequence[int]) -> None:
         ticket = job.ticket
         fetch = Fetch(
             ticket_id=ticket.ticket_id,
@@ -391,7 +331,7 @@ class TransferSink:
         )
         line.send(fetch, job.wait(self._stall_s))
 
-    def _receive(self, line: Line, job: _Job, half: SinkHalf, piece: Sequence[int]) -> None:
+    def _receive(self, line: Line, job: Job, half: SinkHalf, piece: Sequence[int]) -> None:
         header = line.receive(_TO_READER, job.wait(self._stall_s))
         self._check_header(header, job.ticket, len(piece))
         job.borrowed = job.borrowed or half.borrows
@@ -414,7 +354,7 @@ class TransferSink:
         if isinstance(header, Refused):
             if header.retry_other_transport:
                 raise TransportUnfit(header.reason)
-            raise _Ended(header.reason)
+            raise Ended(header.reason)
         if not isinstance(header, FetchHeader):
             raise ProtocolError("The source answered a fetch with another message.")
         if (header.ticket_id, header.epoch) != (ticket.ticket_id, ticket.epoch):
@@ -428,7 +368,7 @@ class TransferSink:
             )
 
     @contextlib.contextmanager
-    def _line(self, job: _Job, deadline: float) -> Iterator[Line]:
+    def _line(self, job: Job, deadline: float) -> Iterator[Line]:
         """A line that `cancel` can interrupt. Detached before it goes back to the pool."""
         with self._lines.line(Address.of(job.ticket), deadline, job.attach) as line:
             try:
@@ -436,7 +376,7 @@ class TransferSink:
             finally:
                 job.attach(None)
 
-    def _release(self, job: _Job) -> bool:
+    def _release(self, job: Job) -> bool:
         """Tell the source that the fetch is over; True if the lease stood until now. Asked again
         on a new connection if the first one fails, since the answer decides about a borrowed copy.
         """
@@ -464,7 +404,7 @@ class TransferSink:
                 raise ProtocolError("The source answered a release with another message.")
         return answer.valid
 
-    def _report(self, job: _Job, failed: Sequence[int] | None = None, reason: str = "") -> None:
+    def _report(self, job: Job, failed: Sequence[int] | None = None, reason: str = "") -> None:
         """Call `done`, unless somebody has. By default what is missing has failed."""
         request_id = job.ticket.request_id
         with self._lock:
@@ -510,7 +450,7 @@ class TransferSink:
             self._wake.wait(max(0.0, left) if times else None)
             self._wake.clear()
 
-    def _renew(self, job: _Job) -> None:
+    def _renew(self, job: Job) -> None:
         job.renew_at = time.monotonic() + job.ticket.lease_s / 3
         message = Renew(ticket_id=job.ticket.ticket_id, epoch=job.ticket.epoch)
         try:

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import os
-import random
+import pathlib
+import signal
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pdserve.kv_transfer.memory import HostMemory
+import msgspec
+import numpy as np
+
+from pdserve.kv_transfer.line import Line
+from pdserve.kv_transfer.memory import HostMemory, Spans
 from pdserve.kv_transfer.sink import TransferSink
 from pdserve.kv_transfer.source import TransferSource
+from pdserve.kv_transfer.transports import SINK_HALVES, SinkHalf
 from pdserve.protocol.ticket import KVTicket, LayoutFingerprint
-from pdserve.protocol.transfer import FetchReport
+from pdserve.protocol.transfer import FetchHeader, FetchReport
 
 BLOCK_NBYTES = 3000  # no power of two, no multiple of a page
 POISON = 0xA5
@@ -73,9 +81,9 @@ class Returned:
 
 
 def scramble(memory: HostMemory, seed: int = 0) -> None:
-    generator = random.Random(seed)
+    generator = np.random.default_rng(seed)
     for block in range(memory.num_blocks):
-        memory.view(block)[:] = generator.randbytes(memory.block_nbytes)
+        memory.view(block)[:] = generator.bytes(memory.block_nbytes)
 
 
 def poison(memory: HostMemory) -> None:
@@ -145,6 +153,11 @@ class Rig:
         sink.fetch(ticket, wanted, targets, time.monotonic() + within_s, reports.done)
         return reports
 
+    def child(self, transports: str, num_blocks: int, block_nbytes: int) -> Child:
+        child = Child(transports, num_blocks, block_nbytes)
+        self._closers.append(child.close)
+        return child
+
     def close(self) -> None:
         while self._closers:
             self._closers.pop()()
@@ -171,3 +184,88 @@ def pools_held() -> tuple[int, int]:
 
 def transfer_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("kv-")]
+
+
+class Gate:
+    """Holds every transfer over the wrapped transport after its first blocks, until opened."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.reached, self.opened = threading.Event(), threading.Event()
+
+    def halves(self) -> dict[str, Callable[[Spans], SinkHalf]]:
+        return {self.name: lambda pool: _Gated(SINK_HALVES[self.name](pool), self)}
+
+
+class _Gated:
+    def __init__(self, inner: SinkHalf, gate: Gate) -> None:
+        self.borrows = inner.borrows
+        self._inner, self._gate = inner, gate
+
+    def receive(
+        self, line: Line, header: FetchHeader, targets: Sequence[int], wait: Callable[[], float]
+    ) -> Iterator[int]:
+        for complete in self._inner.receive(line, header, targets, wait):
+            yield complete
+            self._gate.reached.set()
+            assert self._gate.opened.wait(PATIENCE_S)
+
+
+class Flipping:
+    """A sink's half that flips a bit of one target block, as often as it is told."""
+
+    def __init__(self, name: str, target: int, times: int) -> None:
+        self.name, self.target, self.times = name, target, times
+
+    def __call__(self, pool: Spans) -> SinkHalf:
+        self._pool, self._inner = pool, SINK_HALVES[self.name](pool)
+        self.borrows = self._inner.borrows
+        return self
+
+    def receive(
+        self, line: Line, header: FetchHeader, targets: Sequence[int], wait: Callable[[], float]
+    ) -> Iterator[int]:
+        before = 0
+        for complete in self._inner.receive(line, header, targets, wait):
+            if self.target in targets[before:complete] and self.times:
+                self.times -= 1
+                self._pool.span(self.target)[-1] ^= 0x10
+            before = complete
+            yield complete
+
+
+class Child:
+    """A source in a process of its own (transfer_source.py)."""
+
+    def __init__(self, transports: str, num_blocks: int, block_nbytes: int) -> None:
+        script = pathlib.Path(__file__).with_name("transfer_source.py")
+        path = os.pathsep.join([str(script.parent), os.environ.get("PYTHONPATH", "")])
+        options = ["1", "a secret", transports, str(num_blocks), str(block_nbytes)]
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", str(script), *options],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": path},
+            text=True,
+        )
+
+    def ticket(self, request_id: str, blocks: int) -> KVTicket:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print("offer", request_id, blocks, file=self._process.stdin, flush=True)
+        return msgspec.json.decode(self._process.stdout.readline(), type=KVTicket)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def stop(self) -> None:
+        """SIGSTOP, and wait until it has stopped."""
+        self._process.send_signal(signal.SIGSTOP)
+        _, status = os.waitpid(self._process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait(PATIENCE_S)
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()

@@ -188,4 +188,4 @@ class OutboxMachine(RuleBasedStateMachine):
 
 
 TestOutboxMachine = OutboxMachine.TestCase
-TestOutboxMachine.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+TestOutboxMachine.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)

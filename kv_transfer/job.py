@@ -1,0 +1,76 @@
+"""One fetch on the sink's side: what is still missing, when it must end, how to end it sooner."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from pdserve.kv_transfer.line import Line
+from pdserve.protocol.ticket import KVTicket
+from pdserve.protocol.transfer import FetchReport, Outcome
+
+Done = Callable[[FetchReport], None]
+
+
+class Ended(Exception):
+    """The fetch is over, whatever is still missing; `str()` is the reason."""
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One fetch. `missing` and the results belong to the thread that took the job."""
+
+    ticket: KVTicket
+    missing: dict[int, int]
+    """Wanted indices that have not arrived intact yet → target blocks."""
+    wanted: tuple[int, ...]
+    deadline: float
+    done: Done
+    renew_at: float
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    line: Line | None = None
+    """The line in use, for `stop`."""
+    taken: bool = False
+    """By a worker thread, or by whoever reported it instead."""
+    stopped: str = ""
+    """Why it shall end, once it shall."""
+    outcome: Outcome = Outcome.FAILED
+    """What the source shall hear."""
+    releasable: bool = True
+    """False once the source is known to have restarted."""
+    reason: str = ""
+    transport: str = ""
+    nbytes: int = 0
+    borrowed: bool = False
+    """Some blocks were copied from memory that the source could have taken back."""
+
+    def take(self) -> bool:
+        """Become the one who works on it (or ends it unworked)."""
+        with self.lock:
+            taken, self.taken = self.taken, True
+        return not taken
+
+    def attach(self, line: Line | None) -> None:
+        with self.lock:
+            self.line = line
+            if line is not None and self.stopped:
+                line.interrupt()
+
+    def stop(self, reason: str, outcome: Outcome) -> None:
+        """Make it end soon. From any thread."""
+        with self.lock:
+            if not self.stopped:
+                self.stopped, self.outcome = reason, outcome
+            if self.line is not None:
+                self.line.interrupt()
+
+    def wait(self, stall_s: float) -> float:
+        """The deadline of the next wait. Raises Ended if there must be none."""
+        if self.stopped:
+            raise Ended(self.stopped)
+        now = time.monotonic()
+        if now >= self.deadline:
+            raise Ended("The request's deadline passed before all its KV blocks had arrived.")
+        return min(self.deadline, now + stall_s)
