@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 import uvloop
+
 from pdserve.cluster import channel as channel_module
 from pdserve.cluster.channel import Channel, ChannelServer, connect
 from pdserve.protocol.errors import AuthenticationError, ProtocolError

@@ -8,10 +8,11 @@ from typing import Any
 
 import msgspec
 import pytest
-from pdserve.cluster.membership import Membership, RedisUnavailable, masked
-from pdserve.cluster.records import Role, WorkerRecord, WorkerState
 from redis.asyncio import Redis
 from redis_for_tests import RedisForTests, redis_for_tests
+
+from pdserve.cluster.membership import Membership, RedisUnavailable, masked
+from pdserve.cluster.records import Role, WorkerRecord, WorkerState
 
 Scenario = Callable[[RedisForTests, Membership], Awaitable[None]]
 

@@ -64,7 +64,11 @@ def test_imports_only_what_the_table_allows(folder: str) -> None:
     for path in sources(folder):
         for line, name in imports(path):
             parts = name.split(".")
-            if parts[0] == "pdserve" and len(parts) > 1 and parts[1] not in {folder, *TABLE[folder]}:
+            if (
+                parts[0] == "pdserve"
+                and len(parts) > 1
+                and parts[1] not in {folder, *TABLE[folder]}
+            ):
                 wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
             if parts[0] in TABLE and parts[0] != "kernels":
                 wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name} without `pdserve.`")
