@@ -1,4 +1,4 @@
-"""`pdserve up` with processes that load nothing: the launcher is real, Redis too, the rest pretends.
+"""`pdserve up` with processes that load nothing: launcher and Redis are real, the rest pretends.
 
     python -P fake_cluster.py up [OPTION ...]     the launcher
     python -P fake_cluster.py worker ID ROLE      a worker that is only a record in Redis
