@@ -38,7 +38,7 @@ from pdserve.cluster.redis_server import (
     private_redis,
     until_answering,
 )
-from pdserve.cluster.runfile import RunNote, running, start_ticks, write_note
+from pdserve.cluster.runfile import RunNote, own_age_s, running, start_ticks, write_note
 from pdserve.cluster.settings import UpSettings, up_settings
 from pdserve.cluster.supervisor import GaveUp, Supervisor
 from pdserve.protocol.errors import PdserveError
@@ -292,7 +292,6 @@ class Launcher:
         """Wait for readiness and say so; then see restarted processes become ready again."""
         assert self._router is not None
         deadline = time.monotonic() + self._settings.start_timeout_s
-        started = time.monotonic()
         while not all(worker.ready for worker in self._workers):
             await self._look(membership)
             if time.monotonic() > deadline:
@@ -307,7 +306,7 @@ class Launcher:
         self._console.show("router", "asking for a first token")
         proof = await probe.two_tokens(PROBE_S)
         self._console.show("router", "ready")
-        self._announce(proof, time.monotonic() - started)
+        self._announce(proof, own_age_s())
         while True:
             await asyncio.sleep(WATCH_S)
             if not all(supervisor.ready for supervisor in self._all()):

@@ -78,3 +78,7 @@ def _status(options: Sequence[str]) -> int:
 
 _HERE: dict[str, Callable[[Sequence[str]], int]] = {"up": _up, "status": _status}
 """Each imports what it needs when it is chosen."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,6 +10,7 @@ import os
 import shutil
 import stat
 import tempfile
+import time
 from pathlib import Path
 
 import msgspec
@@ -44,6 +45,12 @@ def start_ticks(pid: int) -> int | None:
         return None
     fields = text.rpartition(")")[2].split()
     return None if fields[0] in ("Z", "X") else int(fields[19])
+
+
+def own_age_s() -> float:
+    """Seconds since this process was started, its imports included."""
+    born_s = (start_ticks(os.getpid()) or 0) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - born_s
 
 
 def notes_folder() -> Path:

@@ -83,7 +83,7 @@ class Up:
 
     def status(self) -> dict[str, Any]:
         done = subprocess.run(
-            [sys.executable, "-P", "-m", "pdserve.cluster", "status", "--json"],
+            [sys.executable, "-P", "-m", "pdserve.cluster.main", "status", "--json"],
             env=self.env, capture_output=True, text=True, timeout=DEADLINE_S, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -122,9 +122,8 @@ def all_gone(processes: list[psutil.Process]) -> bool:
 
 
 def test_from_nothing_to_ready_and_back_to_nothing(tmp_path: Path) -> None:
-    with running(
-        tmp_path, "--prefill", "2", "--decode", "1", "--log-dir", str(tmp_path / "l")
-    ) as up:
+    logs = tmp_path / "logs"
+    with running(tmp_path, "--prefill", "2", "--decode", "1", "--log-dir", str(logs)) as up:
         line = up.until("ready http")
         assert line.startswith("ready http://127.0.0.1:")
         status = up.status()
@@ -142,8 +141,8 @@ def test_from_nothing_to_ready_and_back_to_nothing(tmp_path: Path) -> None:
         assert sum(line.startswith("ready ") for line in up.lines) == 1
         assert all_gone(processes)
         assert not up.leftovers()
-    logs = {path.name for path in (tmp_path / "l").iterdir()}
-    assert logs == {"decode-0.log", "prefill-0.log", "prefill-1.log", "redis.log", "router.log"}
+    names = {path.name for path in logs.iterdir()}
+    assert names == {"decode-0.log", "prefill-0.log", "prefill-1.log", "redis.log", "router.log"}
 
 
 def test_ctrl_c_before_it_is_ready(tmp_path: Path) -> None:
@@ -229,10 +228,8 @@ def test_a_configuration_error_of_a_worker_is_passed_on(tmp_path: Path) -> None:
     with running(tmp_path, modes="prefill-0=usage") as up:
         code, text = up.end()
         assert code == 2
-        last = text.splitlines()[-1]
-        assert last == (
-            "pdserve up: error: prefill-0: error: The weights are too heavy; give a lighter --model."
-        )
+        sentence = "prefill-0: error: The weights are too heavy; give a lighter --model."
+        assert text.splitlines()[-1] == f"pdserve up: error: {sentence}"
         assert not up.leftovers()
 
 
@@ -270,7 +267,7 @@ def test_bad_surroundings_are_named_before_anything_starts(tmp_path: Path) -> No
 def test_status_without_a_cluster(tmp_path: Path) -> None:
     env = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "pdserve.cluster", "status"],
+        [sys.executable, "-P", "-m", "pdserve.cluster.main", "status"],
         env=env, capture_output=True, text=True, timeout=DEADLINE_S, check=False,
     )  # fmt: skip
     assert done.returncode == 2
@@ -281,7 +278,7 @@ def test_status_as_a_table(tmp_path: Path) -> None:
     with running(tmp_path) as up:
         up.until("ready http")
         done = subprocess.run(
-            [sys.executable, "-P", "-m", "pdserve.cluster", "status"],
+            [sys.executable, "-P", "-m", "pdserve.cluster.main", "status"],
             env=up.env, capture_output=True, text=True, timeout=DEADLINE_S, check=True,
         )  # fmt: skip
         title, headings, *rows = done.stdout.splitlines()
