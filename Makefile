@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
-PACKAGES := $(shell sed -n 's/^ *"\(pdserve\.[a-z_.]*\)",$$/-p \1/p' pyproject.toml)
+PACKAGES := $(shell sed -n 's/^ *"\(pdserve\.[a-z_]*\)",$$/-p \1/p' pyproject.toml)
 PYTEST := $(BIN)/python -P -m pytest
 PORT ?= 8000
 ARGS ?=
