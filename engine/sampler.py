@@ -74,7 +74,10 @@ def _apply_bias(logits: torch.Tensor, requests: Sequence[Request]) -> None:
         params = request.sampling
         entries = dict(params.logit_bias)
         if request.num_output < params.min_tokens:
-            entries |= dict.fromkeys(params.eos_token_ids + params.stop_token_ids, float("-inf"))
+            # A tokenizer may end answers with tokens that the model has no logits for.
+            ending = params.eos_token_ids + params.stop_token_ids
+            possible = (token for token in ending if token < logits.shape[1])
+            entries |= dict.fromkeys(possible, float("-inf"))
         rows += [row] * len(entries)
         token_ids += entries.keys()
         bias += entries.values()

@@ -19,9 +19,11 @@ class KernelError(ValueError):
 def shape(name: str, tensor: torch.Tensor, expected: Sequence[int | None]) -> None:
     """Refuse `tensor` unless its shape is `expected` (None: any length)."""
     actual = tensor.shape
-    if len(actual) != len(expected) or any(
-        want is not None and want != have for want, have in zip(expected, actual, strict=True)
-    ):
+    fits = len(actual) == len(expected)
+    if fits:
+        for have, want in zip(actual, expected, strict=True):
+            fits = fits and (want is None or want == have)
+    if not fits:
         wanted = ", ".join("any" if size is None else str(size) for size in expected)
         raise KernelError(f"{name} must have the shape [{wanted}], not {list(actual)}.")
 

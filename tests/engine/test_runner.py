@@ -34,7 +34,8 @@ def log_softmax(folder: Path, token_ids: Sequence[int]) -> torch.Tensor:
     """transformers' log-probabilities after each token: [T, V] float32."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
-        return model(torch.tensor([list(token_ids)])).logits[0].float().log_softmax(-1)
+        logits: torch.Tensor = model(torch.tensor([list(token_ids)])).logits
+    return logits[0].float().log_softmax(-1)
 
 
 def check_logprobs(entry: Any, row: torch.Tensor, token_id: int, top: int) -> None:
@@ -175,7 +176,7 @@ def test_a_repetition_penalty_moves_negative_logits_down_too() -> None:
 
 def test_ending_tokens_wait_for_min_tokens() -> None:
     logits = torch.tensor([[9.0, 8.0, 7.0, 1.0]])
-    ending: dict[str, Any] = {"eos_token_ids": (0,), "stop_token_ids": (1,), "min_tokens": 2}
+    ending: dict[str, Any] = {"eos_token_ids": (0, 4), "stop_token_ids": (1,), "min_tokens": 2}
     early = make_request([3], output=[3], **ending)
     ready = make_request([3], output=[3, 3], **ending)
     deaf = make_request([3], output=[3], ignore_eos=True, **ending)

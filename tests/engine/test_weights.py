@@ -33,7 +33,7 @@ def copy(make_model: MakeModel, tmp_path: Path) -> Path:
     return Path(shutil.copytree(make_model("llama"), tmp_path / "model"))
 
 
-def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     """Rewrite the single weight file."""
     path = folder / "model.safetensors"
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
