@@ -21,7 +21,7 @@ class Share:
 
 
 def divide(cores: Sequence[int], workers: int, quota: int | None = None) -> list[Share]:
-    """One share per worker; earlier workers get the odd cores.
+    """One share per worker (at least one); earlier workers get the odd cores.
 
     `cores`: what this process may run on, neighbours beside each other. `quota`: cores' worth of
     time that the container may use, if that is limited: then nobody is pinned, since other

@@ -332,7 +332,7 @@ class Launcher:
 
     def _show(self, record: WorkerRecord) -> None:
         if record.state is WorkerState.LOADING:
-            self._console.show(record.worker_id, record.detail, record.progress)
+            self._console.show(record.worker_id, record.detail, record.progress or None)
         else:
             self._console.show(record.worker_id, str(record.state))
 
