@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator
 from typing import Protocol, TypeAlias
 
 import numpy as np
+import xxhash
 
 from pdserve.protocol.errors import PdserveError
 
@@ -109,6 +110,7 @@ class Spans:
         self._all: Bytes = np.lib.stride_tricks.as_strided(
             first, shape=(self.num_blocks * self.block_nbytes,), strides=(1,)
         )
+        self._flat = self._all.data
 
     def span(self, first: int, count: int = 1) -> Bytes:
         """Blocks first .. first + count - 1. Raises IndexError outside the pool."""
@@ -118,6 +120,11 @@ class Spans:
             )
         start = first * self.block_nbytes
         return self._all[start : start + count * self.block_nbytes]
+
+    def digest(self, block_id: int) -> int:
+        """xxh3-64 of one block of the pool."""
+        start = block_id * self.block_nbytes
+        return xxhash.xxh3_64_intdigest(self._flat[start : start + self.block_nbytes])
 
 
 class MappedPool:

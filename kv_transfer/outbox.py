@@ -230,6 +230,23 @@ class Outbox:
             self._report(lapsed)
         raise Refusal(f"The ticket {fetch.ticket_id} is unknown, released or expired.")
 
+    def sum_ahead(self, ticket_id: str, compute: Callable[[int], int]) -> None:
+        """Compute the ticket's checksums before anybody asks for them, until its lease ends or a
+        reader comes (who then computes what is missing). For a thread with time to spare."""
+        with self._lock:
+            held = self._held.get(ticket_id)
+        if held is None:
+            return
+        for index, block in enumerate(held.block_ids):
+            if held.state is not TicketState.READY:
+                return
+            if index in held.checksums:
+                continue
+            digest = compute(block)
+            with self._lock:
+                if held.ending is None:  # else the block may have been written to meanwhile
+                    held.checksums[index] = digest
+
     def end(self, read: Read) -> None:
         """The reader looks at the blocks no more. Call exactly once per `begin`."""
         held = read.held

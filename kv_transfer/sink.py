@@ -24,8 +24,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-import xxhash
-
 from pdserve.kv_transfer.job import Done, Ended, Job
 from pdserve.kv_transfer.line import Address, EpochChanged, Line, LinePool
 from pdserve.kv_transfer.memory import BlockMemory, Spans, host_id
@@ -47,8 +45,11 @@ from pdserve.protocol.wire import MessageDecoder
 
 log = logging.getLogger(__name__)
 
-PIECE_BYTES = 4 * 2**20
-"""Blocks asked for at once: the source hashes one piece while the sink receives another."""
+FIRST_PIECE_BYTES = 4 * 2**20
+LARGEST_PIECE_BYTES = 64 * 2**20
+"""Blocks are asked for in pieces, each four times the one before it: the first arrives soon, the
+source hashes one while the sink receives another (if it has not hashed them all since the offer),
+and there are few exchanges, each of which may cost the sink its core for a while."""
 TRIES = 2
 """Times that a block is asked for; a transport that turns out unfit does not count."""
 RELEASE_TIMEOUT_S = 1.0
@@ -311,7 +312,7 @@ class TransferSink:
         half = self._halves[name]
         job.transport = name
         with self._line(job, job.wait(self._stall_s)) as line:
-            pieces = _pieces(list(job.missing), PIECE_BYTES // self._pool.block_nbytes)
+            pieces = _pieces(list(job.missing), self._pool.block_nbytes)
             self._ask(line, job, name, pieces[0])
             for number, piece in enumerate(pieces):
                 if number + 1 < len(pieces):
@@ -339,8 +340,7 @@ class TransferSink:
         verified = 0
         for complete in half.receive(line, header, targets, lambda: job.wait(self._stall_s)):
             for position in range(verified, complete):
-                digest = xxhash.xxh3_64_intdigest(self._pool.span(targets[position]).data)
-                if digest == header.checksums[position]:
+                if self._pool.digest(targets[position]) == header.checksums[position]:
                     del job.missing[piece[position]]
                 else:
                     job.reason = f"The checksum of block {piece[position]} differs."
@@ -466,6 +466,12 @@ def _nobody(line: Line) -> None:
     """Short exchanges are not interrupted: they have a short deadline."""
 
 
-def _pieces(indices: list[int], length: int) -> list[list[int]]:
-    length = max(1, length)
-    return [indices[start : start + length] for start in range(0, len(indices), length)]
+def _pieces(indices: list[int], block_nbytes: int) -> list[list[int]]:
+    """`indices` cut into growing pieces."""
+    pieces, start, nbytes = [], 0, FIRST_PIECE_BYTES
+    while start < len(indices):
+        length = max(1, nbytes // block_nbytes)
+        pieces.append(indices[start : start + length])
+        start += length
+        nbytes = min(4 * nbytes, LARGEST_PIECE_BYTES)
+    return pieces

@@ -1,7 +1,8 @@
 """The source: the engine's exporter and the server that others fetch from.
 
-Threads: one accepts, one lets leases expire, one serves each connection. The engine thread only
-takes the outbox's lock for a moment.
+Threads: one accepts, one lets leases expire, one serves each connection, and one of low priority
+computes the checksums of what was just offered, so that a reader rarely has to wait for them. The
+engine thread only takes the outbox's lock for a moment.
 
     sink                                   source
       │ ── Fetch(ticket, wanted, "tcp") ───► │  outbox.begin: epoch, layout, lease
@@ -16,14 +17,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import queue
 import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
-
-import xxhash
 
 from pdserve.kv_transfer.line import (
     REQUEST_LIMIT,
@@ -51,6 +52,9 @@ from pdserve.protocol.wire import MessageDecoder
 log = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 3.0
+
+SUMMING_NICENESS = 5
+"""Of the thread that computes checksums ahead: what the engine computes comes first."""
 
 _TO_SOURCE: MessageDecoder[Any] = MessageDecoder(ToSource)
 
@@ -128,9 +132,12 @@ class TransferSource:
         self._lines: dict[Line, threading.Thread] = {}
         self._bytes_out = 0
         self._closing = threading.Event()
+        self._fresh: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        """Tickets whose checksums nobody has computed yet; None: the end."""
         self._threads = [
             threading.Thread(target=self._accept, name="kv-source-accept", daemon=True),
             threading.Thread(target=self._expire, name="kv-source-leases", daemon=True),
+            threading.Thread(target=self._sum_ahead, name="kv-source-sums", daemon=True),
         ]
         for thread in self._threads:
             thread.start()
@@ -145,7 +152,9 @@ class TransferSource:
         """See `Outbox.offer`. Raises ValueError also for blocks outside the pool."""
         if any(not 0 <= block_id < self._pool.num_blocks for block_id in block_ids):
             raise ValueError(f"A block lies outside the pool of {self._pool.num_blocks} blocks.")
-        return self.outbox.offer(request_id, block_ids, num_tokens, block_hashes)
+        ticket = self.outbox.offer(request_id, block_ids, num_tokens, block_hashes)
+        self._fresh.put(ticket.ticket_id)
+        return ticket
 
     def withdraw(self, request_id: str) -> None:
         """End the request's ticket, if there is one: at once, or when its last reader has stopped,
@@ -160,6 +169,7 @@ class TransferSource:
     def close(self) -> None:
         """Stop serving and return all blocks. Idempotent; takes at most CLOSE_TIMEOUT_S."""
         self._closing.set()
+        self._fresh.put(None)
         self.outbox.close()
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
@@ -185,6 +195,12 @@ class TransferSource:
             following = self.outbox.expire()
             left = self._lease_s if following is None else following - time.monotonic()
             self._closing.wait(max(0.0, left))
+
+    def _sum_ahead(self) -> None:
+        with contextlib.suppress(OSError):  # a matter of taste, not of correctness
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), SUMMING_NICENESS)
+        while (ticket_id := self._fresh.get()) is not None:
+            self.outbox.sum_ahead(ticket_id, self._pool.digest)
 
     def _accept(self) -> None:
         while not self._closing.is_set():
@@ -287,7 +303,7 @@ class TransferSource:
 
     def _checksum(self, read: Read, block: int) -> int:
         self._patience(read)
-        return xxhash.xxh3_64_intdigest(self._pool.span(block).data)
+        return self._pool.digest(block)
 
     def _refuse(
         self, line: Line, fetch: Fetch, reason: str, retry_other_transport: bool = False

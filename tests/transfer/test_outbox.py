@@ -7,7 +7,7 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
-from pdserve.kv_transfer.outbox import Outbox, Refusal, TicketState
+from pdserve.kv_transfer.outbox import Outbox, Read, Refusal, TicketState
 from pdserve.protocol.ticket import KVTicket, LayoutFingerprint
 from pdserve.protocol.transfer import Fetch, Outcome
 
@@ -269,3 +269,40 @@ def test_a_failing_callback_does_not_stop_the_outbox(fingerprint: LayoutFingerpr
     )
     assert release(outbox, offer(outbox))
     assert outbox.counters().returned == {"committed": 1}
+
+
+def test_sums_are_computed_ahead_once_and_given_to_readers(outbox: Outbox) -> None:
+    ticket = offer(outbox)
+    outbox.sum_ahead(ticket.ticket_id, lambda block: block * 100)
+    read = outbox.begin(ask(ticket, 0, 2))
+
+    def nobody(block: int) -> int:
+        raise AssertionError("computed a second time")
+
+    assert read.checksums(nobody) == (1000, 1200)
+
+
+def test_sums_of_a_block_that_went_back_meanwhile_are_not_kept(outbox: Outbox) -> None:
+    """Between computing and keeping, the ticket ends while a reader still has the blocks."""
+    ticket = offer(outbox)
+    reads: list[Read] = []
+
+    def withdrawn_meanwhile(block: int) -> int:
+        reads.append(outbox.begin(ask(ticket)))
+        outbox.withdraw("r")
+        return 1
+
+    outbox.sum_ahead(ticket.ticket_id, withdrawn_meanwhile)
+    (read,) = reads  # and no further block was looked at
+    assert read.checksums(lambda block: 2) == (2,)
+    outbox.end(read)
+
+
+def test_sums_are_left_to_a_reader_that_has_come(outbox: Outbox) -> None:
+    ticket = offer(outbox)
+    seen: list[int] = []
+    read = outbox.begin(ask(ticket))
+    outbox.sum_ahead(ticket.ticket_id, lambda block: seen.append(block) or 1)
+    outbox.end(read)
+    outbox.sum_ahead("unknown", lambda block: seen.append(block) or 1)
+    assert seen == []
