@@ -44,6 +44,8 @@ class Option:
     """The default, for people."""
     secret: bool
     """Not offered on the command line, which every user of the machine can read."""
+    hidden: bool = False
+    """For developers: works everywhere but is not in --help."""
 
 
 def option(
@@ -56,6 +58,7 @@ def option(
     choices: Sequence[str] = (),
     shown: str = "",
     secret: bool = False,
+    hidden: bool = False,
 ) -> Any:
     """A dataclass field that is also an option. `many`: a tuple of values, each parsed alone."""
     if isinstance(default, bool):
@@ -63,7 +66,7 @@ def option(
     if choices:
         parse = one_of(choices)
     shown = shown or (" ".join(map(str, default)) if many else str(default)) or "none"
-    row = Option(help, parse, unit, many, tuple(choices), shown, secret)
+    row = Option(help, parse, unit, many, tuple(choices), shown, secret, hidden)
     return dataclasses.field(default=default, metadata={"option": row})
 
 
@@ -230,7 +233,7 @@ def _shape(name: str, row: Option) -> dict[str, Any]:
     unit = f", in {row.unit}" if row.unit else ""
     text = f"{row.help}{unit} (default: {row.shown}; environment: {_variable(name)})"
     metavar = "|".join(row.choices) or name.upper()
-    text = text.replace("%", "%%")
+    text = argparse.SUPPRESS if row.hidden else text.replace("%", "%%")
     if row.parse is boolean:
         return {"help": text, "nargs": "?", "const": "true", "metavar": "true|false"}
     if row.many:

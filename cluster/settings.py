@@ -142,6 +142,11 @@ class WorkerSettings(CommonSettings):
         parse=integer(0, 4096),
         shown="0: one per core in --cpus, or per core of the machine",
     )
+    inject_faults: str = option(
+        "",
+        "Faults of KV transfers for tests, e.g. seed=7,flip=0.1,drop=0.05 (kv_transfer/faults.py)",
+        hidden=True,
+    )
     cpus: tuple[int, ...] = option(
         (), "Numbers of the cores to run on", parse=cores, many=True, shown="all"
     )

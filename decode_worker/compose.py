@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pdserve.kv_transfer.faults import Dice, Faults, faulty_sink
 from pdserve.kv_transfer.sink import TransferSink
 from pdserve.kv_transfer.transports import SINK_HALVES
 from pdserve.worker.assembly import Assembly, Context
@@ -10,14 +11,18 @@ from pdserve.worker.loading import load
 
 def compose(context: Context) -> Assembly:
     """Load the model; tickets (or prompts) in, tokens out."""
+    settings = context.settings
+    faults = settings.inject_faults
+    halves = faulty_sink(SINK_HALVES, Dice(Faults.parse(faults))) if faults else SINK_HALVES
     loaded = load(context)
-    settings, pool = context.settings, loaded.built.pool
+    pool = loaded.built.pool
     sink = TransferSink(
         pool,
         loaded.built.fingerprint,
         name=settings.worker_id,
         secret=settings.secret,
         transport=settings.transport,
+        halves=halves,
     )
 
     def close() -> None:

@@ -22,7 +22,7 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -81,7 +81,8 @@ class TransferSource:
     `on_returned(ticket, ending)` is called exactly once per ticket, from any thread, when its
     blocks are the pool's again; `ending` is one of `outbox.Ending`. `transports` are offered best
     first (see `transports.offered_transports`). `host` is what tickets name and, unless `bind` says
-    otherwise, where the server listens; `port` 0 takes any free one.
+    otherwise, where the server listens; `port` 0 takes any free one. `halves` are the transports'
+    implementations; `clock` counts the leases' seconds.
     """
 
     def __init__(
@@ -101,16 +102,19 @@ class TransferSource:
         max_connections: int = 256,
         idle_s: float = 300.0,
         stall_s: float = 5.0,
+        halves: Mapping[str, Callable[[Spans], SourceHalf]] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Raises ValueError for an unknown transport, PoolError if the memory cannot be shared,
         OSError if the port is taken."""
-        if not transports or set(transports) - set(SOURCE_HALVES):
+        halves = SOURCE_HALVES if halves is None else halves
+        if not transports or set(transports) - set(halves):
             raise ValueError(
-                f"Transports are one or more of {', '.join(SOURCE_HALVES)}. Given: {transports}."
+                f"Transports are one or more of {', '.join(halves)}. Given: {transports}."
             )
         self._pool = Spans(memory)
         self._halves: dict[str, SourceHalf] = {
-            name: SOURCE_HALVES[name](self._pool) for name in transports
+            name: halves[name](self._pool) for name in transports
         }
         self._worker_id, self._epoch, self._secret = worker_id, epoch, secret
         self._lease_s, self._idle_s, self._stall_s = lease_s, idle_s, stall_s
@@ -126,7 +130,9 @@ class TransferSource:
             fingerprint=fingerprint,
             lease_s=lease_s,
             on_returned=on_returned,
+            clock=clock,
         )
+        self._clock = clock
         self._complain = Complaints(log)
         self._lock = threading.Lock()
         self._lines: dict[Line, threading.Thread] = {}
@@ -193,7 +199,7 @@ class TransferSource:
         # While nothing is held a whole lease may be slept: no ticket minted meanwhile ends sooner.
         while not self._closing.is_set():
             following = self.outbox.expire()
-            left = self._lease_s if following is None else following - time.monotonic()
+            left = self._lease_s if following is None else following - self._clock()
             self._closing.wait(max(0.0, left))
 
     def _sum_ahead(self) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from pdserve.engine.loop import Engine
+from pdserve.kv_transfer.faults import Dice, Faults, faulty_source
 from pdserve.kv_transfer.source import TransferSource
-from pdserve.kv_transfer.transports import offered_transports
+from pdserve.kv_transfer.transports import SOURCE_HALVES, offered_transports
 from pdserve.worker.assembly import Assembly, Context
 from pdserve.worker.loading import load
 
 
 def compose(context: Context) -> Assembly:
     """Load the model; prompts in, tickets out."""
+    settings = context.settings
+    faults = settings.inject_faults
+    halves = faulty_source(SOURCE_HALVES, Dice(Faults.parse(faults))) if faults else SOURCE_HALVES
     loaded = load(context)
-    settings, pool = context.settings, loaded.built.pool
+    pool = loaded.built.pool
     transports = offered_transports(pool, settings.transport)
     engine: Engine
     source = TransferSource(
@@ -25,6 +29,7 @@ def compose(context: Context) -> Assembly:
         secret=settings.secret,
         lease_s=settings.lease_s,
         transports=transports,
+        halves=halves,
         on_returned=lambda ticket, ending: engine.returned(ticket.ticket_id),
     )
     engine = loaded.engine(context.sink, exporter=source)

@@ -233,7 +233,7 @@ def test_help_lists_every_option_with_unit_default_and_variable(
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for name, row in up_table().items():
-        assert options.flag(name) in text or row.secret
-        assert f"PDSERVE_{name.upper()}" in text
+        assert (options.flag(name) in text or row.secret) is not row.hidden
+        assert (f"PDSERVE_{name.upper()}" in text) is not row.hidden
     assert "in tokens (default: 16; environment: PDSERVE_BLOCK_SIZE)" in text
     assert "in bytes (default: 1GiB; environment: PDSERVE_KV_CACHE_MEMORY)" in text

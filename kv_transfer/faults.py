@@ -1,0 +1,193 @@
+"""Faults on demand, over any transport: what a bad network or a bad host would do to blocks.
+
+A specification is text: `seed=7,flip=0.1,drop=0.05,delay=0.2,delay_s=0.01`. Each fault has a
+probability per piece (the answer to one `Fetch`); the same seed gives the same draws in the same
+order. For developers and tests; nothing here is active unless it is asked for.
+
+    delay      the piece comes `delay_s` seconds late
+    drop       the connection is lost instead
+    truncate   the connection is lost somewhere in the piece
+    duplicate  one block's bytes arrive in the place of another one, too
+    reorder    two blocks arrive in each other's place
+    flip       one bit of one block arrives as its opposite
+
+The source's half delays, drops and truncates; the sink's half does all six, after the bytes have
+arrived and before anybody looks at them.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+
+from pdserve.kv_transfer.line import Line
+from pdserve.kv_transfer.memory import Spans
+from pdserve.kv_transfer.transports import SinkHalf, SourceHalf, Wait
+from pdserve.protocol.errors import PdserveError, ProtocolError
+from pdserve.protocol.transfer import Fetch, FetchHeader
+
+log = logging.getLogger(__name__)
+
+MANY_BLOCKS = ("duplicate", "reorder")
+"""Faults that need two blocks of a piece at once."""
+
+
+class FaultsError(PdserveError):
+    """A specification that cannot be understood."""
+
+
+class InjectedLoss(ConnectionError):
+    """The connection is lost on purpose."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Faults:
+    """Probabilities per piece, from 0 to 1."""
+
+    delay: float = 0.0
+    drop: float = 0.0
+    truncate: float = 0.0
+    duplicate: float = 0.0
+    reorder: float = 0.0
+    flip: float = 0.0
+    delay_s: float = 0.01
+    """Seconds."""
+    seed: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Faults:
+        """Raises FaultsError with a sentence."""
+        known = [field.name for field in fields(cls)]
+        values: dict[str, float] = {}
+        for part in text.split(","):
+            name, _, number = part.partition("=")
+            if name not in known:
+                raise FaultsError(f"Faults are {', '.join(known)}. Given: {part!r}.")
+            try:
+                values[name] = int(number) if name == "seed" else float(number)
+            except ValueError:
+                raise FaultsError(f"The fault {name} needs a number. Given: {part!r}.") from None
+            if name != "seed" and not 0 <= values[name] <= (60 if name == "delay_s" else 1):
+                limit = "60 seconds" if name == "delay_s" else "1"
+                raise FaultsError(f"The fault {name} must be from 0 to {limit}. Given: {part!r}.")
+        return cls(**values)  # type: ignore[arg-type]
+
+
+class Dice:
+    """Draws faults. Thread-safe; `count` says what was drawn so far."""
+
+    def __init__(self, faults: Faults) -> None:
+        self.faults = faults
+        self.count: Counter[str] = Counter()
+        self._random = random.Random(faults.seed)
+        self._lock = threading.Lock()
+
+    def draw(self, *names: str) -> set[str]:
+        """Those of the faults that happen now."""
+        with self._lock:
+            drawn = {name for name in names if self._random.random() < getattr(self.faults, name)}
+            self.count.update(drawn)
+        if drawn:
+            log.info("Injected faults: %s.", ", ".join(sorted(drawn)))
+        return drawn
+
+    def below(self, limit: int) -> int:
+        with self._lock:
+            return self._random.randrange(limit)
+
+    def two_of(self, count: int) -> tuple[int, int]:
+        with self._lock:
+            first, second = self._random.sample(range(count), 2)
+        return first, second
+
+
+class FaultySource:
+    """A source's half that loses connections and is late."""
+
+    def __init__(self, inner: SourceHalf, dice: Dice) -> None:
+        self._inner, self._dice = inner, dice
+
+    def objection(self, fetch: Fetch) -> str:
+        return self._inner.objection(fetch)
+
+    def describe(self, header: FetchHeader, block_ids: Sequence[int]) -> FetchHeader:
+        return self._inner.describe(header, block_ids)
+
+    def send(self, line: Line, block_ids: Sequence[int], wait: Wait) -> None:
+        drawn = self._dice.draw("delay", "drop", "truncate")
+        if "delay" in drawn:
+            time.sleep(self._dice.faults.delay_s)
+        if "drop" in drawn:
+            raise InjectedLoss("The connection was dropped on purpose.")
+        if "truncate" in drawn:
+            self._inner.send(line, block_ids[: self._dice.below(len(block_ids))], wait)
+            raise InjectedLoss("The blocks were cut short on purpose.")
+        self._inner.send(line, block_ids, wait)
+
+
+class FaultySink:
+    """A sink's half whose blocks arrive late, incomplete, twice, in disorder or changed."""
+
+    def __init__(self, inner: SinkHalf, pool: Spans, dice: Dice) -> None:
+        self.borrows = inner.borrows
+        self._inner, self._pool, self._dice = inner, pool, dice
+
+    def receive(
+        self, line: Line, header: FetchHeader, targets: Sequence[int], wait: Wait
+    ) -> Iterator[int]:
+        drawn = self._dice.draw("delay", "drop", "truncate", "flip")
+        if len(targets) > 1:
+            drawn |= self._dice.draw(*MANY_BLOCKS)
+        if "delay" in drawn:
+            time.sleep(self._dice.faults.delay_s)
+        if "drop" in drawn:
+            raise InjectedLoss("The connection was dropped on purpose.")
+        end = self._dice.below(len(targets)) if "truncate" in drawn else len(targets)
+        complete = 0
+        for complete in self._inner.receive(line, header, targets, wait):
+            if complete > end:
+                raise ProtocolError("The blocks were cut short on purpose.")
+            if not drawn.intersection((*MANY_BLOCKS, "flip")):
+                yield complete
+        # Unless they were yielded, nobody has looked at the blocks yet.
+        self._spoil(drawn, targets)
+        yield complete
+
+    def _spoil(self, drawn: set[str], targets: Sequence[int]) -> None:
+        if "duplicate" in drawn:
+            here, there = self._dice.two_of(len(targets))
+            self._pool.span(targets[there])[:] = self._pool.span(targets[here])
+        if "reorder" in drawn:
+            one, other = (self._pool.span(targets[i]) for i in self._dice.two_of(len(targets)))
+            kept = one.copy()
+            one[:], other[:] = other, kept
+        if "flip" in drawn:
+            block = self._pool.span(targets[self._dice.below(len(targets))])
+            block[self._dice.below(len(block))] ^= 1 << self._dice.below(8)
+
+
+def faulty_source(
+    halves: Mapping[str, Callable[[Spans], SourceHalf]], dice: Dice
+) -> dict[str, Callable[[Spans], SourceHalf]]:
+    """The same transports with faults on the source's side."""
+
+    def over(make: Callable[[Spans], SourceHalf]) -> Callable[[Spans], SourceHalf]:
+        return lambda pool: FaultySource(make(pool), dice)
+
+    return {name: over(make) for name, make in halves.items()}
+
+
+def faulty_sink(
+    halves: Mapping[str, Callable[[Spans], SinkHalf]], dice: Dice
+) -> dict[str, Callable[[Spans], SinkHalf]]:
+    """The same transports with faults on the sink's side."""
+
+    def over(make: Callable[[Spans], SinkHalf]) -> Callable[[Spans], SinkHalf]:
+        return lambda pool: FaultySink(make(pool), pool, dice)
+
+    return {name: over(make) for name, make in halves.items()}
