@@ -12,6 +12,7 @@ one plus one and Redis' clock in milliseconds: it stays unique even if Redis los
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -101,6 +102,7 @@ class Membership:
         self._url = url
         self._keys = [f"{{{cluster}}}:{name}" for name in ("epochs", "workers", "leases")]
         self._unreadable: set[str] = set()
+        self._calls: set[asyncio.Task[Any]] = set()
         try:
             self._redis = Redis.from_url(
                 url,
@@ -139,9 +141,19 @@ class Membership:
         return sorted(records, key=lambda record: record.worker_id)
 
     async def close(self) -> None:
+        if self._calls:
+            await asyncio.wait(self._calls)
         await self._redis.aclose()
 
     async def _run(self, script: str, *arguments: str | int | bytes) -> Any:
+        # In a task of its own, because `asyncio.wait_for` of Python 3.11, which the client uses,
+        # can swallow a cancellation: then a cancelled caller would go on for ever.
+        call = asyncio.create_task(self._ask(script, *arguments))
+        self._calls.add(call)
+        call.add_done_callback(self._calls.discard)
+        return await asyncio.shield(call)
+
+    async def _ask(self, script: str, *arguments: str | int | bytes) -> Any:
         try:
             return await self._redis.eval(script, len(self._keys), *self._keys, *arguments)
         except (RedisError, OSError) as error:

@@ -153,9 +153,7 @@ class Router:
         timings = request.headers.get(TIMINGS_HEADER) == "1"
 
         def launch() -> Generation:
-            return Generation(
-                parsed, self.model, self.dispatcher, self.metrics, received, timings
-            )
+            return Generation(parsed, self.model, self.dispatcher, self.metrics, received, timings)
 
         return GenerationResponse(launch, parsed.stream)
 

@@ -33,8 +33,19 @@ MAX_SECONDS = 2.0
 MAX_CHARS = 64 * 2**20
 """Longest prompt that a template may write, and longest string it may build by repetition."""
 RESERVED = frozenset(
-    {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now",
-     "tokenize", "chat_template", "namespace", "dict", "range"}
+    {
+        "messages",
+        "tools",
+        "documents",
+        "add_generation_prompt",
+        "raise_exception",
+        "strftime_now",
+        "tokenize",
+        "chat_template",
+        "namespace",
+        "dict",
+        "range",
+    }
 )
 """Names that `chat_template_kwargs` cannot give another meaning; they are dropped."""
 CONTINUE_MARK = "\u2063CONTINUE-HERE\u2063 "
@@ -122,7 +133,10 @@ def _strftime_now(form: str) -> str:
 
 
 def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None,
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: Any = None,
+    separators: Any = None,
     sort_keys: bool = False,
 ) -> str:
     """Jinja's own escapes HTML characters; prompts must not be escaped."""
@@ -166,7 +180,10 @@ class ChatTemplate:
         given = {name: value for name, value in variables.items() if name not in RESERVED}
         try:
             pieces = self._template.generate(
-                **given, messages=conversation, tools=tools, documents=documents,
+                **given,
+                messages=conversation,
+                tools=tools,
+                documents=documents,
                 add_generation_prompt=add_generation_prompt,
             )
             text = _join(pieces, self._environment.check_clock)
@@ -263,7 +280,7 @@ def find_template(option: str, own: Mapping[str, str]) -> str | None:
 
 
 def detect_content_format(tree: jinja2.nodes.Template) -> str:
-    """"openai" if the template loops over a message's content, else "string"."""
+    """ "openai" if the template loops over a message's content, else "string"."""
     conversations = _aliases(tree, {"messages"}, _stands_for)
     loops = list(tree.find_all(jinja2.nodes.For))
     heads = {
@@ -279,7 +296,8 @@ def detect_content_format(tree: jinja2.nodes.Template) -> str:
 
 
 def _aliases(
-    tree: jinja2.nodes.Template, names: set[str],
+    tree: jinja2.nodes.Template,
+    names: set[str],
     matches: Callable[[jinja2.nodes.Node, set[str]], bool],
 ) -> set[str]:
     """`names` and every variable that is assigned from something that `matches`."""

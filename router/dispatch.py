@@ -124,8 +124,13 @@ class Answer:
     still lie in its worker's outbox (`_held`)."""
 
     def __init__(
-        self, dispatcher: Dispatcher, base_id: str, index: int, spec: AnswerSpec,
-        mailbox: Mailbox, deadline: float,
+        self,
+        dispatcher: Dispatcher,
+        base_id: str,
+        index: int,
+        spec: AnswerSpec,
+        mailbox: Mailbox,
+        deadline: float,
     ) -> None:
         self._dispatcher = dispatcher
         self._base_id = base_id
@@ -285,7 +290,11 @@ class Answer:
         self._dispatcher.count_move(leg.kind, error.code)
         log.warning(
             "%s: the %s leg on %s ended (%s); going on elsewhere after %d tokens",
-            leg.request_id, leg.kind, leg.link.worker_id, error.message, len(self._tokens),
+            leg.request_id,
+            leg.kind,
+            leg.link.worker_id,
+            error.message,
+            len(self._tokens),
         )
         if error.code is not ErrorCode.KV_LOST:
             self._avoid.add(leg.link.worker_id)

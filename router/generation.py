@@ -62,8 +62,13 @@ class Generation:
     """One HTTP request while it is served. Use as a context: leaving it aborts what still runs."""
 
     def __init__(
-        self, request: GenerateRequest, model: ServedModel, dispatcher: Dispatcher,
-        metrics: RouterMetrics, received: float, timings: bool,
+        self,
+        request: GenerateRequest,
+        model: ServedModel,
+        dispatcher: Dispatcher,
+        metrics: RouterMetrics,
+        received: float,
+        timings: bool,
     ) -> None:
         """`timings`: the client asked for the `pdserve` member."""
         self.request = request
@@ -161,7 +166,11 @@ class Generation:
             else:
                 choices.append(
                     completion_choice(
-                        index, self._scored(delta), request, self._writer, answer,
+                        index,
+                        self._scored(delta),
+                        request,
+                        self._writer,
+                        answer,
                         self._echo(index),
                     )
                 )
@@ -221,9 +230,7 @@ class Generation:
 
         Raises ApiError only while nothing has been sent; ClientGone.
         """
-        forms = ChunkForms(
-            self.request, self._id, self._created, self._model.name, self._writer
-        )
+        forms = ChunkForms(self.request, self._id, self._created, self._model.name, self._writer)
         started = False
         try:
             while self._open:
@@ -365,4 +372,3 @@ class Generation:
         for answer in self._flight.answers:
             for leg in answer.legs:
                 self._metrics.leg(leg.kind, leg.events)
-

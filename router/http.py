@@ -91,7 +91,9 @@ class Gate:
     """Outermost layer: request ids, keys, counts, and a JSON answer to whatever went wrong."""
 
     def __init__(
-        self, app: ASGIApp, keys: tuple[str, ...],
+        self,
+        app: ASGIApp,
+        keys: tuple[str, ...],
         count: Callable[[str, str, int, float], None],
     ) -> None:
         """`keys`: any of them opens the guarded paths; none: they are open. `count(handler,
@@ -152,5 +154,3 @@ def _header(scope: Scope, name: bytes) -> str:
         if key == name:
             return str(value.decode("latin-1"))
     return ""
-
-

@@ -25,14 +25,72 @@ from pdserve.router.dispatch import Dispatcher
 from pdserve.router.workers import WorkerPool
 
 FIRST_TOKEN_BUCKETS = (
-    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40,
-    80, 160, 640, 2560,
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1,
+    2.5,
+    5,
+    7.5,
+    10,
+    20,
+    40,
+    80,
+    160,
+    640,
+    2560,
 )
 NEXT_TOKEN_BUCKETS = (
-    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80,
+    0.01,
+    0.025,
+    0.05,
+    0.075,
+    0.1,
+    0.15,
+    0.2,
+    0.3,
+    0.4,
+    0.5,
+    0.75,
+    1,
+    2.5,
+    5,
+    7.5,
+    10,
+    20,
+    40,
+    80,
 )
 REQUEST_BUCKETS = (
-    0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680,
+    0.3,
+    0.5,
+    0.8,
+    1,
+    1.5,
+    2,
+    2.5,
+    5,
+    10,
+    15,
+    20,
+    30,
+    40,
+    50,
+    60,
+    120,
+    240,
+    480,
+    960,
+    1920,
+    7680,
 )
 PHASE_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60)
 
@@ -72,7 +130,8 @@ class RouterMetrics:
         )
         self._per_token = self._histogram(
             "vllm:request_time_per_output_token_seconds",
-            "A request's mean time per token after the first.", NEXT_TOKEN_BUCKETS,
+            "A request's mean time per token after the first.",
+            NEXT_TOKEN_BUCKETS,
         )
         self._whole = self._histogram(
             "vllm:e2e_request_latency_seconds", "Request to end of answer.", REQUEST_BUCKETS
@@ -100,36 +159,47 @@ class RouterMetrics:
         self._cached = self._counter("vllm:prompt_tokens_cached", "Prompt tokens from caches.")
         self._tokens = self._counter("vllm:generation_tokens", "Generated tokens.")
         self._success = Counter(
-            "vllm:request_success", "Finished answers.",
-            [*self._labels, "finished_reason"], registry=self.registry,
+            "vllm:request_success",
+            "Finished answers.",
+            [*self._labels, "finished_reason"],
+            registry=self.registry,
         )
         self._rejected = Counter(
-            "vllm:admission_rejections", "Requests refused for load.",
-            ["model_name", "reason"], registry=self.registry,
+            "vllm:admission_rejections",
+            "Requests refused for load.",
+            ["model_name", "reason"],
+            registry=self.registry,
         ).labels(model_name, "max_queue")
         self._moves = Counter(
-            "pdserve:leg_retries", "Legs that failed and went on elsewhere.",
-            ["kind", "reason"], registry=self.registry,
+            "pdserve:leg_retries",
+            "Legs that failed and went on elsewhere.",
+            ["kind", "reason"],
+            registry=self.registry,
         )
         self._phases = Histogram(
-            "pdserve:phase_seconds", "Phases of legs, from the workers' life events.",
-            ["kind", "phase"], buckets=PHASE_BUCKETS, registry=self.registry,
+            "pdserve:phase_seconds",
+            "Phases of legs, from the workers' life events.",
+            ["kind", "phase"],
+            buckets=PHASE_BUCKETS,
+            registry=self.registry,
         )
         self._http = Counter(
-            "http_requests", "HTTP requests.", ["handler", "method", "status"],
+            "http_requests",
+            "HTTP requests.",
+            ["handler", "method", "status"],
             registry=self.registry,
         )
         self._http_time = Histogram(
-            "http_request_duration_seconds", "Time to serve HTTP requests.",
-            ["handler", "method"], registry=self.registry,
+            "http_request_duration_seconds",
+            "Time to serve HTTP requests.",
+            ["handler", "method"],
+            registry=self.registry,
         )
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
-        metric = Histogram(
-            name, text, list(self._labels), buckets=buckets, registry=self.registry
-        )
+        metric = Histogram(name, text, list(self._labels), buckets=buckets, registry=self.registry)
         return metric.labels(**self._labels)
 
     def _counter(self, name: str, text: str) -> Counter:
@@ -166,8 +236,14 @@ class RouterMetrics:
         self._http_time.labels(handler, method).observe(seconds)
 
     def request(
-        self, *, elapsed: float, to_first: float, prompt_tokens: Sequence[int],
-        answers: Sequence[tuple[str, int]], max_tokens: Iterable[int], cached_tokens: int,
+        self,
+        *,
+        elapsed: float,
+        to_first: float,
+        prompt_tokens: Sequence[int],
+        answers: Sequence[tuple[str, int]],
+        max_tokens: Iterable[int],
+        cached_tokens: int,
     ) -> None:
         """A request was served. `answers`: (finish reason, tokens) of each."""
         self._whole.observe(elapsed)
@@ -203,37 +279,38 @@ class RouterMetrics:
 class _ClusterCollector(Collector):
     """Gauges that are read off the pool when somebody scrapes."""
 
-    def __init__(
-        self, pool: WorkerPool, dispatcher: Dispatcher, labels: dict[str, str]
-    ) -> None:
+    def __init__(self, pool: WorkerPool, dispatcher: Dispatcher, labels: dict[str, str]) -> None:
         self._pool = pool
         self._dispatcher = dispatcher
         self._labels = labels
 
     def collect(self) -> Iterable[Metric]:
-        statuses = [
-            (link, link.status) for link in self._pool.links if link.status is not None
-        ]
+        statuses = [(link, link.status) for link in self._pool.links if link.status is not None]
         yield self._gauge(
-            "vllm:num_requests_running", "Requests in prefill or decode on all workers.",
+            "vllm:num_requests_running",
+            "Requests in prefill or decode on all workers.",
             sum(status.running + status.fetching for _, status in statuses),
         )
         yield self._gauge(
-            "vllm:num_requests_waiting", "Requests waiting on all workers.",
+            "vllm:num_requests_waiting",
+            "Requests waiting on all workers.",
             sum(status.waiting for _, status in statuses),
         )
         total = sum(status.blocks_total for _, status in statuses)
         free = sum(status.blocks_free + status.blocks_cached for _, status in statuses)
         yield self._gauge(
-            "vllm:kv_cache_usage_perc", "Share of all KV blocks in use, 0 to 1.",
+            "vllm:kv_cache_usage_perc",
+            "Share of all KV blocks in use, 0 to 1.",
             1 - free / total if total else 0.0,
         )
         yield self._gauge(
-            "pdserve:answers_in_flight", "Answers that this router is generating.",
+            "pdserve:answers_in_flight",
+            "Answers that this router is generating.",
             self._dispatcher.in_flight,
         )
         yield self._gauge(
-            "pdserve:redis_up", "Whether Redis answered the last time.",
+            "pdserve:redis_up",
+            "Whether Redis answered the last time.",
             float(self._pool.redis_error is None),
         )
         names = ["worker", "role"]

@@ -71,8 +71,11 @@ class LogprobWriter:
         }
 
     def completion(
-        self, token_ids: Sequence[int], logprobs: Sequence[PositionLogprobs | None],
-        offsets: Sequence[int], k: int,
+        self,
+        token_ids: Sequence[int],
+        logprobs: Sequence[PositionLogprobs | None],
+        offsets: Sequence[int],
+        k: int,
     ) -> Json:
         """`choices[].logprobs` of completions: parallel lists; a None position (the first of an
         echoed prompt) stays null."""
@@ -125,7 +128,11 @@ class ChunkForms:
     """Chunks of one stream: what stays the same in all of them is encoded once."""
 
     def __init__(
-        self, request: GenerateRequest, response_id: str, created: int, model: str,
+        self,
+        request: GenerateRequest,
+        response_id: str,
+        created: int,
+        model: str,
         writer: LogprobWriter,
     ) -> None:
         self._request = request
@@ -140,7 +147,7 @@ class ChunkForms:
         key = b'"delta":{"content":' if request.chat else b'"text":'
         close = b"}" if request.chat else b""
         self._before = [
-            b"data: %b,\"choices\":[{\"index\":%d,%b" % (head, index, key)
+            b'data: %b,"choices":[{"index":%d,%b' % (head, index, key)
             for index in range(len(request.answers))
         ]
         self._after = close + b',"logprobs":null,"finish_reason":null}]}\n\n'
@@ -168,7 +175,11 @@ class ChunkForms:
         return self.chunk([choice], prompt_token_ids=prompt_ids, prompt_text=prompt_text)
 
     def delta(
-        self, index: int, delta: Delta, offset: int, usage_now: Json | None,
+        self,
+        index: int,
+        delta: Delta,
+        offset: int,
+        usage_now: Json | None,
         members: Json | None = None,
     ) -> bytes:
         """A chunk with whatever the delta and the request call for. `offset`: characters before
@@ -227,8 +238,12 @@ def chat_choice(
 
 
 def completion_choice(
-    index: int, delta: Delta, request: GenerateRequest, writer: LogprobWriter,
-    answer: AnswerText, echo: str | None,
+    index: int,
+    delta: Delta,
+    request: GenerateRequest,
+    writer: LogprobWriter,
+    answer: AnswerText,
+    echo: str | None,
 ) -> Json:
     """A finished answer of completions, after the echoed prompt if there is one."""
     prompt = request.prompts[index // request.n]
@@ -254,8 +269,12 @@ def completion_choice(
 
 
 def completion_logprobs(
-    delta: Delta, request: GenerateRequest, writer: LogprobWriter, answer: AnswerText,
-    index: int, echo: str | None,
+    delta: Delta,
+    request: GenerateRequest,
+    writer: LogprobWriter,
+    answer: AnswerText,
+    index: int,
+    echo: str | None,
 ) -> Json:
     """The logprobs of an answer, those of an echoed prompt first."""
     assert request.logprobs is not None

@@ -67,9 +67,7 @@ def _role(workers: Iterable[WorkerLoad], *roles: Role) -> list[WorkerLoad]:
     return [worker for worker in workers if worker.role in roles]
 
 
-def _prefer_other(
-    workers: Sequence[WorkerLoad], avoid: Collection[str]
-) -> Sequence[WorkerLoad]:
+def _prefer_other(workers: Sequence[WorkerLoad], avoid: Collection[str]) -> Sequence[WorkerLoad]:
     """Without the workers that have just failed, unless there are no others."""
     return [worker for worker in workers if worker.worker_id not in avoid] or workers
 

@@ -94,8 +94,13 @@ class RequestParser:
     """Checks requests against one model."""
 
     def __init__(
-        self, model: ServedModel, *, max_logprobs: int, trust_templates: bool,
-        executor: Executor, rng: random.Random,
+        self,
+        model: ServedModel,
+        *,
+        max_logprobs: int,
+        trust_templates: bool,
+        executor: Executor,
+        rng: random.Random,
     ) -> None:
         """`executor` renders and tokenizes long prompts; `rng` draws seeds."""
         self.model = model
@@ -118,8 +123,14 @@ class RequestParser:
         logprobs = self._logprobs("logprobs", body.logprobs)
         prompts = await self._completion_prompts(body, asked)
         return self._assemble(
-            body, header_id, prompts, max(asked, 1), logprobs,
-            chat=False, echo="" if echo else None, score_only=score_only,
+            body,
+            header_id,
+            prompts,
+            max(asked, 1),
+            logprobs,
+            chat=False,
+            echo="" if echo else None,
+            score_only=score_only,
         )
 
     async def chat(self, body: ChatCompletionRequest, header_id: str) -> GenerateRequest:
@@ -142,14 +153,28 @@ class RequestParser:
         role = last["role"] if body.continue_final_message else "assistant"
         echo = flat_text(last.get("content")) if body.echo and last["role"] == role else None
         return self._assemble(
-            body, header_id, (prompt,), tokens, logprobs,
-            chat=True, echo=echo or None, score_only=False,
+            body,
+            header_id,
+            (prompt,),
+            tokens,
+            logprobs,
+            chat=True,
+            echo=echo or None,
+            score_only=False,
             return_prompt_text=bool(body.return_prompt_text),
         )
 
     def _assemble(
-        self, body: SamplingFields, header_id: str, prompts: tuple[Prompt, ...], asked: int,
-        logprobs: int | None, *, chat: bool, echo: str | None, score_only: bool,
+        self,
+        body: SamplingFields,
+        header_id: str,
+        prompts: tuple[Prompt, ...],
+        asked: int,
+        logprobs: int | None,
+        *,
+        chat: bool,
+        echo: str | None,
+        score_only: bool,
         return_prompt_text: bool = False,
     ) -> GenerateRequest:
         n = answer_count(body)
@@ -162,9 +187,14 @@ class RequestParser:
         seed = self._rng.getrandbits(64)
         params = [
             sampling_params(
-                body, self.model.defaults, self._vocabulary, seed=seed,
+                body,
+                self.model.defaults,
+                self._vocabulary,
+                seed=seed,
                 max_tokens=min(asked, self.model.max_len - len(prompt.token_ids)),
-                asked_tokens=asked, logprobs=logprobs, prompt_logprobs=wanted,
+                asked_tokens=asked,
+                logprobs=logprobs,
+                prompt_logprobs=wanted,
             )
             for prompt in prompts
         ]
@@ -231,7 +261,9 @@ class RequestParser:
         return Prompt(token_ids=token_ids, text=text)
 
     def _template(self, body: ChatFields, kwargs: dict[str, Any]) -> ChatTemplate:
-        own = body.chat_template or kwargs.get("chat_template")
+        name, own = "chat_template", body.chat_template
+        if own is None:
+            name, own = "chat_template_kwargs", kwargs.get("chat_template")
         if own is None:
             if self.model.template is None:
                 raise BadRequest(
@@ -242,17 +274,15 @@ class RequestParser:
             return self.model.template
         if not self._trust_templates:
             raise BadRequest(
-                "chat_template is accepted only if the router was started with "
+                f"A chat template in {name} is accepted only if the router was started with "
                 "--trust-request-chat-template.",
-                param="chat_template",
+                param=name,
             )
         if not isinstance(own, str):
-            raise BadRequest("chat_template must be a string.", param="chat_template")
+            raise BadRequest(f"The chat template in {name} must be a string.", param=name)
         return chat.compiled(own, "auto")
 
-    async def _completion_prompts(
-        self, body: CompletionRequest, asked: int
-    ) -> tuple[Prompt, ...]:
+    async def _completion_prompts(self, body: CompletionRequest, asked: int) -> tuple[Prompt, ...]:
         prompts = _split_prompts(body.prompt)
         truncation = _truncation(body, self.model.max_len, asked)
         special = body.add_special_tokens is not False

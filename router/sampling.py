@@ -114,9 +114,7 @@ def sampling_params(
     temperature = _temperature(fields, defaults)
     greedy = temperature < GREEDY_BELOW
     if greedy and answer_count(fields) > 1:
-        raise BadRequest(
-            f"n must be 1 when using greedy sampling, got {fields.n}.", param="n"
-        )
+        raise BadRequest(f"n must be 1 when using greedy sampling, got {fields.n}.", param="n")
     stop_token_ids = tuple(fields.stop_token_ids or ())
     vocabulary.check("stop_token_ids", stop_token_ids)
     given = fields.seed

@@ -134,9 +134,9 @@ class ChatCompletionRequest(ChatFields, SamplingFields):
     top_logprobs: Int64 | None = None
     max_completion_tokens: Int64 | None = None
     tool_choice: str | Object | None = None
-    reasoning_effort: (
-        Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None
-    ) = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
+        None
+    )
     return_prompt_text: bool | None = None
 
     # advisory

@@ -124,7 +124,9 @@ def _template_kwargs(text: str) -> dict[str, Any]:
 
 
 def _eos_ids(
-    generation: dict[str, Any], config: dict[str, Any], text_config: dict[str, Any],
+    generation: dict[str, Any],
+    config: dict[str, Any],
+    text_config: dict[str, Any],
     tokenizer: TextTokenizer,
 ) -> tuple[int, ...]:
     """generation_config's, else config's; and always the tokenizer's."""

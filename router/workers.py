@@ -255,8 +255,9 @@ class WorkerPool:
 
     def max_model_len(self) -> int | None:
         """What every connected worker accepts, in tokens; None without workers."""
-        lengths = [link.record.model.max_model_len for link in self._links.values()
-                   if link.record.model]
+        lengths = [
+            link.record.model.max_model_len for link in self._links.values() if link.record.model
+        ]
         return min(lengths, default=None)
 
     async def _watch(self) -> None:
@@ -339,7 +340,10 @@ class WorkerPool:
         if (channel.peer, channel.epoch) != (record.worker_id, record.epoch):
             log.warning(
                 "%s epoch %d answers at the address of %s epoch %d",
-                channel.peer, channel.epoch, record.worker_id, record.epoch,
+                channel.peer,
+                channel.epoch,
+                record.worker_id,
+                record.epoch,
             )
             await channel.close()
             return False

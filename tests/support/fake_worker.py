@@ -38,7 +38,12 @@ SECRET = "tests"
 LEASE_S = 1.0
 BLOCKS = 1000
 FINGERPRINT = LayoutFingerprint(
-    model="fake", weights="0", dtype="float32", num_layers=1, num_kv_heads=1, head_dim=1,
+    model="fake",
+    weights="0",
+    dtype="float32",
+    num_layers=1,
+    num_kv_heads=1,
+    head_dim=1,
     block_size=16,
 )
 
@@ -72,6 +77,8 @@ class FakeWorker:
     """The next submissions get these errors."""
     die_at: int | None = None
     """Die like a killed process once a request has got so many tokens here (0: on submission)."""
+    on_death: Callable[[], None] = lambda: None
+    """Called when it dies, on its event loop."""
     draining: bool = False
     submits: list[Submit] = field(default_factory=list)
     aborts: list[str] = field(default_factory=list)
@@ -82,7 +89,7 @@ class FakeWorker:
         self.go = asyncio.Event()
         """Tokens flow while it is set."""
         self.go.set()
-        self.changed = asyncio.Condition()
+        self._changed = asyncio.Event()
         self.dead = False
         self._running: dict[str, _Running] = {}
         self._channels: set[Channel] = set()
@@ -93,8 +100,12 @@ class FakeWorker:
     async def __aenter__(self) -> Self:
         self.epoch = await self.membership.next_epoch(self.worker_id)
         self._server = ChannelServer(
-            secret=SECRET, worker_id=self.worker_id, epoch=self.epoch, receives=ToWorker,
-            on_channel=self._on_channel, host="127.0.0.1",
+            secret=SECRET,
+            worker_id=self.worker_id,
+            epoch=self.epoch,
+            receives=ToWorker,
+            on_channel=self._on_channel,
+            host="127.0.0.1",
         )
         await self._server.start()
         await self.membership.publish(self._record(), LEASE_S)
@@ -109,6 +120,7 @@ class FakeWorker:
     async def die(self) -> None:
         """End as a killed process does: connections close, the lease runs out by itself."""
         self.dead = True
+        self.on_death()
         await self._stop()
 
     async def _stop(self) -> None:
@@ -124,8 +136,14 @@ class FakeWorker:
 
     async def until(self, condition: Callable[[], bool], within_s: float = 5.0) -> None:
         """Wait until a submission, an abort or a step makes `condition` true."""
-        async with asyncio.timeout(within_s), self.changed:
-            await self.changed.wait_for(condition)
+        async with asyncio.timeout(within_s):
+            while not condition():
+                await self._changed.wait()
+
+    def _tell(self) -> None:
+        """Wake everybody who waits in `until`."""
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     @property
     def running(self) -> int:
@@ -135,20 +153,36 @@ class FakeWorker:
 
     def _record(self) -> WorkerRecord:
         return WorkerRecord(
-            worker_id=self.worker_id, epoch=self.epoch, role=self.role,
+            worker_id=self.worker_id,
+            epoch=self.epoch,
+            role=self.role,
             state=WorkerState.DRAINING if self.draining else WorkerState.READY,
-            host="127.0.0.1", port=self._server.port, http_port=0, pid=0,
+            host="127.0.0.1",
+            port=self._server.port,
+            http_port=0,
+            pid=0,
             model=ModelInfo(
-                architecture="Fake", dtype="float32", max_model_len=self.max_model_len,
-                vocab_size=self.vocab_size, block_size=16, fingerprint=FINGERPRINT.digest(),
+                architecture="Fake",
+                dtype="float32",
+                max_model_len=self.max_model_len,
+                vocab_size=self.vocab_size,
+                block_size=16,
+                fingerprint=FINGERPRINT.digest(),
             ),
             status=self._status(),
         )
 
     def _status(self) -> WorkerStatus:
         return WorkerStatus(
-            blocks_total=BLOCKS, blocks_free=BLOCKS - self.running, blocks_cached=0, blocks_held=0,
-            waiting=0, running=self.running, fetching=0, queued_tokens=0, steps=self._steps,
+            blocks_total=BLOCKS,
+            blocks_free=BLOCKS - self.running,
+            blocks_cached=0,
+            blocks_held=0,
+            waiting=0,
+            running=self.running,
+            fetching=0,
+            queued_tokens=0,
+            steps=self._steps,
             draining=self.draining,
         )
 
@@ -175,8 +209,7 @@ class FakeWorker:
                 elif isinstance(message, Abort):
                     self.aborts.append(message.request_id)
                     self._running.pop(message.request_id, None)
-                async with self.changed:
-                    self.changed.notify_all()
+                self._tell()
         finally:
             self._channels.discard(channel)
             for request_id, running in list(self._running.items()):
@@ -214,8 +247,7 @@ class FakeWorker:
                 by_channel.setdefault(running.channel, []).append(self._advance(running))
             for channel, outputs in by_channel.items():
                 self._send(channel, outputs)
-            async with self.changed:
-                self.changed.notify_all()
+            self._tell()
             if self.die_at and any(r.sent >= self.die_at for r in self._running.values()):
                 await asyncio.sleep(0)  # let the frame leave
                 await self.die()
@@ -285,8 +317,16 @@ def _failed(submit: Submit, error: WorkerError) -> Output:
 def _ticket(worker: FakeWorker, submit: Submit) -> KVTicket:
     length = len(submit.prompt_token_ids)
     return KVTicket(
-        ticket_id=f"ticket-{submit.request_id}", request_id=submit.request_id,
-        source=worker.worker_id, epoch=worker.epoch, host="127.0.0.1", port=1,
-        transports=("tcp",), fingerprint=FINGERPRINT, num_tokens=length,
-        num_blocks=-(-length // 16), block_hashes=(), lease_s=30.0,
+        ticket_id=f"ticket-{submit.request_id}",
+        request_id=submit.request_id,
+        source=worker.worker_id,
+        epoch=worker.epoch,
+        host="127.0.0.1",
+        port=1,
+        transports=("tcp",),
+        fingerprint=FINGERPRINT,
+        num_tokens=length,
+        num_blocks=-(-length // 16),
+        block_hashes=(),
+        lease_s=30.0,
     )

@@ -52,8 +52,17 @@ class RedisProcess:
         self._folder = tempfile.mkdtemp(prefix="pdserve-redis-")
         path = Path(self._folder) / "redis.sock"
         self._process = subprocess.Popen(
-            [find_redis_server(), "--port", "0", "--unixsocket", str(path), "--save", "",
-             "--dir", self._folder],
+            [
+                find_redis_server(),
+                "--port",
+                "0",
+                "--unixsocket",
+                str(path),
+                "--save",
+                "",
+                "--dir",
+                self._folder,
+            ],
             stdout=subprocess.DEVNULL,
         )
         self.url = f"unix://{path}"
@@ -83,7 +92,9 @@ class RouterHarness:
         self._redis_url = redis_url
         self.cluster = f"test-{next(self._numbers)}"
         self.settings = RouterSettings(
-            redis=redis_url, cluster=self.cluster, secret=SECRET,
+            redis=redis_url,
+            cluster=self.cluster,
+            secret=SECRET,
             **({"served_model_name": ("demo", "org/name")} | settings),
         )
         self.workers: list[FakeWorker] = []
@@ -97,7 +108,11 @@ class RouterHarness:
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         config = uvicorn.Config(
-            self._app, http="httptools", ws="none", access_log=False, log_config=None,
+            self._app,
+            http="httptools",
+            ws="none",
+            access_log=False,
+            log_config=None,
             timeout_graceful_shutdown=1,
         )
         self._server = uvicorn.Server(config)
@@ -108,7 +123,9 @@ class RouterHarness:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
         self.client.close()

@@ -31,14 +31,20 @@ def sentencepiece_like() -> TokenText:
     words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁hello", "▁world", "!"]
     core = Tokenizer(
         models.BPE(
-            {word: place for place, word in enumerate(words)}, [], unk_token="<unk>",
+            {word: place for place, word in enumerate(words)},
+            [],
+            unk_token="<unk>",
             byte_fallback=True,
         )
     )
     core.pre_tokenizer = pre_tokenizers.Metaspace()
     core.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-         decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     core.add_special_tokens([AddedToken("<end>", special=True)])
     return TokenText(core, frozenset({core.token_to_id("<end>")}))
@@ -118,7 +124,11 @@ def test_window_holds_bytes_until_the_character_is_whole(sentencepiece_like: Tok
     ids = [core.token_to_id(f"<0x{byte:02X}>") for byte in "☃".encode()]
     ids.append(core.token_to_id("!"))
     assert pieces(sentencepiece_like, ids, True, (core.token_to_id("▁hello"),)) == [
-        "", "", "☃", "!", "",
+        "",
+        "",
+        "☃",
+        "!",
+        "",
     ]
 
 

@@ -44,7 +44,10 @@ def outputs(
 
 
 def collect(
-    demo: TextTokenizer, coming: list[Output], params: SamplingParams, options: TextOptions,
+    demo: TextTokenizer,
+    coming: list[Output],
+    params: SamplingParams,
+    options: TextOptions,
     eager: bool = True,
 ) -> Delta:
     """All deltas as one; `eager` takes one after each output, else only at the end."""
@@ -90,12 +93,16 @@ def test_a_thousand_texts_streamed_and_not(demo: TextTokenizer) -> None:
 def test_eos_is_counted_but_not_shown(demo: TextTokenizer) -> None:
     ids = [*demo.encode("hi", False), EOS]
     found = collect(
-        demo, outputs(ids, FinishReason.STOP, random.Random(0)), sampling(),
+        demo,
+        outputs(ids, FinishReason.STOP, random.Random(0)),
+        sampling(),
         TextOptions(skip_special_tokens=False),
     )
     assert (found.text, found.token_ids, found.finish_reason) == ("hi", ids, "stop")
     shown = collect(
-        demo, outputs(ids, FinishReason.STOP, random.Random(0)), sampling(),
+        demo,
+        outputs(ids, FinishReason.STOP, random.Random(0)),
+        sampling(),
         TextOptions(skip_special_tokens=False, include_stop=True),
     )
     assert shown.text == "hi<|im_end|>"
@@ -104,7 +111,9 @@ def test_eos_is_counted_but_not_shown(demo: TextTokenizer) -> None:
 def test_eos_is_shown_when_it_ends_nothing(demo: TextTokenizer) -> None:
     ids = [EOS, EOS]
     found = collect(
-        demo, outputs(ids, FinishReason.LENGTH, random.Random(0)), sampling(ignore_eos=True),
+        demo,
+        outputs(ids, FinishReason.LENGTH, random.Random(0)),
+        sampling(ignore_eos=True),
         TextOptions(skip_special_tokens=False),
     )
     assert (found.text, found.finish_reason) == ("<|im_end|>" * 2, "length")
@@ -137,7 +146,9 @@ def test_offsets_are_characters_of_the_text(demo: TextTokenizer) -> None:
     text = "a☃b c"
     ids = demo.encode(text, False)
     found = collect(
-        demo, outputs(ids, FinishReason.LENGTH, random.Random(0)), sampling(logprobs=0),
+        demo,
+        outputs(ids, FinishReason.LENGTH, random.Random(0)),
+        sampling(logprobs=0),
         TextOptions(),
     )
     assert found.offsets[0] == 0 and found.offsets == sorted(found.offsets)

@@ -18,7 +18,11 @@ from pdserve.router.placement import (
 def worker(name: str, queued: int = 0, requests: int = 0, **more: object) -> WorkerLoad:
     role = {"p": Role.PREFILL, "d": Role.DECODE, "c": Role.COLOCATED}[name[0]]
     return WorkerLoad(
-        worker_id=name, role=role, queued_tokens=queued, requests=requests, **more  # type: ignore[arg-type]
+        worker_id=name,
+        role=role,
+        queued_tokens=queued,
+        requests=requests,
+        **more,  # type: ignore[arg-type]
     )
 
 
