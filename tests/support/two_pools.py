@@ -1,0 +1,359 @@
+"""Two real pools, a real source and a real sink, driven at random and checked against a model.
+
+The driver plays both engines: it admits prompts, computes them chunk by chunk, offers, fetches,
+decodes, aborts, lets leases expire, restarts either side, and asks with tickets that are no longer
+good, while connections break and bytes change (`faults`). Blocks that become free are scribbled
+over at once, so that whoever still reads them is found out.
+
+After every step all blocks of both pools are accounted for; every block that a report calls intact
+is compared with what it must hold; a ticket that was over when the fetch began brings nothing.
+"""
+
+from __future__ import annotations
+
+import queue
+import random
+import time
+from collections import Counter
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from transfer_rig import FINGERPRINT
+
+from pdserve.engine.blocks import BlockPool, Owner
+from pdserve.kv_transfer.faults import Dice, Faults, faulty_sink, faulty_source
+from pdserve.kv_transfer.memory import HostMemory
+from pdserve.kv_transfer.sink import TransferSink
+from pdserve.kv_transfer.source import TransferSource
+from pdserve.kv_transfer.transports import SINK_HALVES, SOURCE_HALVES
+from pdserve.protocol.ticket import KVTicket
+from pdserve.protocol.transfer import FetchReport
+
+BLOCKS, BLOCK_NBYTES, SIZE = 24, 96, FINGERPRINT.block_size
+CHAINS, LONGEST = 6, 5
+LEASE_S = 30.0
+PATIENCE_S = 20.0
+
+
+@dataclass
+class Prompt:
+    """A request on the prefill side, later perhaps on the decode side too."""
+
+    number: int
+    chain: int
+    full: int
+    """Full blocks; one more follows that only this request has."""
+    blocks: list[int] = field(default_factory=list)
+    computed: int = 0
+    ticket: KVTicket | None = None
+    over: bool = False
+    """Its ticket has ended for sure: withdrawn, expired, released, or of an earlier epoch."""
+    targets: list[int] = field(default_factory=list)
+    cached: int = 0
+    """Of the targets, those that the decode side had already."""
+    hopeless: bool = False
+    """The ticket was over before the fetch began."""
+
+    @property
+    def request_id(self) -> str:
+        return f"r{self.number}"
+
+    @property
+    def names(self) -> list[bytes]:
+        return [bytes([self.chain, index]) for index in range(self.full)]
+
+    def content(self, index: int) -> bytes:
+        """What block `index` must hold."""
+        own = self.number if index == self.full else 0
+        return np.random.default_rng([self.chain, index, own]).bytes(BLOCK_NBYTES)
+
+
+class Side:
+    """One worker's memory and accounts."""
+
+    def __init__(self) -> None:
+        self.memory = HostMemory(BLOCKS, BLOCK_NBYTES)
+        self.pool = BlockPool(BLOCKS, SIZE)
+
+    def take(self, prompt: Prompt) -> tuple[list[int], int] | None:
+        """Blocks for a prompt, the cached ones first: (blocks, how many are cached)."""
+        matched = self.pool.match(prompt.names)
+        self.pool.pin(matched)
+        fresh = self.pool.allocate(prompt.full + 1 - len(matched))
+        if fresh is None:
+            self.pool.release(matched)
+            return None
+        return matched + fresh, len(matched)
+
+    def give_back(self, blocks: list[int]) -> None:
+        self.pool.release(blocks)
+        for block in blocks:
+            if self.pool._owner[block] is Owner.FREE:
+                self.memory.view(block)[:] = b"\xee" * BLOCK_NBYTES
+
+    def expect(self, prompt: Prompt, blocks: list[int], indices: range | list[int]) -> None:
+        for index in indices:
+            assert bytes(self.memory.view(blocks[index])) == prompt.content(index), (prompt, index)
+
+
+class TwoPools:
+    """Call `step` as often as wanted, then `finish`."""
+
+    def __init__(self, seed: int, faults: Faults) -> None:
+        self.random = random.Random(seed)
+        self.dice = Dice(faults)
+        self.seen: Counter[str] = Counter()
+        self.now = 1000.0
+        self.epoch = 0
+        self.numbers = 0
+        self.computing: list[Prompt] = []
+        self.offered: list[Prompt] = []
+        self.fetching: dict[str, Prompt] = {}
+        self.decoding: list[Prompt] = []
+        self.past: list[Prompt] = []
+        self.held: dict[str, Prompt] = {}
+        self.returned: queue.SimpleQueue[tuple[KVTicket, str]] = queue.SimpleQueue()
+        self.reports: queue.SimpleQueue[FetchReport] = queue.SimpleQueue()
+        self.start_source()
+        self.start_sink()
+        self.actions = {
+            self.admit: 18, self.compute: 40, self.fetch: 26, self.settle: 26, self.finish_one: 22,
+            self.abort: 7, self.ask_again: 3, self.expire: 1, self.renew: 2,
+            self.restart_source: 0.6, self.restart_sink: 0.6,
+        }  # fmt: skip
+
+    # The two workers.
+
+    def start_source(self) -> None:
+        self.epoch += 1
+        self.prefill = Side()
+        self.source = TransferSource(
+            self.prefill.memory,
+            FINGERPRINT,
+            worker_id="prefill-0",
+            epoch=self.epoch,
+            host="127.0.0.1",
+            secret="s",
+            transports=("shm", "tcp"),
+            on_returned=lambda ticket, ending: self.returned.put((ticket, ending)),
+            lease_s=LEASE_S,
+            clock=lambda: self.now,
+            halves=faulty_source(SOURCE_HALVES, self.dice),
+        )
+
+    def start_sink(self) -> None:
+        self.decode = Side()
+        self.sink = TransferSink(
+            self.decode.memory,
+            FINGERPRINT,
+            name="decode-0",
+            secret="s",
+            threads=2,
+            transport=self.random.choice(["auto", "shm", "tcp"]),
+            halves=faulty_sink(SINK_HALVES, self.dice),
+        )
+
+    def restart_source(self) -> None:
+        self.source.close()
+        self.collect_returned()
+        assert not self.held, "closing gives everything back"
+        self.prefill.memory.close()
+        for prompt in self.offered:
+            prompt.over = True
+        self.past += self.offered
+        self.computing, self.offered = [], []
+        for prompt in self.fetching.values():
+            prompt.over = True
+        self.start_source()
+
+    def restart_sink(self) -> None:
+        self.sink.close()
+        while self.fetching:
+            self.settle()
+        for prompt in self.decoding:
+            self.decode.give_back(prompt.targets)
+        self.decoding = []
+        self.check()
+        self.decode.memory.close()
+        self.start_sink()
+
+    # What happens.
+
+    def step(self) -> None:
+        (action,) = self.random.choices(list(self.actions), list(self.actions.values()))
+        self.seen[action.__name__] += 1
+        action()
+        self.collect_returned()
+        self.check()
+
+    def admit(self) -> None:
+        prompt = Prompt(self.numbers, self.random.randrange(CHAINS), self.random.randrange(LONGEST))
+        self.numbers += 1
+        taken = self.prefill.take(prompt)
+        if taken is None:
+            return
+        prompt.blocks, prompt.computed = taken
+        self.prefill.expect(prompt, prompt.blocks, range(prompt.computed))
+        self.computing.append(prompt)
+
+    def compute(self) -> None:
+        """A chunk of one or two blocks; after the last one the prompt is offered."""
+        if not self.computing:
+            return
+        prompt = self.random.choice(self.computing)
+        for _ in range(self.random.randint(1, 2)):
+            if prompt.computed > prompt.full:
+                break
+            block = prompt.blocks[prompt.computed]
+            self.prefill.memory.view(block)[:] = prompt.content(prompt.computed)
+            if prompt.computed < prompt.full:
+                self.prefill.pool.register(block, prompt.names[prompt.computed])
+            prompt.computed += 1
+        if prompt.computed > prompt.full:
+            self.computing.remove(prompt)
+            self.prefill.pool.hold(prompt.blocks)
+            prompt.ticket = self.source.offer(
+                prompt.request_id, prompt.blocks, SIZE * prompt.full + 1, prompt.names
+            )
+            self.held[prompt.ticket.ticket_id] = prompt
+            self.offered.append(prompt)
+
+    def fetch(self) -> None:
+        if self.offered:
+            prompt = self.random.choice(self.offered)
+            if self.start_fetch(prompt):
+                self.offered.remove(prompt)
+
+    def ask_again(self) -> None:
+        """With a ticket that has ended."""
+        gone = [prompt for prompt in self.past[-50:] if prompt.over]
+        if gone:
+            prompt = self.random.choice(gone)
+            if prompt.request_id not in self.fetching:
+                self.start_fetch(replace(prompt))
+
+    def start_fetch(self, prompt: Prompt) -> bool:
+        assert prompt.ticket is not None
+        taken = self.decode.take(prompt)
+        if taken is None:
+            return False
+        prompt.targets, prompt.cached = taken
+        prompt.hopeless = prompt.over
+        self.fetching[prompt.request_id] = prompt
+        self.sink.fetch(
+            prompt.ticket,
+            range(prompt.cached, prompt.full + 1),
+            prompt.targets[prompt.cached :],
+            time.monotonic() + PATIENCE_S,
+            self.reports.put,
+        )
+        return True
+
+    def settle(self) -> None:
+        """Wait for one report and use it as an engine would."""
+        if not self.fetching:
+            return
+        report = self.reports.get(timeout=2 * PATIENCE_S)
+        prompt = self.fetching.pop(report.request_id)
+        prompt.over = True
+        self.past = [*self.past[-200:], prompt]
+        sound = min(report.failed, default=prompt.full + 1)
+        if prompt.hopeless:
+            assert sound == prompt.cached, "blocks came on a ticket that was over"
+        failed = set(report.failed)
+        intact = [index for index in range(prompt.full + 1) if index not in failed]
+        self.decode.expect(prompt, prompt.targets, intact)
+        for index in range(prompt.cached, min(sound, prompt.full)):
+            self.decode.pool.register(prompt.targets[index], prompt.names[index])
+        self.seen["ok" if report.ok else "failed"] += 1
+        if report.ok:
+            self.decoding.append(prompt)
+        else:
+            self.decode.give_back(prompt.targets)
+
+    def finish_one(self) -> None:
+        if self.decoding:
+            prompt = self.decoding.pop(self.random.randrange(len(self.decoding)))
+            self.decode.expect(prompt, prompt.targets, range(prompt.full + 1))
+            self.decode.give_back(prompt.targets)
+
+    def abort(self) -> None:
+        """Somewhere in its life."""
+        prompts = [*self.computing, *self.offered, *self.fetching.values()]
+        if not prompts:
+            return
+        prompt = self.random.choice(prompts)
+        if prompt in self.computing:
+            self.computing.remove(prompt)
+            self.prefill.give_back(prompt.blocks)
+        elif prompt in self.offered:
+            self.offered.remove(prompt)
+            self.source.withdraw(prompt.request_id)
+            prompt.over = True
+            self.past.append(prompt)
+        elif self.random.random() < 0.5:
+            self.sink.cancel(prompt.request_id)
+        else:  # the prefill side hears of it first
+            self.source.withdraw(prompt.request_id)
+
+    def expire(self) -> None:
+        """Nobody comes for a whole lease."""
+        self.now += LEASE_S + 1
+        self.source.outbox.expire()
+        for prompt in self.offered:
+            prompt.over = True
+        self.past += self.offered
+        self.offered = []
+
+    def renew(self) -> None:
+        """Time passes and those who wait say that they still do."""
+        self.now += LEASE_S / 2
+        for prompt in [*self.offered, *self.fetching.values()]:
+            assert prompt.ticket is not None
+            stands = self.source.outbox.renew(prompt.ticket.ticket_id, prompt.ticket.epoch)
+            if prompt in self.offered:
+                assert stands
+            if prompt.hopeless:
+                assert not stands
+
+    # What must hold.
+
+    def collect_returned(self) -> None:
+        while not self.returned.empty():
+            ticket, _ = self.returned.get()
+            prompt = self.held.pop(ticket.ticket_id)  # KeyError: returned twice
+            assert ticket.epoch == self.epoch, "an old epoch gave blocks back"
+            self.prefill.give_back(prompt.blocks)
+
+    def check(self) -> None:
+        self.prefill.pool.check_integrity(
+            [prompt.blocks for prompt in self.computing],
+            [prompt.blocks for prompt in self.held.values()],
+        )
+        self.decode.pool.check_integrity(
+            [prompt.targets for prompt in [*self.fetching.values(), *self.decoding]], []
+        )
+
+    def finish(self) -> None:
+        """Bring everything to an end: no block may be left with anybody."""
+        while self.fetching:
+            self.settle()
+        while self.decoding:
+            self.finish_one()
+        for prompt in self.computing:
+            self.prefill.give_back(prompt.blocks)
+        self.computing = []
+        self.source.close()
+        self.sink.close()
+        self.collect_returned()
+        self.check()
+        assert not self.held and self.source.counters().outbox.held_blocks == 0
+        assert self.sink.counters().fetching == 0
+        assert self.prefill.pool.num_available == self.decode.pool.num_available == BLOCKS
+        self.close()
+
+    def close(self) -> None:
+        self.source.close()
+        self.sink.close()
+        self.prefill.memory.close()
+        self.decode.memory.close()
