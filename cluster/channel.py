@@ -200,9 +200,8 @@ class _FrameStream(asyncio.Protocol):
         self.flush()
         self.transport.close()
         self._wake()
-        try:
-            await asyncio.wait_for(asyncio.shield(self.lost), CLOSE_TIMEOUT_S)
-        except TimeoutError:
+        await asyncio.wait([self.lost], timeout=CLOSE_TIMEOUT_S)
+        if not self.lost.done():
             self.transport.abort()
 
 

@@ -212,9 +212,7 @@ class Launcher:
                 serving.result()
             return 0
         finally:
-            stopping.cancel()
-            serving.cancel()
-            await asyncio.gather(serving, return_exceptions=True)
+            await _end([stopping, serving])
             self._console.settle()
             await self._stop_all()
             note.unlink(missing_ok=True)
@@ -257,9 +255,7 @@ class Launcher:
             for task in done:
                 task.result()
         finally:
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await _end(self._tasks)
             if probe is not None:
                 await probe.close()
             await membership.close()
@@ -367,6 +363,18 @@ class Launcher:
         await stop([child for child in others if child is not None], GRACE_S)
         remaining: list[Child] = [] if redis is None else [redis]
         await stop(remaining, REDIS_GRACE_S)
+
+
+async def _end(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    """Cancel tasks until they have ended. Once may not be enough: Python 3.11's wait_for, which
+    libraries use, swallows a cancellation that comes together with its result."""
+    while pending := [task for task in tasks if not task.done()]:
+        for task in pending:
+            task.cancel()
+        await asyncio.wait(pending, timeout=0.1)
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()  # seen; what matters was raised already
 
 
 def _make_probe(url: str, api_keys: tuple[str, ...]) -> Probe:

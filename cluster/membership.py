@@ -102,7 +102,6 @@ class Membership:
         self._url = url
         self._keys = [f"{{{cluster}}}:{name}" for name in ("epochs", "workers", "leases")]
         self._unreadable: set[str] = set()
-        self._calls: set[asyncio.Task[Any]] = set()
         try:
             self._redis = Redis.from_url(
                 url,
@@ -141,19 +140,12 @@ class Membership:
         return sorted(records, key=lambda record: record.worker_id)
 
     async def close(self) -> None:
-        if self._calls:
-            await asyncio.wait(self._calls)
         await self._redis.aclose()
 
     async def _run(self, script: str, *arguments: str | int | bytes) -> Any:
-        # In a task of its own, because `asyncio.wait_for` of Python 3.11, which the client uses,
-        # can swallow a cancellation: then a cancelled caller would go on for ever.
-        call = asyncio.create_task(self._ask(script, *arguments))
-        self._calls.add(call)
-        call.add_done_callback(self._calls.discard)
-        return await asyncio.shield(call)
-
-    async def _ask(self, script: str, *arguments: str | int | bytes) -> Any:
+        task = asyncio.current_task()
+        assert task is not None
+        cancellations = task.cancelling()
         try:
             return await self._redis.eval(script, len(self._keys), *self._keys, *arguments)
         except (RedisError, OSError) as error:
@@ -162,6 +154,11 @@ class Membership:
                 f"Redis at {masked(self._url)} does not answer: {reason}. "
                 "Start it, or give another --redis URL."
             ) from error
+        finally:
+            # Python 3.11's wait_for, which the client uses, swallows a cancellation that comes
+            # together with its result; a caller that polls would then go on for ever.
+            if task.cancelling() > cancellations:
+                raise asyncio.CancelledError
 
     def _complain(self, text: bytes, error: Exception) -> None:
         """Once per unreadable record: some worker runs another release."""

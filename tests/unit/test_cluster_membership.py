@@ -127,6 +127,23 @@ def test_reading_all_workers_is_one_round_trip() -> None:
     run(scenario)
 
 
+def test_a_cancellation_is_never_lost() -> None:
+    """Python 3.11's wait_for, which the Redis client uses, can swallow one; tasks that poll Redis
+    would then go on for ever."""
+
+    async def scenario(_: RedisForTests, membership: Membership) -> None:
+        for ticks in range(20):
+            await membership.workers()  # so that there is a connection
+            task = asyncio.create_task(membership.workers())
+            for _ in range(ticks):
+                await asyncio.sleep(0)
+            if task.cancel():
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+
+    run(scenario)
+
+
 def test_a_record_of_another_release_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
     async def scenario(redis: RedisForTests, membership: Membership) -> None:
         await membership.publish(record("good", 1))
