@@ -176,6 +176,21 @@ def test_the_digest_changes_with_the_header_and_the_size(copy: Path) -> None:
     assert weights_digest(copy) != before
 
 
+def test_the_digest_tells_trainings_of_one_shape_apart(make_model: MakeModel) -> None:
+    one, other = make_model("llama", seed=1), make_model("llama", seed=2)
+    assert (one / "config.json").read_text() == (other / "config.json").read_text()
+    assert weights_digest(one) != weights_digest(other)
+
+
+def test_the_digest_looks_into_every_tensor(copy: Path) -> None:
+    before = weights_digest(copy)
+    path = copy / "model.safetensors"
+    header = path.read_bytes()[: 1 << 16]
+    edit(copy, lambda tensors: tensors["model.norm.weight"].mul_(2))
+    assert path.read_bytes()[: 100] == header[:100]  # only a value has changed
+    assert weights_digest(copy) != before
+
+
 def test_dummy_weights_depend_on_seed_and_name_only(make_model: MakeModel) -> None:
     shapes = weight_shapes(read_model_config(make_model("qwen2")))
     options: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
