@@ -153,9 +153,8 @@ class Answer:
 
     def start(self) -> None:
         """Send the first leg. Raises RequestError(NO_WORKER) if nobody can serve it."""
-        if not usable(self._dispatcher.pool.snapshot()):
+        if not self._try_to_place():
             raise RequestError(ErrorCode.NO_WORKER, self._dispatcher.nobody())
-        self.place()
 
     def end(self) -> None:
         """The client has what it wanted, or is gone: abort whatever still goes on. Idempotent."""
@@ -177,18 +176,19 @@ class Answer:
 
     def place(self) -> None:
         """Find a worker for what is left to do, or wait for one."""
-        while not self.done:
-            chosen = self._choose()
-            if chosen is None:
-                self._dispatcher.wait_for_workers(self)
-                return
+        if not self.done and not self._try_to_place():
+            self._dispatcher.wait_for_workers(self)
+
+    def _try_to_place(self) -> bool:
+        while (chosen := self._choose()) is not None:
             link, kind = chosen
             try:
                 self._submit(link, kind, None)
-                return
+                return True
             except RequestError:
                 self._avoid.add(link.worker_id)
                 link.listed = False
+        return False
 
     def _choose(self) -> tuple[WorkerLink, str] | None:
         pool, rng = self._dispatcher.pool, self._dispatcher.rng

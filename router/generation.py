@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from typing import Any, Self
 
-from starlette.types import Receive, Send
+from starlette.types import Message, Receive, Send
 
 from pdserve.protocol.messages import Output
 from pdserve.router.dispatch import Dispatcher, Flight
@@ -58,6 +58,10 @@ class Clock:
     last_token: float = 0.0
 
 
+def _piece(body: bytes, more: bool) -> Message:
+    return {"type": "http.response.body", "body": body, "more_body": more}
+
+
 class Generation:
     """One HTTP request while it is served. Use as a context: leaving it aborts what still runs."""
 
@@ -88,6 +92,10 @@ class Generation:
         self._flight: Flight = dispatcher.launch(self._id, request.answers)
         self._clock.submitted = time.monotonic()
         self._open = len(self._answers)
+        speaks_of_prompt = request.echo is not None or request.return_token_ids
+        self._unopened = set(range(self._open) if speaks_of_prompt and not request.chat else ())
+        """Completions: answers whose first chunk, about their prompt, has not been sent."""
+        self._failed = False
         self._watcher: asyncio.Task[None] | None = None
 
     def __enter__(self) -> Self:
@@ -97,8 +105,10 @@ class Generation:
         if self._watcher is not None:
             self._watcher.cancel()
         self._flight.__exit__()
-        if kind is None:
+        if kind is None and not self._failed:
             self._record()
+        elif kind is not ClientGone:
+            self._metrics.finished("error")
 
     def watch(self, receive: Receive) -> None:
         """Abort everything as soon as the client leaves."""
@@ -111,8 +121,8 @@ class Generation:
 
     # outputs
 
-    async def _next(self) -> set[int]:
-        """Wait for outputs and feed them; the indices of the answers that grew.
+    async def _next(self) -> dict[int, None]:
+        """Wait for outputs and feed them; the indices of the answers that grew, in order.
 
         Raises ApiError if an answer failed, ClientGone.
         """
@@ -120,7 +130,7 @@ class Generation:
         if self._flight.gone:
             raise ClientGone
         now = time.monotonic()
-        grown = set()
+        grown: dict[int, None] = {}
         for index, output in items:
             answer = self._answers[index]
             if answer.finished:
@@ -128,7 +138,7 @@ class Generation:
             if output.error is not None:
                 raise from_code(output.error.code, output.error.message)
             self._feed(index, answer, output, now)
-            grown.add(index)
+            grown[index] = None
         return grown
 
     def _feed(self, index: int, answer: AnswerText, output: Output, now: float) -> None:
@@ -235,17 +245,18 @@ class Generation:
         try:
             while self._open:
                 grown = await self._next()
-                frames = b"" if started else self._opening(forms)
+                frames = [] if started else self._roles(forms)
+                for index in grown:
+                    frames += self._frames(forms, index)
+                if not self._open:
+                    frames += [self._closing(forms), DONE]
                 if not started:
                     started = True
                     await send(
                         {"type": "http.response.start", "status": 200, "headers": SSE_HEADERS}
                     )
-                for index in grown:
-                    frames += self._frames(forms, index)
                 if frames:
-                    await send({"type": "http.response.body", "body": frames, "more_body": True})
-            tail = self._closing(forms) + DONE
+                    await send(_piece(b"".join(frames), more=bool(self._open)))
         except ClientGone:
             raise
         except Exception as error:
@@ -253,24 +264,21 @@ class Generation:
                 raise
             if not isinstance(error, ApiError):
                 log.exception("The stream %s failed", self._id)
-            tail = b"data: " + from_exception(error).json() + b"\n\n" + DONE
-            self._metrics.finished("error")
-        await send({"type": "http.response.body", "body": tail, "more_body": False})
+            self._failed = True
+            frame = b"data: " + from_exception(error).json() + b"\n\n"
+            await send(_piece(frame + DONE, more=False))
 
-    def _opening(self, forms: ChunkForms) -> bytes:
-        """Role chunks, echoed text."""
-        request = self.request
-        frames = []
-        first = request.prompts[0]
-        if request.chat:
-            ids = first.token_ids if request.return_token_ids else None
-            text = first.text if request.return_prompt_text else None
-            frames += [forms.role(index, ids, text) for index in range(request.n)]
-            if request.echo:
-                frames += [forms.text(index, request.echo) for index in range(request.n)]
-        elif request.echo is not None or request.return_token_ids:
-            frames += [self._prompt_chunk(forms, index) for index in range(len(self._answers))]
-        return b"".join(frames)
+    def _roles(self, forms: ChunkForms) -> list[bytes]:
+        """Chat: the first chunks, one per answer; then the echoed text."""
+        request, first = self.request, self.request.prompts[0]
+        if not request.chat:
+            return []
+        ids = first.token_ids if request.return_token_ids else None
+        text = first.text if request.return_prompt_text else None
+        frames = [forms.role(index, ids, text) for index in range(request.n)]
+        if request.echo:
+            frames += [forms.text(index, request.echo) for index in range(request.n)]
+        return frames
 
     def _prompt_chunk(self, forms: ChunkForms, index: int) -> bytes:
         """Completions: a first chunk with what is said about the prompt."""
@@ -290,21 +298,23 @@ class Generation:
             choice["token_ids"] = []
         return forms.chunk([choice])
 
-    def _frames(self, forms: ChunkForms, index: int) -> bytes:
+    def _frames(self, forms: ChunkForms, index: int) -> list[bytes]:
         """What is new in one answer, if it is time to send it."""
         answer, request = self._answers[index], self.request
+        frames = []
+        if index in self._unopened:
+            self._unopened.discard(index)
+            frames.append(self._prompt_chunk(forms, index))
         early = answer.count > answer.pending() and not answer.finished
         if early and answer.pending() < request.stream_interval:
-            return b""
+            return frames
         delta = answer.take()
-        if delta is None:
-            return b""
-        if request.score_only:
-            delta = self._scored(delta) if delta.finish_reason else Delta()
-            if delta.finish_reason is None:
-                return b""
+        if delta is None or (request.score_only and delta.finish_reason is None):
+            return frames
         if delta.finish_reason is None and forms.plain:
-            return forms.text(index, delta.text)
+            return [*frames, forms.text(index, delta.text)]
+        if request.score_only:
+            delta = self._scored(delta)
         offset = len(self._echo(index) or "") if request.logprobs is not None else 0
         usage_now = self._usage() if request.continuous_usage else None
         members = None
@@ -312,7 +322,7 @@ class Generation:
             members = {"system_fingerprint": self._model.fingerprint}
             if not self._open:
                 members |= self._extras()
-        return forms.delta(index, delta, offset, usage_now, members)
+        return [*frames, forms.delta(index, delta, offset, usage_now, members)]
 
     def _closing(self, forms: ChunkForms) -> bytes:
         """The usage chunk, if asked for."""

@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 GUARDED = ("/v1", "/v2", "/inference", "/cohere")
 """Paths below these need the key."""
+GONE = 499
+"""Counted for clients that left before their answer began."""
 BODY_TIMEOUT_S = 60.0
 """How long a client may take to send its body."""
 REQUEST_ID = re.compile(r"[!-~]{1,256}")
@@ -131,7 +133,7 @@ class Gate:
         finally:
             route = scope.get("route")
             handler = getattr(route, "path", None) or "none"
-            self._count(handler, scope["method"], status, time.monotonic() - started)
+            self._count(handler, scope["method"], status or GONE, time.monotonic() - started)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._digests and scope["method"] != "OPTIONS" and not self._may_pass(scope):

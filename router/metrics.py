@@ -3,6 +3,7 @@ those that only a disaggregated cluster has begin with `pdserve:`."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 
 from prometheus_client import (
@@ -195,6 +196,13 @@ class RouterMetrics:
             ["handler", "method"],
             registry=self.registry,
         )
+        # Finding a metric's child by its labels is dearer than counting: each is looked up once.
+        self._phase = functools.cache(self._phases.labels)
+        self._finish = functools.cache(
+            lambda reason: self._success.labels(**self._labels, finished_reason=reason)
+        )
+        self._http_child = functools.cache(self._http.labels)
+        self._http_time_child = functools.cache(self._http_time.labels)
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
 
@@ -229,11 +237,11 @@ class RouterMetrics:
         self._moves.labels(kind, code.value).inc()
 
     def finished(self, reason: str) -> None:
-        self._success.labels(**self._labels, finished_reason=reason).inc()
+        self._finish(reason).inc()
 
     def http(self, handler: str, method: str, status: int, seconds: float) -> None:
-        self._http.labels(handler, method, f"{status // 100}xx").inc()
-        self._http_time.labels(handler, method).observe(seconds)
+        self._http_child(handler, method, f"{status // 100}xx").inc()
+        self._http_time_child(handler, method).observe(seconds)
 
     def request(
         self,
@@ -267,7 +275,7 @@ class RouterMetrics:
         at = {event.name: event.at_s for event in happened}
         for phase, begin, end in PHASES:
             if begin in at and end in at:
-                self._phases.labels(kind, phase).observe(at[end] - at[begin])
+                self._phase(kind, phase).observe(at[end] - at[begin])
         if kind in ("prefill", "full") and events.FIRST_TOKEN in at and events.SCHEDULED in at:
             self._queue.observe(at[events.SCHEDULED] - at.get(events.QUEUED, 0.0))
             self._prefill.observe(at[events.FIRST_TOKEN] - at[events.SCHEDULED])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -22,6 +23,7 @@ DEFAULT_MODEL_LEN = 2048
 """For a config.json that says nothing."""
 
 
+@functools.cache
 def version() -> str:
     """The release of this installation."""
     try:
@@ -59,7 +61,7 @@ class ServedModel:
         workers = self.workers_max_len()
         return self.own_max_len if workers is None else min(self.own_max_len, workers)
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """`system_fingerprint` of answers: changes with the release and the model."""
         digest = hashlib.sha256(repr((self.names, self.vocab_size, self.own_max_len)).encode())

@@ -207,3 +207,20 @@ def test_an_unknown_model_is_a_404(client: OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
         client.completions.create(model="nope", prompt="x")
     assert caught.value.param == "model" and "Valid aliases: demo, org/name" in str(caught.value)
+
+
+def test_each_answer_of_a_stream_begins_with_its_own_prompt(client: OpenAI) -> None:
+    chunks = list(
+        client.completions.create(
+            model="demo", prompt=["One", "Two three four"], echo=True, logprobs=1, stream=True,
+            max_tokens=99, extra_body={"return_token_ids": True},
+        )
+    )  # fmt: skip
+    for index, prompt in enumerate(("One", "Two three four")):
+        mine = [c for chunk in chunks for c in chunk.choices if c.index == index]
+        assert "".join(choice.text for choice in mine) == prompt + TEXT
+        first, later = mine[0].model_extra, [c.model_extra for c in mine[1:]]
+        assert first and first["prompt_token_ids"]
+        assert not any(extra and extra.get("prompt_token_ids") for extra in later)
+        tokens = [token for c in mine if c.logprobs for token in c.logprobs.tokens or []]
+        assert "".join(token for token in tokens if token.isascii()).startswith(prompt)
