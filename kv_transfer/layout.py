@@ -1,9 +1,9 @@
 """Between pools of different shape: which part of which source block goes where. No tensors.
 
 A pool of one rank has the shape [N, L, 2, S, H / tp, D] (N blocks, L layers, S tokens per block, H
-KV heads of the whole model, D head size). Two workers of one model may differ in S, in the number of
-tensor-parallel ranks tp and in the element type; L, H and D are the model's. With more ranks than
-KV heads, neighbouring ranks hold the same head.
+KV heads of the whole model, D head size). Two workers of one model may differ in S, in the number
+of tensor-parallel ranks tp and in the element type; L, H and D are the model's. With more ranks
+than KV heads, neighbouring ranks hold the same head.
 
     source, tp 1, S 4          target, tp 2, S 2
     ┌───────────────┐          rank 0 ┌───────┐┌───────┐

@@ -47,7 +47,8 @@ class Prompt:
     computed: int = 0
     ticket: KVTicket | None = None
     over: bool = False
-    """Its ticket has ended for sure: withdrawn, expired, released, or of an earlier epoch."""
+    """Its ticket has ended for sure: withdrawn, expired, released, or of an earlier epoch. A
+    report alone does not say so: the sink reports a failure before it tells the source."""
     targets: list[int] = field(default_factory=list)
     cached: int = 0
     """Of the targets, those that the decode side had already."""
@@ -255,7 +256,6 @@ class TwoPools:
             return
         report = self.reports.get(timeout=2 * PATIENCE_S)
         prompt = self.fetching.pop(report.request_id)
-        prompt.over = True
         self.past = [*self.past[-200:], prompt]
         sound = min(report.failed, default=prompt.full + 1)
         if prompt.hopeless:
@@ -323,6 +323,7 @@ class TwoPools:
             ticket, _ = self.returned.get()
             prompt = self.held.pop(ticket.ticket_id)  # KeyError: returned twice
             assert ticket.epoch == self.epoch, "an old epoch gave blocks back"
+            prompt.over = True
             self.prefill.give_back(prompt.blocks)
 
     def check(self) -> None:
