@@ -183,12 +183,12 @@ def test_the_digest_tells_trainings_of_one_shape_apart(make_model: MakeModel) ->
 
 
 def test_the_digest_looks_into_every_tensor(copy: Path) -> None:
-    before = weights_digest(copy)
-    path = copy / "model.safetensors"
-    header = path.read_bytes()[: 1 << 16]
-    edit(copy, lambda tensors: tensors["model.norm.weight"].mul_(2))
-    assert path.read_bytes()[: 100] == header[:100]  # only a value has changed
-    assert weights_digest(copy) != before
+    edit(copy, lambda tensors: None)
+    found = {weights_digest(copy)}
+    for name in load_file(copy / "model.safetensors"):
+        edit(copy, lambda tensors, name=name: tensors[name].mul_(2))  # type: ignore[misc]
+        found.add(weights_digest(copy))
+    assert len(found) == 1 + len(load_file(copy / "model.safetensors"))
 
 
 def test_dummy_weights_depend_on_seed_and_name_only(make_model: MakeModel) -> None:
