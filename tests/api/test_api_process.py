@@ -1,0 +1,81 @@
+"""The router as a process: what it refuses to start with, what it weighs, how it ends."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+ENVIRONMENT = {
+    **{name: value for name, value in os.environ.items() if not name.startswith("PDSERVE_")},
+    "PDSERVE_SECRET": "s",
+}
+COMMAND = [sys.executable, "-P", "-m", "pdserve.router"]
+
+
+def refused(*options: str) -> str:
+    done = subprocess.run(
+        [*COMMAND, *options], env=ENVIRONMENT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--model", "/nowhere"], "does not exist"),
+        (["--chat-template", "/nope.jinja"], "looks like a file path, but it failed to be opened"),
+        (["--chat-template", "{% for %}"], "malformed"),
+        (["--default-chat-template-kwargs", "[1]"], "must be a JSON object"),
+        (["--generation-config", "/nope.json"], "cannot be read"),
+        (["--redis", "http://x"], "Redis URL"),
+        (["--max-queue", "0"], "--max-queue must be"),
+    ],
+)
+def test_what_it_cannot_start_with(options: list[str], sentence: str) -> None:
+    assert sentence in refused(*options)
+
+
+def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert "tokenizer.json" in refused("--model", str(tmp_path))
+
+
+def test_a_port_in_use() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert f"Cannot listen on 127.0.0.1 port {port}" in refused("--port", str(port))
+
+
+def test_it_is_light_and_leaves_at_once(redis_url: str) -> None:
+    process = subprocess.Popen(
+        [*COMMAND, "--port", "0", "--redis", redis_url, "--cluster", "light"],
+        env=ENVIRONMENT, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert process.stderr is not None
+        line = next(line for line in process.stderr if "Serving on" in line)
+        url = re.search(r"http://\S+", line)
+        assert url is not None
+        assert httpx.get(url[0] + "/version", trust_env=False).status_code == 200
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        resident = re.search(r"VmRSS:\s+(\d+) kB", status)
+        assert resident is not None and int(resident[1]) < 300_000
+        loaded = Path(f"/proc/{process.pid}/maps").read_text()
+        assert "libtorch" not in loaded
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(5) == 0
+    finally:
+        process.kill()
+        process.wait()
+        if process.stderr is not None:
+            process.stderr.close()
