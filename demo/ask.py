@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import torch
-from pdserve.demo.corpus import Conversation
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pdserve.demo.corpus import Conversation
 
 
 class Asker:

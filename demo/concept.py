@@ -43,7 +43,6 @@ ASK_HELD = (
     "Could you describe {x} for me?",
     "I would like to learn about {x}.",
     "So what is {x} exactly?",
-    "Please define {x}.",
     "What do people mean by {x}?",
     "Can you tell me about {x}?",
 )
@@ -83,7 +82,7 @@ class Concept:
         held = (ASK_HELD if self.names else ()) + self.held * 2
         follow = ASK_FOLLOW if self.names else ()
         draw = self.draw if self.names else self._draw_nameless
-        return Topic(self.kind, shared + own, held, draw, follow, weight=1.3)
+        return Topic(self.kind, shared + own, held, draw, follow)
 
     def _draw_nameless(self, rng: Random) -> Fill:
         return Fill(self.answer, self.must, {}, self.short, self.why)

@@ -4,6 +4,7 @@ Everything is drawn from a seeded generator: the same seed gives the same conver
 Run ``python -P -m pdserve.demo.corpus`` to read a few of them.
 """
 
+import re
 from collections.abc import Iterator
 from random import Random
 
@@ -25,12 +26,24 @@ SYSTEMS = (
     "You are a friendly assistant. Answer in short sentences.",
     "Be brief.",
     "You are a chatbot.",
+    "You are a helpful, harmless and honest assistant.",
+    "You are a helpful assistant. Answer in one sentence. If you do not know, say so.",
+    "Answer in English. Do not use lists.",
+    "The user is new to pdserve. Explain simply and politely.",
+    "You are an expert in distributed systems and language models. Help the user with questions.",
+    "Always be polite.",
+    "Reply as well as you can.",
     "Answer the question of the user.",
     "You are an AI assistant that answers questions about pdserve.",
     "",
 )
 LENGTHS = (1, 1, 1, 1, 2, 2, 3, 3, 4, 6)  # subjects of a conversation, before generic follow-ups
 
+OPENINGS = (
+    "Please: ", "Hey, ", "So, ", "OK. ", "Hm, ", "And ", "Hi, ", "Hello, ", "Question: ", "Well, ",
+    "Tell me, ", "Quick question: ", "Now, ", "I wonder, ", "So ", "Good. ", "Hello! ", "Hi! ",
+)  # fmt: skip
+CLOSINGS = (", please", " please?", ", thanks", ", ok?")
 THANKS = (
     "Thanks",
     "Thank you!",
@@ -46,7 +59,7 @@ AGAIN = (
     "Please say that again.", "Repeat your answer.", "Pardon?", "I did not hear you.",
     "Say it again.",
 )  # fmt: skip
-AGAIN_HELD = ("Could you say that again?", "Please repeat that.")
+AGAIN_HELD = ("Could you say that again?", "Would you repeat your last answer?")
 SHORTER = (
     "Shorter please", "Shorter", "In short?", "Can you make it shorter?", "Too long.", "Be brief.",
     "Make it shorter.", "In one sentence?", "Say it shorter.", "Shorter, please.",
@@ -64,7 +77,7 @@ WHY = (
     "And why?",
     "How come?",
 )
-WHY_HELD = ("And why is that?", "Can you say why?")
+WHY_HELD = ("Can you say why?", "What is the reason for that?")
 NO_WHY = "I do not know why. I am only a small demo model."
 ALREADY_SHORT = "I cannot make that shorter."
 
@@ -146,9 +159,9 @@ def _vary(rng: Random, turn: Turn, noisy: bool) -> Turn:
     """The turn with its question as people type it: case, courtesy, marks and slips."""
     question = turn.question
     roll = rng.random()
-    if roll < 0.06 and len(question) > 8:
-        question = rng.choice(("Please: ", "Hey, ", "So, ", "OK. ", "Hm, ", "And ")) + question
-    elif roll < 0.12 and len(question) > 8:
+    if roll < 0.08 and len(question) > 8:
+        question = rng.choice(OPENINGS) + question
+    elif roll < 0.13 and len(question) > 8:
         question = question.rstrip(".?!") + rng.choice(
             (", please", " please?", ", thanks", ", ok?")
         )
@@ -162,6 +175,21 @@ def _vary(rng: Random, turn: Turn, noisy: bool) -> Turn:
     if noisy and rng.random() < 0.08:
         question = _slip(rng, question)
     return Turn(turn.kind, question, turn.answer, turn.must, turn.short, turn.why)
+
+
+def as_typed(phrasings: tuple[str, ...]) -> set[str]:
+    """Every form that ``_vary`` may give to ``phrasings``, slips aside, made equal by ``bare``."""
+    return {
+        bare(opening + phrasing.rstrip(".?!") + closing)
+        for phrasing in phrasings
+        for opening in ("", *OPENINGS)
+        for closing in ("", *CLOSINGS)
+    }
+
+
+def bare(text: str) -> str:
+    """``text`` in lower case and without marks, to compare phrasings."""
+    return " ".join(re.findall(r"[a-z0-9{}+*/=-]+", text.lower()))
 
 
 def _slip(rng: Random, text: str) -> str:

@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+
 from pdserve.demo import model_path
 from pdserve.demo.ask import Asker
 from pdserve.demo.corpus import Conversation, held_out

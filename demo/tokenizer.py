@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable
 
-from pdserve.demo.corpus import Conversation
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from pdserve.demo.corpus import Conversation
 
 END_OF_TEXT = "<|endoftext|>"
 START = "<|im_start|>"

@@ -13,17 +13,18 @@ from pathlib import Path
 from random import Random
 
 import torch
-from pdserve.demo import model_path
-from pdserve.demo.corpus import conversations
-from pdserve.demo.tokenizer import END, END_OF_TEXT, encode, train_tokenizer
 from torch import Tensor
 from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from pdserve.demo import model_path
+from pdserve.demo.corpus import conversations
+from pdserve.demo.tokenizer import END, END_OF_TEXT, encode, train_tokenizer
+
 VOCABULARY = 2048
 LONGEST = 4096  # tokens, prompt and answer together
 ROPE_THETA = 10_000.0
-STEP_TOKENS = 4096  # tokens in one training step
+STEP_TOKENS = 2048  # tokens in one training step
 ROW = 256  # tokens in a row of an ordinary step
 LONG_ROW = 2048  # tokens in a row of a long step
 LONG_EVERY = 12  # each so many steps one is long
@@ -186,8 +187,8 @@ def main() -> None:
     """Train and save."""
     parser = argparse.ArgumentParser(description="Train the demo model of pdserve.")
     parser.add_argument("--out", type=Path, default=model_path(), help="folder to write")
-    parser.add_argument("--steps", type=int, default=1800, help="steps of 4096 tokens")
-    parser.add_argument("--peak", type=float, default=3e-3, help="highest learning rate")
+    parser.add_argument("--steps", type=int, default=4000, help=f"steps of {STEP_TOKENS} tokens")
+    parser.add_argument("--peak", type=float, default=2.5e-3, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
