@@ -59,5 +59,8 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     model: ModelInfo | None = None
     status: WorkerStatus | None = None
     transports: tuple[str, ...] = ()
+    """Those that it could use, best first."""
+    routes: dict[str, str] = {}
+    """Worker id of a source → the transport over which its blocks last came here."""
     cpus: tuple[int, ...] = ()
     """Cores that it is pinned to."""

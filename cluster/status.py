@@ -113,6 +113,13 @@ def as_table(snapshot: Snapshot) -> str:
     return "\n".join([title, *(lines if snapshot.workers else ["no workers"])])
 
 
+def _transports(record: WorkerRecord) -> str:
+    """Those in use, by source; before any block has come, those that there are."""
+    if record.routes:
+        return ",".join(f"{source}:{name}" for source, name in sorted(record.routes.items()))
+    return ",".join(record.transports) or "-"
+
+
 def _row(record: WorkerRecord) -> tuple[str, ...]:
     load = record.status
     state = str(record.state)
@@ -130,6 +137,6 @@ def _row(record: WorkerRecord) -> tuple[str, ...]:
         str(free),
         str(load.blocks_held if load else "-"),
         str(load.blocks_total if load else "-"),
-        ",".join(record.transports) or "-",
+        _transports(record),
         f"{record.host}:{record.port}" if record.port else "-",
     )

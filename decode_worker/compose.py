@@ -34,5 +34,6 @@ def compose(context: Context) -> Assembly:
         model=loaded.info,
         transports=tuple(SINK_HALVES) if settings.transport == "auto" else (settings.transport,),
         traffic=lambda: (sink.counters().bytes_in, 0),
+        routes=lambda: sink.counters().routes,
         close=close,
     )

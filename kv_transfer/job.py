@@ -29,6 +29,8 @@ class Job:
     deadline: float
     done: Done
     renew_at: float
+    late: str = "The request's deadline passed before all its KV blocks had arrived."
+    """What to say when `deadline` has passed."""
     lock: threading.Lock = field(default_factory=threading.Lock)
     line: Line | None = None
     """The line in use, for `stop`."""
@@ -52,6 +54,12 @@ class Job:
             taken, self.taken = self.taken, True
         return not taken
 
+    def start(self, limit_s: float) -> None:
+        """The transfer begins now and may take `limit_s` seconds."""
+        limit = time.monotonic() + limit_s
+        if limit < self.deadline:
+            self.deadline, self.late = limit, f"The transfer took longer than {limit_s:g} s."
+
     def attach(self, line: Line | None) -> None:
         with self.lock:
             self.line = line
@@ -72,5 +80,5 @@ class Job:
             raise Ended(self.stopped)
         now = time.monotonic()
         if now >= self.deadline:
-            raise Ended("The request's deadline passed before all its KV blocks had arrived.")
+            raise Ended(self.late)
         return min(self.deadline, now + stall_s)

@@ -19,11 +19,12 @@ import queue
 import secrets
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+from pdserve.kv_transfer.credits import Credits
 from pdserve.kv_transfer.job import Done, Ended, Job
 from pdserve.kv_transfer.line import Address, EpochChanged, Line, LinePool
 from pdserve.kv_transfer.memory import BlockMemory, Spans, host_id
@@ -50,12 +51,16 @@ LARGEST_PIECE_BYTES = 64 * 2**20
 """Blocks are asked for in pieces, each four times the one before it: the first arrives soon, the
 source hashes one while the sink receives another (if it has not hashed them all since the offer),
 and there are few exchanges, each of which may cost the sink its core for a while."""
+ASKED_AHEAD = 2
+"""Pieces of one fetch that may be on their way."""
 TRIES = 2
 """Times that a block is asked for; a transport that turns out unfit does not count."""
 RELEASE_TIMEOUT_S = 1.0
 RENEW_TIMEOUT_S = 1.0
 UNFIT_S = 60.0
 """A transport that did not work with a source is not tried again for so long."""
+ROUTES_KEPT = 32
+"""Sources of which the transport is remembered, for people who ask."""
 SWEEP_S = 1.0
 IDLE_S = 60.0
 """Unused connections are closed after this; well before the source would."""
@@ -75,14 +80,20 @@ class SinkCounters:
     """Reported fetches by outcome: "ok", "failed"."""
     transports: dict[str, int]
     """Reported fetches by the transport that was used last."""
+    routes: dict[str, str]
+    """Source → the transport that last brought all the blocks of a fetch from it."""
+    in_flight: int
+    """Bytes asked for and not yet received."""
 
 
 class TransferSink:
     """Fetches into `memory` until `close`. Satisfies the engine's Importer.
 
     `transport` is "auto" (the best that both sides have, the next one if it fails) or the name of
-    the only one to use. `stall_s`: a peer that says nothing for so long is given up. `halves` are
-    the transports' implementations, best first.
+    the only one to use. `stall_s`: a peer that says nothing for so long is given up; `limit_s`: a
+    fetch that takes so long from its start (not counting the queue) is given up. `halves` are the
+    transports' implementations, best first. `in_flight_per_source`, `in_flight`: bytes that may
+    have been asked for and not yet received.
     """
 
     def __init__(
@@ -96,8 +107,11 @@ class TransferSink:
         threads: int = 4,
         stall_s: float = 5.0,
         halves: Mapping[str, Callable[[Spans], SinkHalf]] | None = None,
+        limit_s: float = 60.0,
+        in_flight_per_source: int = 256 * 2**20,
+        in_flight: int = 512 * 2**20,
     ) -> None:
-        """Raises ValueError if the transport is unknown."""
+        """Raises ValueError if the transport is unknown or a limit makes no sense."""
         halves = SINK_HALVES if halves is None else halves
         if transport != "auto" and transport not in halves:
             known = ", ".join(["auto", *halves])
@@ -107,7 +121,8 @@ class TransferSink:
         self._halves = {
             key: make(self._pool) for key, make in halves.items() if transport in ("auto", key)
         }
-        self._stall_s = stall_s
+        self._stall_s, self._limit_s = stall_s, limit_s
+        self._credits = Credits(in_flight_per_source, in_flight)
         self._host_id = host_id()
         # The name is made unique, so that the source never takes a restarted sink for its old self.
         self._lines = LinePool(secret=secret, name=f"{name}#{secrets.token_hex(4)}")
@@ -118,6 +133,7 @@ class TransferSink:
         self._bytes_in = 0
         self._fetches: Counter[str] = Counter()
         self._transports: Counter[str] = Counter()
+        self._routes: dict[str, str] = {}
         self._closing = False
         self._release_until = float("inf")
         self._next_look = float("inf")
@@ -189,7 +205,12 @@ class TransferSink:
     def counters(self) -> SinkCounters:
         with self._lock:
             return SinkCounters(
-                len(self._jobs), self._bytes_in, dict(self._fetches), dict(self._transports)
+                fetching=len(self._jobs),
+                bytes_in=self._bytes_in,
+                fetches=dict(self._fetches),
+                transports=dict(self._transports),
+                routes=dict(self._routes),
+                in_flight=self._credits.in_flight,
             )
 
     def close(self, timeout_s: float = 3.0) -> None:
@@ -224,6 +245,7 @@ class TransferSink:
         while (job := self._queue.get()) is not None:
             try:
                 if job.take():
+                    job.start(self._limit_s)
                     self._run(job)
                 else:
                     self._release(job)
@@ -311,13 +333,21 @@ class TransferSink:
         `job.missing` without an exception."""
         half = self._halves[name]
         job.transport = name
-        with self._line(job, job.wait(self._stall_s)) as line:
-            pieces = _pieces(list(job.missing), self._pool.block_nbytes)
-            self._ask(line, job, name, pieces[0])
-            for number, piece in enumerate(pieces):
-                if number + 1 < len(pieces):
-                    self._ask(line, job, name, pieces[number + 1])
-                self._receive(line, job, half, piece)
+        size = self._pool.block_nbytes
+        with (
+            self._line(job, job.wait(self._stall_s)) as line,
+            self._credits.account(job.ticket.source) as account,
+        ):
+            waiting = deque(_pieces(list(job.missing), size))
+            asked: deque[list[int]] = deque()
+            while waiting or asked:
+                ahead = len(asked) < ASKED_AHEAD and bool(waiting)
+                if ahead and account.take(len(waiting[0]) * size, lambda: job.wait(self._stall_s)):
+                    asked.append(waiting.popleft())
+                    self._ask(line, job, name, asked[-1])
+                    continue
+                self._receive(line, job, half, asked[0])
+                account.give(len(asked.popleft()) * size)
 
     def _ask(self, line: Line, job: Job, name: str, piece: Sequence[int]) -> None:
         ticket = job.ticket
@@ -422,6 +452,11 @@ class TransferSink:
             self._bytes_in += report.nbytes
             self._fetches["ok" if report.ok else "failed"] += 1
             self._transports[report.transport] += 1
+            if report.ok and report.nbytes:
+                self._routes.pop(job.ticket.source, None)
+                self._routes[job.ticket.source] = report.transport
+                if len(self._routes) > ROUTES_KEPT:
+                    del self._routes[next(iter(self._routes))]
         try:
             job.done(report)
         except Exception:

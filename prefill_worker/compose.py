@@ -43,5 +43,6 @@ def compose(context: Context) -> Assembly:
         model=loaded.info,
         transports=transports,
         traffic=lambda: (0, source.counters().bytes_out),
+        routes=dict,
         close=close,
     )

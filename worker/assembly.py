@@ -30,6 +30,8 @@ class Assembly:
     transports: tuple[str, ...]
     traffic: Callable[[], tuple[int, int]]
     """KV bytes (in, out) so far."""
+    routes: Callable[[], dict[str, str]]
+    """Source → the transport over which its blocks last came."""
     close: Callable[[], None]
     """Free what the transfer and the pool hold; after the engine has stopped."""
 

@@ -9,6 +9,7 @@ Exit codes: 0 told to stop, 1 fault, 2 cannot work with what it was given, 3 fen
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -43,8 +44,8 @@ def main(argv: Sequence[str], role: Role, compose: Compose) -> int:
         level=settings.log_level.upper(),
         format=f"%(asctime)s %(levelname)s {settings.worker_id} %(name)s: %(message)s",
     )
-    claim_cores(settings)
     try:
+        claim_cores(settings)
         return asyncio.run(WorkerProcess(settings, compose).run())
     except (PdserveError, OSError) as error:
         print(f"{settings.worker_id}: error: {error}", file=sys.stderr)
@@ -56,8 +57,12 @@ def claim_cores(settings: WorkerSettings) -> None:
     if settings.cpus:
         try:
             os.sched_setaffinity(0, settings.cpus)
-        except OSError as error:
-            raise PdserveError(f"--cpus {settings.cpus}: {error.strerror}.") from error
+        except (OSError, ValueError, OverflowError) as error:
+            wanted = ",".join(map(str, settings.cpus))
+            there = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+            raise PdserveError(
+                f"--cpus {wanted} cannot be had; this process may run on the cores {there}."
+            ) from error
     threads = settings.threads or len(os.sched_getaffinity(0))
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)
@@ -164,10 +169,10 @@ class WorkerProcess:
             if not assembly.engine.alive:
                 log.critical("The engine is dead: %r.", assembly.engine.failure)
                 return EXIT_FAULT
-            presence.note(status=service.status)
-            try:
-                await asyncio.wait_for(self._stop.wait(), 0.25)
-            except TimeoutError:
-                continue
+            presence.note(status=service.status, routes=assembly.routes())
+            # asyncio.timeout, as Python 3.11's wait_for may swallow a cancellation.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.25):
+                    await self._stop.wait()
         log.info("Told to stop.")
         return 0
