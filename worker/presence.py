@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 
@@ -46,12 +47,11 @@ class Presence:
         while not self.fenced.is_set():
             if self._proof_of_life():
                 await self._publish()
-            try:
-                await asyncio.wait_for(self._changed.wait(), RENEW_S)
-            except TimeoutError:
-                continue
-            finally:
-                self._changed.clear()
+            # asyncio.timeout, as Python 3.11's wait_for may swallow a cancellation.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RENEW_S):
+                    await self._changed.wait()
+            self._changed.clear()
 
     async def _publish(self) -> None:
         try:

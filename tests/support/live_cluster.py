@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -27,21 +27,17 @@ READY_TIMEOUT_S = 90.0
 PDSERVE = str(Path(sys.executable).with_name("pdserve"))
 
 
-@dataclass
 class Cluster:
-    """`with Cluster("--prefill", "2", ...) as cluster:` — ready when entered, gone when left."""
+    """`with Cluster("--prefill", "2", ...) as cluster:` — ready when entered, gone when left.
 
-    options: Sequence[str]
-    env: dict[str, str] = field(default_factory=dict)
-    log_dir: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="pdserve-test-")))
-    lines: list[str] = field(default_factory=list)
-    url: str = ""
+    The folder of the log files is kept, and its files printed, only when something failed.
+    """
 
     def __init__(self, *options: object, env: dict[str, str] | None = None) -> None:
         self.options = [str(option) for option in options]
         self.env = env or {}
         self.log_dir = Path(tempfile.mkdtemp(prefix="pdserve-test-"))
-        self.lines = []
+        self.lines: list[str] = []
         self.url = ""
         self._ready = threading.Event()
 
@@ -83,6 +79,8 @@ class Cluster:
             print(self.report())
         elif code != 0:
             raise AssertionError(f"`pdserve up` ended with {code}:\n{self.report()}")
+        else:
+            shutil.rmtree(self.log_dir)
 
     def stop(self) -> int | None:
         """SIGTERM, then wait; SIGKILL for the whole group if that takes over 10 s."""
