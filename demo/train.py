@@ -168,8 +168,9 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
     end, end_of_text = tokenizer.convert_tokens_to_ids([END, END_OF_TEXT])
     model.config.eos_token_id = end
     model.config.pad_token_id = end_of_text
+    # Servers take their default temperature from here; a warm one makes a small model babble.
     model.generation_config = GenerationConfig(
-        eos_token_id=[end, end_of_text], pad_token_id=end_of_text
+        eos_token_id=[end, end_of_text], pad_token_id=end_of_text, do_sample=True, temperature=0.1
     )
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
