@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pdserve.kv_transfer.device import device_memory
 from pdserve.kv_transfer.faults import Dice, Faults, faulty_sink
 from pdserve.kv_transfer.sink import TransferSink
 from pdserve.kv_transfer.transports import SINK_HALVES
@@ -17,7 +18,7 @@ def compose(context: Context) -> Assembly:
     loaded = load(context)
     pool = loaded.built.pool
     sink = TransferSink(
-        pool,
+        device_memory(pool.tensor) or pool,
         loaded.built.fingerprint,
         name=settings.worker_id,
         secret=settings.secret,

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from pdserve.kv_transfer.line import Line
-from pdserve.kv_transfer.memory import Spans
+from pdserve.kv_transfer.memory import Bytes, Pool
 from pdserve.kv_transfer.transports import SinkHalf, SourceHalf, Wait
 from pdserve.protocol.errors import PdserveError, ProtocolError
 from pdserve.protocol.transfer import Fetch, FetchHeader
@@ -133,7 +133,7 @@ class FaultySource:
 class FaultySink:
     """A sink's half whose blocks arrive late, incomplete, twice, in disorder or changed."""
 
-    def __init__(self, inner: SinkHalf, pool: Spans, dice: Dice) -> None:
+    def __init__(self, inner: SinkHalf, pool: Pool, dice: Dice) -> None:
         self.borrows = inner.borrows
         self._inner, self._pool, self._dice = inner, pool, dice
 
@@ -161,33 +161,43 @@ class FaultySink:
     def _spoil(self, drawn: set[str], targets: Sequence[int]) -> None:
         if "duplicate" in drawn:
             here, there = self._dice.two_of(len(targets))
-            self._pool.span(targets[there])[:] = self._pool.span(targets[here])
+            self._put(targets[there], self._get(targets[here]))
         if "reorder" in drawn:
-            one, other = (self._pool.span(targets[i]) for i in self._dice.two_of(len(targets)))
-            kept = one.copy()
-            one[:], other[:] = other, kept
+            one, other = (targets[index] for index in self._dice.two_of(len(targets)))
+            kept = self._get(one)
+            self._put(one, self._get(other))
+            self._put(other, kept)
         if "flip" in drawn:
-            block = self._pool.span(targets[self._dice.below(len(targets))])
+            target = targets[self._dice.below(len(targets))]
+            block = self._get(target)
             block[self._dice.below(len(block))] ^= 1 << self._dice.below(8)
+            self._put(target, block)
+
+    def _get(self, block: int) -> Bytes:
+        return self._pool.read(block).copy()
+
+    def _put(self, block: int, content: Bytes) -> None:
+        with self._pool.write(block) as part:
+            part[:] = content
 
 
 def faulty_source(
-    halves: Mapping[str, Callable[[Spans], SourceHalf]], dice: Dice
-) -> dict[str, Callable[[Spans], SourceHalf]]:
+    halves: Mapping[str, Callable[[Pool], SourceHalf]], dice: Dice
+) -> dict[str, Callable[[Pool], SourceHalf]]:
     """The same transports with faults on the source's side."""
 
-    def over(make: Callable[[Spans], SourceHalf]) -> Callable[[Spans], SourceHalf]:
+    def over(make: Callable[[Pool], SourceHalf]) -> Callable[[Pool], SourceHalf]:
         return lambda pool: FaultySource(make(pool), dice)
 
     return {name: over(make) for name, make in halves.items()}
 
 
 def faulty_sink(
-    halves: Mapping[str, Callable[[Spans], SinkHalf]], dice: Dice
-) -> dict[str, Callable[[Spans], SinkHalf]]:
+    halves: Mapping[str, Callable[[Pool], SinkHalf]], dice: Dice
+) -> dict[str, Callable[[Pool], SinkHalf]]:
     """The same transports with faults on the sink's side."""
 
-    def over(make: Callable[[Spans], SinkHalf]) -> Callable[[Spans], SinkHalf]:
+    def over(make: Callable[[Pool], SinkHalf]) -> Callable[[Pool], SinkHalf]:
         return lambda pool: FaultySink(make(pool), pool, dice)
 
     return {name: over(make) for name, make in halves.items()}

@@ -17,6 +17,7 @@ import re
 import secrets
 import stat
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -62,6 +63,43 @@ class BlockMemory(Protocol):
         """One block, writable, contiguous, block_nbytes long."""
 
 
+class Pool(Protocol):
+    """Blocks as the transports use them, wherever they lie: here or on a device."""
+
+    @property
+    def num_blocks(self) -> int: ...
+
+    @property
+    def block_nbytes(self) -> int: ...
+
+    @property
+    def path(self) -> str:
+        """See BlockMemory."""
+
+    @property
+    def nonce(self) -> bytes:
+        """See BlockMemory."""
+
+    @property
+    def in_place(self) -> bool:
+        """Whether `read` and `write` give the blocks themselves, valid as long as the pool. If
+        not, they give a copy that is valid until the thread's next call of `read`, `write` or
+        `digest`, and `count` may be at most `longest`."""
+
+    @property
+    def longest(self) -> int:
+        """Most blocks that `read` and `write` take at once."""
+
+    def read(self, first: int, count: int = 1) -> Bytes:
+        """The bytes of blocks first .. first + count - 1. Raises IndexError outside the pool."""
+
+    def write(self, first: int, count: int = 1) -> AbstractContextManager[Bytes]:
+        """Where to put such blocks' bytes; they are in the pool when the block ends normally."""
+
+    def digest(self, block_id: int) -> int:
+        """xxh3-64 of one block of the pool."""
+
+
 class HostMemory:
     """A pool in an anonymous memfd of this process; zeroed. For tests and benchmarks."""
 
@@ -88,8 +126,8 @@ class HostMemory:
             self._fd = -1
 
 
-class Spans:
-    """A pool's blocks as arrays over several adjacent blocks at once, without copying.
+class Spans(Pool):
+    """A host pool's blocks as arrays over several adjacent blocks at once, without copying.
 
     Keeps the pool alive as long as it lives itself. Raises ValueError if the pool's blocks do not
     lie back to back.
@@ -97,8 +135,8 @@ class Spans:
 
     def __init__(self, memory: BlockMemory) -> None:
         self.memory = memory
-        self.num_blocks = memory.num_blocks
-        self.block_nbytes = memory.block_nbytes
+        self._num_blocks = memory.num_blocks
+        self._block_nbytes = memory.block_nbytes
         first = np.frombuffer(memory.view(0), np.uint8)
         last = np.frombuffer(memory.view(self.num_blocks - 1), np.uint8)
         distance = last.ctypes.data - first.ctypes.data
@@ -121,10 +159,44 @@ class Spans:
         start = first * self.block_nbytes
         return self._all[start : start + count * self.block_nbytes]
 
+    @property
+    def num_blocks(self) -> int:
+        return self._num_blocks
+
+    @property
+    def block_nbytes(self) -> int:
+        return self._block_nbytes
+
+    @property
+    def path(self) -> str:
+        return self.memory.path
+
+    @property
+    def nonce(self) -> bytes:
+        return self.memory.nonce
+
+    @property
+    def in_place(self) -> bool:
+        return True
+
+    @property
+    def longest(self) -> int:
+        return self._num_blocks
+
+    def read(self, first: int, count: int = 1) -> Bytes:
+        return self.span(first, count)
+
+    def write(self, first: int, count: int = 1) -> AbstractContextManager[Bytes]:
+        return nullcontext(self.span(first, count))
+
     def digest(self, block_id: int) -> int:
-        """xxh3-64 of one block of the pool."""
         start = block_id * self.block_nbytes
         return xxhash.xxh3_64_intdigest(self._flat[start : start + self.block_nbytes])
+
+
+def as_pool(memory: BlockMemory | Pool) -> Pool:
+    """A pool of whatever kind as the transports use it."""
+    return Spans(memory) if hasattr(memory, "view") else memory  # type: ignore[arg-type]
 
 
 class MappedPool:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pdserve.kernels.cache import gather_blocks, scatter_blocks
+from pdserve.kernels import gather_blocks, scatter_blocks
 from pdserve.kv_transfer.layout import Copy, Layout, LayoutError, Plan
 
 

@@ -27,7 +27,7 @@ from typing import Any, Self
 from pdserve.kv_transfer.credits import Credits
 from pdserve.kv_transfer.job import Done, Ended, Job
 from pdserve.kv_transfer.line import Address, EpochChanged, Line, LinePool
-from pdserve.kv_transfer.memory import BlockMemory, Spans, host_id
+from pdserve.kv_transfer.memory import BlockMemory, Pool, as_pool, host_id
 from pdserve.kv_transfer.transports import SINK_HALVES, SinkHalf, TransportUnfit
 from pdserve.protocol.errors import ProtocolError
 from pdserve.protocol.ticket import KVTicket, LayoutFingerprint
@@ -98,7 +98,7 @@ class TransferSink:
 
     def __init__(
         self,
-        memory: BlockMemory,
+        memory: BlockMemory | Pool,
         fingerprint: LayoutFingerprint,
         *,
         name: str,
@@ -106,7 +106,7 @@ class TransferSink:
         transport: str = "auto",
         threads: int = 4,
         stall_s: float = 5.0,
-        halves: Mapping[str, Callable[[Spans], SinkHalf]] | None = None,
+        halves: Mapping[str, Callable[[Pool], SinkHalf]] | None = None,
         limit_s: float = 60.0,
         in_flight_per_source: int = 256 * 2**20,
         in_flight: int = 512 * 2**20,
@@ -116,7 +116,7 @@ class TransferSink:
         if transport != "auto" and transport not in halves:
             known = ", ".join(["auto", *halves])
             raise ValueError(f"The transport must be one of {known}. Given: {transport!r}.")
-        self._pool = Spans(memory)
+        self._pool = as_pool(memory)
         self._fingerprint = fingerprint
         self._halves = {
             key: make(self._pool) for key, make in halves.items() if transport in ("auto", key)

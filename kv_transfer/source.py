@@ -33,7 +33,7 @@ from pdserve.kv_transfer.line import (
     LineClosed,
     answer_handshake,
 )
-from pdserve.kv_transfer.memory import BlockMemory, Spans
+from pdserve.kv_transfer.memory import BlockMemory, Pool, as_pool
 from pdserve.kv_transfer.outbox import Outbox, OutboxCounters, Read, Refusal
 from pdserve.kv_transfer.transports import SOURCE_HALVES, SourceHalf
 from pdserve.protocol.errors import ProtocolError
@@ -87,7 +87,7 @@ class TransferSource:
 
     def __init__(
         self,
-        memory: BlockMemory,
+        memory: BlockMemory | Pool,
         fingerprint: LayoutFingerprint,
         *,
         worker_id: str,
@@ -102,7 +102,7 @@ class TransferSource:
         max_connections: int = 256,
         idle_s: float = 300.0,
         stall_s: float = 5.0,
-        halves: Mapping[str, Callable[[Spans], SourceHalf]] | None = None,
+        halves: Mapping[str, Callable[[Pool], SourceHalf]] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Raises ValueError for an unknown transport, PoolError if the memory cannot be shared,
@@ -112,7 +112,7 @@ class TransferSource:
             raise ValueError(
                 f"Transports are one or more of {', '.join(halves)}. Given: {transports}."
             )
-        self._pool = Spans(memory)
+        self._pool = as_pool(memory)
         self._halves: dict[str, SourceHalf] = {
             name: halves[name](self._pool) for name in transports
         }

@@ -19,8 +19,8 @@ from pdserve.kv_transfer.line import Line
 from pdserve.kv_transfer.memory import (
     BlockMemory,
     MappedPool,
+    Pool,
     PoolError,
-    Spans,
     host_id,
     runs,
 )
@@ -37,6 +37,10 @@ Wait = Callable[[], float]
 
 class TransportUnfit(PdserveError):
     """This transport does not work between these two processes; another one may."""
+
+
+class TransportSettingError(PdserveError, ValueError):
+    """A transport was asked for that does not exist or that this worker cannot offer."""
 
 
 class SourceHalf(Protocol):
@@ -69,7 +73,7 @@ class SinkHalf(Protocol):
 class TcpSource:
     """Raw blocks on the line itself, straight from the pool."""
 
-    def __init__(self, pool: Spans) -> None:
+    def __init__(self, pool: Pool) -> None:
         self._pool = pool
 
     def objection(self, fetch: Fetch) -> str:
@@ -80,22 +84,27 @@ class TcpSource:
 
     def send(self, line: Line, block_ids: Sequence[int], wait: Wait) -> None:
         pool = self._pool
-        spans = [pool.span(first, count) for first, count in runs(block_ids, pool.num_blocks)]
-        line.send_buffers(spans, wait)
+        if pool.in_place:
+            spans = [pool.read(first, count) for first, count in runs(block_ids, pool.longest)]
+            line.send_buffers(spans, wait)
+            return
+        for first, count in runs(block_ids, pool.longest):
+            line.send_buffers([pool.read(first, count)], wait)
 
 
 class TcpSink:
     borrows = False
 
-    def __init__(self, pool: Spans) -> None:
+    def __init__(self, pool: Pool) -> None:
         self._pool = pool
 
     def receive(
         self, line: Line, header: FetchHeader, targets: Sequence[int], wait: Wait
     ) -> Iterator[int]:
         complete = 0
-        for first, count in runs(targets, max(1, CHUNK_BYTES // self._pool.block_nbytes)):
-            line.receive_into(self._pool.span(first, count).data, wait)
+        for first, count in runs(targets, _chunk(self._pool)):
+            with self._pool.write(first, count) as part:
+                line.receive_into(part.data, wait)
             complete += count
             yield complete
 
@@ -103,9 +112,9 @@ class TcpSink:
 class ShmSource:
     """Says where the blocks lie; the reader copies them itself."""
 
-    def __init__(self, pool: Spans) -> None:
-        self._path = pool.memory.path
-        self._nonce = pool.memory.nonce
+    def __init__(self, pool: Pool) -> None:
+        self._path = pool.path
+        self._nonce = pool.nonce
         self._host_id = host_id()
         MappedPool(self._path, pool.block_nbytes, self._nonce)  # as a reader will: fail early
 
@@ -131,7 +140,7 @@ class ShmSink:
 
     borrows = True
 
-    def __init__(self, pool: Spans) -> None:
+    def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self._lock = threading.Lock()
         self._mapped: weakref.WeakValueDictionary[tuple[str, bytes], MappedPool] = (
@@ -153,12 +162,12 @@ class ShmSink:
         self, theirs: MappedPool, blocks: Sequence[int], targets: Sequence[int], wait: Wait
     ) -> Iterator[int]:
         complete = 0
-        longest = max(1, CHUNK_BYTES // self._pool.block_nbytes)
+        longest = _chunk(self._pool)
         for first, count in runs(blocks, longest):
             for target, length in runs(targets[complete : complete + count], longest):
                 wait()
-                mine = self._pool.span(target, length)
-                np.copyto(mine, theirs.span(first, length))
+                with self._pool.write(target, length) as mine:
+                    np.copyto(mine, theirs.span(first, length))
                 first += length
                 complete += length
                 yield complete
@@ -174,21 +183,28 @@ class ShmSink:
         return pool
 
 
-SOURCE_HALVES: dict[str, Callable[[Spans], SourceHalf]] = {"shm": ShmSource, "tcp": TcpSource}
-SINK_HALVES: dict[str, Callable[[Spans], SinkHalf]] = {"shm": ShmSink, "tcp": TcpSink}
+def _chunk(pool: Pool) -> int:
+    """Blocks to receive at once."""
+    return min(pool.longest, max(1, CHUNK_BYTES // pool.block_nbytes))
+
+
+SOURCE_HALVES: dict[str, Callable[[Pool], SourceHalf]] = {"shm": ShmSource, "tcp": TcpSource}
+SINK_HALVES: dict[str, Callable[[Pool], SinkHalf]] = {"shm": ShmSink, "tcp": TcpSink}
 """Best first: "auto" tries them in this order."""
 
 
-def offered_transports(memory: BlockMemory, transport: str) -> tuple[str, ...]:
+def offered_transports(memory: BlockMemory | Pool, transport: str) -> tuple[str, ...]:
     """What a source with this memory offers, best first, for the setting `transport`.
 
-    Raises ValueError if the setting is unknown or the memory cannot do what it asks for.
+    Raises TransportSettingError if the setting is unknown or the memory cannot do what it asks for.
     """
     if transport == "auto":
         return tuple(name for name in SOURCE_HALVES if name != "shm" or memory.path)
     if transport not in SOURCE_HALVES:
         known = ", ".join(["auto", *SOURCE_HALVES])
-        raise ValueError(f"The transport must be one of {known}. Given: {transport!r}.")
+        raise TransportSettingError(f"The transport must be one of {known}. Given: {transport!r}.")
     if transport == "shm" and not memory.path:
-        raise ValueError("The transport shm needs a KV pool in shared memory; choose tcp or auto.")
+        raise TransportSettingError(
+            "The transport shm needs a KV pool in shared memory; choose tcp or auto."
+        )
     return (transport,)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pdserve.engine.loop import Engine
+from pdserve.kv_transfer.device import device_memory
 from pdserve.kv_transfer.faults import Dice, Faults, faulty_source
 from pdserve.kv_transfer.source import TransferSource
 from pdserve.kv_transfer.transports import SOURCE_HALVES, offered_transports
@@ -17,10 +18,11 @@ def compose(context: Context) -> Assembly:
     halves = faulty_source(SOURCE_HALVES, Dice(Faults.parse(faults))) if faults else SOURCE_HALVES
     loaded = load(context)
     pool = loaded.built.pool
-    transports = offered_transports(pool, settings.transport)
+    memory = device_memory(pool.tensor) or pool
+    transports = offered_transports(memory, settings.transport)
     engine: Engine
     source = TransferSource(
-        pool,
+        memory,
         loaded.built.fingerprint,
         worker_id=settings.worker_id,
         epoch=context.epoch,
