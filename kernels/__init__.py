@@ -1,17 +1,22 @@
 """Functions from tensors to tensors, each with a plain-torch reference.
 
-What stands here today is the reference, and also the CPU backend. No requests, no configuration and
+The reference is the specification and the CPU backend; on CUDA devices Triton computes the same
+(`pdserve.kernels.dispatch` decides, once). No requests, no configuration and
 no memory of their own: a function checks its arguments, computes, and returns.
 """
 
 from pdserve.kernels.activation import gelu_and_mul, silu_and_mul
 from pdserve.kernels.attention import attention_decode, attention_prefill
-from pdserve.kernels.cache import gather_blocks, rope_and_store_kv, scatter_blocks, store_kv
+from pdserve.kernels.blocks import gather_blocks, scatter_blocks
+from pdserve.kernels.cache import rope_and_store_kv, store_kv
 from pdserve.kernels.checks import KernelError
+from pdserve.kernels.linear import linear
+from pdserve.kernels.native import DecodeStep, LayerTensors
 from pdserve.kernels.norm import fused_add_rms_norm, rms_norm
 from pdserve.kernels.rope import rope
 from pdserve.kernels.sampling import (
     apply_bias,
+    apply_bitmask,
     apply_penalties,
     greedy,
     log_probabilities,
@@ -19,8 +24,11 @@ from pdserve.kernels.sampling import (
 )
 
 __all__ = [
+    "DecodeStep",
     "KernelError",
+    "LayerTensors",
     "apply_bias",
+    "apply_bitmask",
     "apply_penalties",
     "attention_decode",
     "attention_prefill",
@@ -28,6 +36,7 @@ __all__ = [
     "gather_blocks",
     "gelu_and_mul",
     "greedy",
+    "linear",
     "log_probabilities",
     "rms_norm",
     "rope",

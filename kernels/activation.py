@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as functional
 
-from pdserve.kernels import checks
+from pdserve.kernels import checks, dispatch
 
 
 def silu_and_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -15,6 +15,10 @@ def silu_and_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     may be halves of one fused product. Returns [T, I].
     """
     _check(gate, up)
+    fast = dispatch.implementation("silu_and_mul", gate)
+    if fast is not None:
+        result: torch.Tensor = fast(gate, up)
+        return result
     return functional.silu(gate).mul_(up)
 
 
@@ -25,6 +29,10 @@ def gelu_and_mul(gate: torch.Tensor, up: torch.Tensor, *, tanh: bool = False) ->
     `silu_and_mul`.
     """
     _check(gate, up)
+    fast = dispatch.implementation("gelu_and_mul", gate)
+    if fast is not None:
+        result: torch.Tensor = fast(gate, up, tanh=tanh)
+        return result
     return functional.gelu(gate, approximate="tanh" if tanh else "none").mul_(up)
 
 
@@ -33,3 +41,4 @@ def _check(gate: torch.Tensor, up: torch.Tensor) -> None:
     checks.shape("up", up, gate.shape)
     checks.dtype("gate", gate, checks.FLOATS)
     checks.same_dtype("up", up, "gate", gate)
+    checks.same_device("up", up, "gate", gate)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as functional
 
-from pdserve.kernels import checks
+from pdserve.kernels import checks, dispatch
 
 TILE = 256
 """Queries per tile of a chunk that needs a mask: bounds the mask to TILE × context."""
@@ -44,6 +44,19 @@ def attention_prefill(
     """
     _check(query, cache, context_lens, block_table, window, soft_cap)
     checks.shape("query_start", query_start, [context_lens.shape[0] + 1])
+    fast = dispatch.implementation("attention_prefill", query)
+    if fast is not None:
+        result: torch.Tensor = fast(
+            query,
+            cache,
+            query_start,
+            context_lens,
+            block_table,
+            scale=scale,
+            window=window,
+            soft_cap=soft_cap,
+        )
+        return result
     out = torch.empty_like(query)
     starts = query_start.tolist()
     for row, length in enumerate(context_lens.tolist()):
@@ -69,18 +82,42 @@ def attention_decode(
     window: int | None = None,
     soft_cap: float | None = None,
 ) -> torch.Tensor:
-    """Attention of the newest token of each sequence.
+    """Attention of the newest token of each sequence, or of its newest few.
 
-    query: [B, Hq, D]; cache: [N, 2, S, H, D] with the tokens' K and V stored; context_lens: [B],
-    at least 1, the query's own token included; block_table: [B, M]. Returns [B, Hq, D].
+    query: [B, Hq, D], or [B, Q, Hq, D] for the Q newest tokens; cache: [N, 2, S, H, D] with the
+    tokens' K and V stored; context_lens: [B], at least Q, the queries' own tokens included, or 0
+    for a row of padding, which comes out as zeros; block_table: [B, M]. Returns the query's shape.
+    A sequence's result has the same bits alone and in any batch.
     """
-    _check(query, cache, context_lens, block_table, window, soft_cap)
-    checks.shape("query", query, [context_lens.shape[0], None, None])
+    rows = query.flatten(0, 1) if query.dim() == 4 else query
+    _check(rows, cache, context_lens, block_table, window, soft_cap)
+    checks.shape("query", query, [context_lens.shape[0], *[None] * (query.dim() - 1)])
+    fast = dispatch.implementation("attention_decode", query)
+    if fast is not None:
+        attended: torch.Tensor = fast(
+            query,
+            cache,
+            context_lens,
+            block_table,
+            scale=scale,
+            window=window,
+            soft_cap=soft_cap,
+        )
+        return attended
+    if query.dim() == 4:
+        few = torch.empty_like(query)
+        for row, length in enumerate(context_lens.tolist()):
+            key, value = _gather(cache, block_table[row], 0, length)
+            few[row] = _chunk(query[row], key, value, scale, window, soft_cap) if length else 0
+        return few
     heads, dim = cache.shape[3:]
     out = torch.empty_like(query)
     # The queries that share a KV head become the "sequence" of one unmasked product.
     grouped = query.view(-1, heads, query.shape[1] // heads, dim)
     for row, length in enumerate(context_lens.tolist()):
+        if length == 0:
+            out[row] = 0
+            continue
         begin = 0 if window is None else max(0, length - window)
         key, value = _gather(cache, block_table[row], begin, length)
         if soft_cap is None:
@@ -195,6 +232,9 @@ def _check(
     checks.shape("context_lens", context_lens, [None])
     checks.shape("block_table", block_table, [context_lens.shape[0], None])
     checks.dtype("block_table", block_table, checks.INDICES)
+    for name, tensor in (("context_lens", context_lens), ("block_table", block_table)):
+        checks.same_device(name, tensor, "query", query)
+    checks.same_device("cache", cache, "query", query)
     if query.shape[1] % heads:
         raise checks.KernelError(
             f"The {query.shape[1]} query heads must be a multiple of the {heads} KV heads."

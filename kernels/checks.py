@@ -44,6 +44,15 @@ def same_dtype(name: str, tensor: torch.Tensor, other_name: str, other: torch.Te
         )
 
 
+def same_device(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """Refuse tensors on different devices: a kernel would read the wrong memory."""
+    if tensor.device != other.device:
+        raise KernelError(
+            f"{name} is on {tensor.device} but {other_name} is on {other.device}; "
+            "they must be on one device."
+        )
+
+
 def cache_shape(cache: torch.Tensor) -> tuple[int, int, int, int]:
     """(num_blocks, block_size, num_kv_heads, head_dim) of one layer's KV cache.
 

@@ -1,6 +1,7 @@
-"""Rotary position embeddings (Su et al. 2021, arXiv:2104.09864), NeoX layout, and their scalings.
+"""Rotary position embeddings (Su et al. 2021, arXiv:2104.09864) and their scalings.
 
 NeoX layout: dimension i of the first half turns together with dimension i of the second half.
+Interleaved layout (the paper's): dimension 2i turns together with dimension 2i + 1.
 The frequency functions return float32 [D / 2]; `rope_table` turns frequencies into angles.
 """
 
@@ -10,29 +11,49 @@ import math
 
 import torch
 
-from pdserve.kernels import checks
+from pdserve.kernels import checks, dispatch
 
 
-def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rope(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool = False
+) -> torch.Tensor:
     """Turn each pair (x1, x2) by its token's angle: (x1 cos - x2 sin, x2 cos + x1 sin).
 
-    x: [T, H, D], last two dimensions contiguous, float32/bfloat16/float16; x1 = x[..., :D/2].
+    x: [T, H, D], last two dimensions contiguous, float32/bfloat16/float16; x1 = x[..., :D/2], or
+    x[..., 0::2] with `interleaved`.
     cos, sin: [T, D / 2] float32, the table's rows at the tokens' positions.
     Computed in float32, rounded once. Returns a new tensor like x.
     """
-    checks.shape("x", x, [None, None, None])
-    checks.dtype("x", x, checks.FLOATS)
+    check_rope("x", x, cos, sin)
+    fast = dispatch.implementation("rope", x)
+    if fast is not None:
+        result: torch.Tensor = fast(x, cos, sin, interleaved=interleaved)
+        return result
     half = x.shape[-1] // 2
-    for name, rows in (("cos", cos), ("sin", sin)):
-        checks.shape(name, rows, [x.shape[0], half])
-        checks.dtype(name, rows, (torch.float32,))
+    one, two = (slice(0, half), slice(half, None))
+    if interleaved:
+        one, two = (slice(0, None, 2), slice(1, None, 2))
     source = x.float()
-    first, second = source[..., :half], source[..., half:]
+    first, second = source[..., one], source[..., two]
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     turned = torch.empty_like(source)
-    torch.mul(first, cos, out=turned[..., :half]).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=turned[..., half:]).addcmul_(first, sin)
+    turned[..., one] = torch.mul(first, cos).addcmul_(second, sin, value=-1)
+    turned[..., two] = torch.mul(second, cos).addcmul_(first, sin)
     return turned.to(x.dtype)
+
+
+def check_rope(name: str, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """Refuse what `rope` cannot turn; x is called `name`."""
+    checks.shape(name, x, [None, None, None])
+    checks.dtype(name, x, checks.FLOATS)
+    if x.shape[-1] % 2:
+        raise checks.KernelError(
+            f"{name} must have an even head size for rotary embeddings, not {x.shape[-1]}."
+        )
+    for label, rows in (("cos", cos), ("sin", sin)):
+        checks.shape(label, rows, [x.shape[0], x.shape[-1] // 2])
+        checks.dtype(label, rows, (torch.float32,))
+        checks.same_device(label, rows, name, x)
 
 
 def rope_table(

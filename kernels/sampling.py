@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from pdserve.kernels import checks
+from pdserve.kernels import checks, dispatch
 from pdserve.kernels.random import exponential, token_words, vocabulary_words
 
 SHORTLIST = 256
@@ -52,11 +52,45 @@ def apply_penalties(
         ("repetition", repetition),
     ):
         checks.shape(name, values, [logits.shape[0]])
+    fast = dispatch.implementation("apply_penalties", logits)
+    if fast is not None:
+        fast(
+            logits,
+            rows,
+            token_ids,
+            counts,
+            presence=presence,
+            frequency=frequency,
+            repetition=repetition,
+        )
+        return
     held = logits[rows, token_ids]
     factor = repetition[rows]
     held = torch.where(held > 0, held / factor, held * factor)
     held = held - frequency[rows] * counts - presence[rows] * (counts > 0)
     logits.index_put_((rows, token_ids), held)
+
+
+def apply_bitmask(logits: torch.Tensor, rows: torch.Tensor, bitmask: torch.Tensor) -> None:
+    """Forbid tokens, in place: logits[rows[i], v] = -inf where bit v % 32 of bitmask[i, v // 32] is
+    0. What grammars hand out.
+
+    logits: [R, V] float32; rows: [n] int64, no row twice; bitmask: [n, ⌈V / 32⌉] int32.
+    """
+    checks.shape("logits", logits, [None, None])
+    checks.dtype("logits", logits, (torch.float32,))
+    checks.shape("rows", rows, [None])
+    checks.dtype("rows", rows, (torch.int64,))
+    checks.shape("bitmask", bitmask, [rows.shape[0], (logits.shape[1] + 31) // 32])
+    checks.dtype("bitmask", bitmask, (torch.int32,))
+    checks.same_device("bitmask", bitmask, "logits", logits)
+    fast = dispatch.implementation("apply_bitmask", logits)
+    if fast is not None:
+        fast(logits, rows, bitmask)
+        return
+    shifts = torch.arange(32, dtype=torch.int32, device=logits.device)
+    allowed = ((bitmask.unsqueeze(-1) >> shifts) & 1).flatten(1)[:, : logits.shape[1]].bool()
+    logits[rows] = logits[rows].masked_fill_(~allowed, float("-inf"))
 
 
 def greedy(logits: torch.Tensor) -> torch.Tensor:
@@ -100,6 +134,20 @@ def sample(
         ("positions", positions),
     ):
         checks.shape(name, values, [logits.shape[0]])
+    checks.dtype("seeds", seeds, (torch.int64,))
+    checks.dtype("positions", positions, (torch.int64,))
+    fast = dispatch.implementation("sample", logits)
+    if fast is not None:
+        tokens: torch.Tensor = fast(
+            logits,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seeds=seeds,
+            positions=positions,
+        )
+        return tokens
     scores = logits / temperature.unsqueeze(1)
     filtered = (top_k > 0) | (top_p < 1) | (min_p > 0)
     if not bool(filtered.any()):
@@ -127,6 +175,10 @@ def log_probabilities(
     """
     checks.shape("token_ids", token_ids, [logits.shape[0]])
     checks.dtype("logits", logits, (torch.float32,))
+    fast = dispatch.implementation("log_probabilities", logits)
+    if fast is not None:
+        found: tuple[torch.Tensor, ...] = fast(logits, token_ids, top)
+        return found[0], found[1], found[2], found[3]
     total = logits.logsumexp(dim=-1, keepdim=True)
     own = logits.gather(1, token_ids.unsqueeze(1))
     rank = (logits > own).sum(dim=-1) + 1

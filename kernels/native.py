@@ -1,0 +1,365 @@
+"""The decode step on the CPU in C: `native.c`, compiled for this machine when first needed.
+
+The library lies in the user's cache folder under a name that follows from the source, the flags
+and the processor, so it is made once per machine and never out of date. Without a C compiler, or
+with PDSERVE_KERNELS=reference, everything runs through torch; the log says so once.
+
+float32 and bfloat16 only. Results differ from the references by rounding; they have the same bits
+alone and in any batch, and with any number of threads. Calls run outside the interpreter's lock,
+on as many threads as torch uses.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pdserve.kernels.checks import KernelError
+
+log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("native.c")
+FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC", "-pthread", "-fno-math-errno", "-Wno-psabi")
+MACHINE_FLAGS = ("-march=native",)
+COMPILE_TIMEOUT_S = 120.0
+DTYPES = (torch.float32, torch.bfloat16)
+MOST_TOKENS = 64
+"""Most rows of a call (MOST_TOKENS in native.c)."""
+MOST_DIM = 256
+"""Largest head size."""
+MOST_GROUP = 32
+"""Most query heads per KV head."""
+
+_Pointer = ctypes.c_void_p
+_Long = ctypes.c_int64
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [("weight", _Pointer), ("bias", _Pointer), ("rows", _Long)]
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = [
+        *((name, _Long) for name in ("sequences", "heads", "kv_heads", "dim")),
+        *((name, _Long) for name in ("num_blocks", "block_size", "block_stride", "table_width")),
+        *((name, _Pointer) for name in ("lens", "table")),
+        *((name, ctypes.c_float) for name in ("scale", "soft_cap")),
+    ]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, _Pointer) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm")),
+        *((name, _Matrix) for name in ("query", "key", "value", "output", "gate", "up", "down")),
+        ("cache", _Pointer),
+        ("window", _Long),
+    ]
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [
+        ("attention", _Attention),
+        *((name, _Long) for name in ("hidden_size", "inner_size", "num_layers")),
+        ("eps", ctypes.c_float),
+        *((name, _Pointer) for name in ("cos", "sin")),
+        ("num_positions", _Long),
+        *((name, _Pointer) for name in ("positions", "slots", "hidden")),
+    ]
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled library; None where it is switched off or cannot be made (logged)."""
+    words = [item for item in os.environ.get("PDSERVE_KERNELS", "").split(",") if "=" not in item]
+    if words and words[-1].strip():
+        return None
+    try:
+        loaded = ctypes.CDLL(str(compiled()))
+    except (OSError, subprocess.SubprocessError) as error:
+        output = getattr(error, "stderr", None) or b""
+        log.warning(
+            "The CPU kernels run through torch, which is slower at decoding: %s cannot be "
+            "compiled (%s). %s",
+            SOURCE.name,
+            error,
+            output.decode(errors="replace")[:500],
+        )
+        return None
+    loaded.pdserve_linear.argtypes = [
+        ctypes.c_int, *[_Pointer] * 4, *[_Long] * 3, ctypes.c_int
+    ]  # fmt: skip
+    loaded.pdserve_linear.restype = None
+    loaded.pdserve_attention.argtypes = [
+        ctypes.c_int, ctypes.POINTER(_Attention), *[_Pointer] * 3, _Long, ctypes.c_int
+    ]  # fmt: skip
+    loaded.pdserve_decode.argtypes = [
+        ctypes.c_int, ctypes.POINTER(_Step), ctypes.POINTER(_Layer), ctypes.c_int
+    ]  # fmt: skip
+    return loaded
+
+
+def compiled(machine_flags: Sequence[str] = MACHINE_FLAGS, folder: Path | None = None) -> Path:
+    """The path of the shared library, compiled if it is not in `folder` (default: the user's
+    cache) yet. Raises OSError or CalledProcessError. Several processes may call this at once."""
+    compiler = [*shlex.split(os.environ.get("CC", "cc")), *FLAGS, *machine_flags]
+    digest = hashlib.blake2b(digest_size=12)
+    for part in (SOURCE.read_bytes(), repr(compiler).encode(), _processor()):
+        digest.update(len(part).to_bytes(8, "little") + part)
+    if folder is None:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pdserve"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise PermissionError(f"the cache folder {folder} belongs to another user")
+    path = folder / f"native-{digest.hexdigest()}.so"
+    if path.exists():
+        return path
+    with (folder / "native.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one of the workers that start together compiles
+        if not path.exists():
+            _compile(compiler, path)
+    return path
+
+
+def _compile(compiler: Sequence[str], path: Path) -> None:
+    """Under a temporary name first, so that what lies under the final name is always whole."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        target = Path(scratch) / path.name
+        subprocess.run(
+            [*compiler, str(SOURCE), "-o", str(target), "-lm"],
+            check=True,
+            capture_output=True,
+            timeout=COMPILE_TIMEOUT_S,
+        )
+        target.replace(path)
+
+
+def _processor() -> bytes:
+    """What -march=native depends on: the processor's features, as far as the system tells."""
+    lines = [platform.machine()]
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        first = info.read_text().split("\n\n", 1)[0].splitlines()
+        lines += [line for line in first if line.startswith(("flags", "Features", "model name"))]
+    return "\n".join(lines).encode()
+
+
+def serves(tensor: torch.Tensor) -> bool:
+    """Whether the library is there and computes with tensors like this one."""
+    return tensor.dtype in DTYPES and tensor.device.type == "cpu" and library() is not None
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x Wᵀ + b for at most MOST_TOKENS rows; see `pdserve.kernels.linear`, which has checked it."""
+    loaded = _loaded()
+    x = x.contiguous()
+    out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
+    loaded.pdserve_linear(
+        x.dtype is torch.bfloat16,
+        x.data_ptr(),
+        weight.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        x.shape[0],
+        *weight.shape,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def attention_decode(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> torch.Tensor:
+    """See `pdserve.kernels.attention_decode`, which has checked the arguments' shapes."""
+    loaded = _loaded()
+    query = query.contiguous()
+    lens, table = context_lens.long().contiguous(), block_table.long().contiguous()
+    shape = _attention(cache, query.shape[1], lens, table, scale, soft_cap)
+    out = torch.empty_like(query)
+    done = loaded.pdserve_attention(
+        query.dtype is torch.bfloat16,
+        ctypes.byref(shape),
+        query.data_ptr(),
+        cache.data_ptr(),
+        out.data_ptr(),
+        window or 0,
+        torch.get_num_threads(),
+    )
+    if not done:
+        raise KernelError(_OUT_OF_RANGE)
+    return out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerTensors:
+    """One decoder layer. Products are (weight [out, in], bias [out] or None)."""
+
+    attention_norm: torch.Tensor
+    mlp_norm: torch.Tensor
+    head_norms: tuple[torch.Tensor, torch.Tensor] | None
+    """Of each query and key head, before the rotation."""
+    query: tuple[torch.Tensor, torch.Tensor | None]
+    key: tuple[torch.Tensor, torch.Tensor | None]
+    value: tuple[torch.Tensor, torch.Tensor | None]
+    output: tuple[torch.Tensor, torch.Tensor | None]
+    gate: tuple[torch.Tensor, torch.Tensor | None]
+    up: tuple[torch.Tensor, torch.Tensor | None]
+    down: tuple[torch.Tensor, torch.Tensor | None]
+    window: int | None
+
+
+class DecodeStep:
+    """One token of each of at most MOST_TOKENS sequences, through all layers in one call:
+
+        x += output(attention(rope(norm(query, key)), value)) of norm(x)
+        x += down(silu(gate) · up) of norm(x)
+
+    with `rms_norm`, `rope_and_store_kv`, `attention_decode` and `silu_and_mul` as in this package,
+    rounded to the dtype where these store their results.
+    """
+
+    MOST_TOKENS = MOST_TOKENS
+
+    def __init__(
+        self, layers: Sequence[LayerTensors], *, cos: torch.Tensor, sin: torch.Tensor, eps: float
+    ) -> None:
+        """cos, sin: [P, D / 2] float32, the rope table. See `fits` for what is possible."""
+        self._library = _loaded()
+        self._tensors = (list(layers), cos.contiguous(), sin.contiguous())
+        self._layers = (_Layer * len(layers))(*(_layer(layer) for layer in layers))
+        self._dim = 2 * cos.shape[1]
+        self._scale = self._dim**-0.5
+        self._heads = layers[0].query[0].shape[0] // self._dim
+        self._dtype = layers[0].attention_norm.dtype
+        self._step = _Step(
+            hidden_size=layers[0].attention_norm.shape[0],
+            inner_size=layers[0].gate[0].shape[0],
+            num_layers=len(layers),
+            eps=eps,
+            cos=self._tensors[1].data_ptr(),
+            sin=self._tensors[2].data_ptr(),
+            num_positions=cos.shape[0],
+        )
+
+    @staticmethod
+    def fits(layers: Sequence[LayerTensors], dim: int) -> bool:
+        """Whether this machine and the C code can do it for such a model."""
+        if not layers or not serves(layers[0].attention_norm):
+            return False
+        group = layers[0].query[0].shape[0] // layers[0].key[0].shape[0]
+        return dim % 2 == 0 and dim <= MOST_DIM and group <= MOST_GROUP
+
+    def __call__(
+        self,
+        hidden: torch.Tensor,
+        caches: Sequence[torch.Tensor],
+        *,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        context_lens: torch.Tensor,
+        block_table: torch.Tensor,
+    ) -> None:
+        """hidden: [T, E] embeddings, contiguous, replaced by what the last layer leaves; caches:
+        one [N, 2, S, H, D] per layer, where K and V are stored at `slots`; positions, slots,
+        context_lens: [T] int64, block_table: [T, M] int64, contiguous. No slot twice."""
+        if not hidden.shape[0] <= MOST_TOKENS or hidden.dtype != self._dtype:
+            raise KernelError(f"hidden is {list(hidden.shape)} {hidden.dtype}: see DecodeStep.")
+        for layer, cache in zip(self._layers, caches, strict=True):
+            layer.cache = cache.data_ptr()
+        step = self._step
+        step.attention = _attention(
+            caches[0], self._heads, context_lens, block_table, self._scale, None
+        )
+        step.positions, step.slots = positions.data_ptr(), slots.data_ptr()
+        step.hidden = hidden.data_ptr()
+        done = self._library.pdserve_decode(
+            self._dtype is torch.bfloat16,
+            ctypes.byref(step),
+            self._layers,
+            torch.get_num_threads(),
+        )
+        if not done:
+            raise KernelError(_OUT_OF_RANGE)
+
+
+_OUT_OF_RANGE = (
+    "A length, block, slot or position lies outside the block table, the cache or the rope table, "
+    f"or the heads are too many: at most {MOST_DIM} elements, {MOST_GROUP} query heads per KV head."
+)
+
+
+def _loaded() -> ctypes.CDLL:
+    loaded = library()
+    if loaded is None:
+        raise KernelError("The native CPU kernels are switched off or could not be compiled.")
+    return loaded
+
+
+def _attention(
+    cache: torch.Tensor,
+    heads: int,
+    lens: torch.Tensor,
+    table: torch.Tensor,
+    scale: float,
+    soft_cap: float | None,
+) -> _Attention:
+    num_blocks, _, block_size, kv_heads, dim = cache.shape
+    if cache.stride(1) != block_size * kv_heads * dim:
+        raise KernelError("Each block's V must follow its K in the cache.")
+    return _Attention(
+        lens.shape[0],
+        heads,
+        kv_heads,
+        dim,
+        num_blocks,
+        block_size,
+        cache.stride(0),
+        table.shape[1],
+        lens.data_ptr(),
+        table.data_ptr(),
+        scale,
+        soft_cap or 0.0,
+    )
+
+
+def _layer(tensors: LayerTensors) -> _Layer:
+    def matrix(product: tuple[torch.Tensor, torch.Tensor | None]) -> _Matrix:
+        weight, bias = product
+        return _Matrix(_address(weight), None if bias is None else _address(bias), weight.shape[0])
+
+    norms = tensors.head_norms
+    return _Layer(
+        _address(tensors.attention_norm),
+        _address(tensors.mlp_norm),
+        None if norms is None else _address(norms[0]),
+        None if norms is None else _address(norms[1]),
+        *(matrix(item) for item in (tensors.query, tensors.key, tensors.value, tensors.output)),
+        *(matrix(item) for item in (tensors.gate, tensors.up, tensors.down)),
+        None,
+        tensors.window or 0,
+    )
+
+
+def _address(tensor: torch.Tensor) -> int:
+    if not tensor.is_contiguous():
+        raise KernelError("Weights must be contiguous.")
+    return tensor.data_ptr()

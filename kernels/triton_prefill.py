@@ -1,0 +1,281 @@
+"""Attention of ragged chunks over the paged cache, in Triton; see `pdserve.kernels.attention`.
+
+A program computes ROWS = TOKENS · group query rows of one sequence and one KV head: the query heads
+that share a KV head stand beside one another, so each tile of K and V is read once for all of them.
+The softmax is the online one (Milakov and Gimelshein 2018; Dao et al. 2022, arXiv:2205.14135).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from pdserve.kernels.triton_activation import tanh_of
+
+
+def attention_prefill(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    query_start: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> torch.Tensor:
+    """See `pdserve.kernels.attention_prefill`. The lengths stay on the device: that a sequence has
+    at least as many cached tokens as queries is not checked here."""
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    if out.numel() == 0:
+        return out
+    tokens, heads, dim = query.shape
+    _, _, size, kv_heads, _ = cache.shape
+    group, batch = heads // kv_heads, context_lens.shape[0]
+    rows, keys, warps, stages = _tile(dim, query.dtype, group)
+    per_tile = rows // triton.next_power_of_2(group)
+    # Sequence b begins at tile query_start[b] // per_tile + b at the latest: room for everyone's
+    # last, half-full tile without knowing the lengths.
+    prefill_kernel[(tokens // per_tile + batch, kv_heads)](
+        query,
+        cache,
+        out,
+        query_start,
+        context_lens,
+        block_table,
+        batch,
+        scale,
+        soft_cap or 0.0,
+        query.stride(0),
+        query.stride(1),
+        cache.stride(0),
+        cache.stride(1),
+        block_table.stride(0),
+        block_table.stride(1),
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        GROUP_PAD=triton.next_power_of_2(group),
+        DIM=dim,
+        DIM_PAD=max(16, triton.next_power_of_2(dim)),
+        SIZE=size,
+        TOKENS=per_tile,
+        ROWS=rows,
+        KEYS=keys,
+        WINDOW=window or 0,
+        CAPPED=soft_cap is not None,
+        num_warps=warps,
+        num_stages=stages,
+    )
+    return out
+
+
+def _tile(dim: int, dtype: torch.dtype, group: int) -> tuple[int, int, int, int]:
+    """(query rows, keys, warps, stages) of a program: from the shape of the model alone, so that
+    the order of every sum is the same in any batch."""
+    if dtype == torch.float32 or dim > 128:
+        rows, keys, warps, stages = 64, 32, 4, 2
+    else:
+        rows, keys, warps, stages = 128, 64, 8, 3
+    return max(rows, triton.next_power_of_2(group)), keys, warps, stages
+
+
+@triton.jit
+def scores_of(query, key, scale, soft_cap, CAPPED: tl.constexpr):
+    """Scaled and capped scores, in units of ln 2 for exp2. float32 products are not rounded to
+    tf32."""
+    scores = tl.dot(query, key, input_precision="ieee")
+    if CAPPED:
+        scores = soft_cap * tanh_of(scores * scale / soft_cap) * 1.4426950408889634
+    else:
+        scores = scores * (scale * 1.4426950408889634)
+    return scores
+
+
+@triton.jit
+def load_tile(
+    base_ptr,
+    table_ptr,
+    table_entry,
+    token,
+    context,
+    dim,
+    cache_block,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """K or V of the tokens `token`, zero past the context: base_ptr is at the head and the kind.
+
+    token and dim are a column and a row or the other way around, and so is the tile."""
+    block = tl.load(table_ptr + (token // SIZE) * table_entry, mask=token < context, other=0)
+    offset = block.to(tl.int64) * cache_block + (token % SIZE) * (KV_HEADS * DIM)
+    return tl.load(base_ptr + offset + dim, mask=(token < context) & (dim < DIM), other=0.0)
+
+
+@triton.jit
+def fold_tile(acc, top, total, scores, visible, value, MASKED: tl.constexpr):
+    """One step of the online softmax: the state with a tile of scores and values added."""
+    if MASKED:
+        scores = tl.where(visible, scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    # A row that has seen nothing yet stays at -inf, which must not be subtracted from itself.
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    weights = tl.exp2(scores - base[:, None])
+    shrink = tl.exp2(top - base)
+    total = total * shrink + tl.sum(weights, axis=1)
+    acc = acc * shrink[:, None]
+    acc = tl.dot(weights.to(value.dtype), value, acc, input_precision="ieee")
+    return acc, new_top, total
+
+
+@triton.jit
+def sequence_of(query_start_ptr, batch, tile, TOKENS: tl.constexpr):
+    """The sequence that `tile` belongs to: the last b with query_start[b] // TOKENS + b ≤ tile."""
+    low = 0
+    high = batch
+    while low < high:
+        middle = (low + high) // 2
+        begin = tl.load(query_start_ptr + middle).to(tl.int32) // TOKENS + middle
+        if begin <= tile:
+            low = middle + 1
+        else:
+            high = middle
+    return low - 1
+
+
+@triton.jit(do_not_specialize=["batch", "table_row"])
+def prefill_kernel(
+    query_ptr,
+    cache_ptr,
+    out_ptr,
+    query_start_ptr,
+    context_ptr,
+    table_ptr,
+    batch,
+    scale,
+    soft_cap,
+    query_token,
+    query_head,
+    cache_block,
+    cache_kind,
+    table_row,
+    table_entry,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    SIZE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr,
+):
+    """TOKENS queries of one sequence, all heads of one KV head: rows are (token, head) pairs."""
+    tile = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    sequence = sequence_of(query_start_ptr, batch, tile, TOKENS)
+    begin = tl.load(query_start_ptr + sequence).to(tl.int64)
+    length = tl.load(query_start_ptr + sequence + 1).to(tl.int64) - begin
+    first = ((tile - sequence).to(tl.int64) - begin // TOKENS) * TOKENS
+    if first < length:
+        context = tl.load(context_ptr + sequence).to(tl.int64)
+        row = tl.arange(0, ROWS)
+        token = first + row // GROUP_PAD
+        in_group = row % GROUP_PAD
+        used = (token < length) & (in_group < GROUP)
+        dim = tl.arange(0, DIM_PAD)
+        query_head_id = head * GROUP + in_group
+        query = tl.load(
+            query_ptr
+            + ((begin + token) * query_token + query_head_id * query_head)[:, None]
+            + dim[None, :],
+            mask=used[:, None] & (dim < DIM)[None, :],
+            other=0.0,
+        )
+        position = context - length + token
+        key_base = cache_ptr + head * DIM
+        value_base = key_base + cache_kind
+        table = table_ptr + sequence.to(tl.int64) * table_row
+        acc = tl.zeros([ROWS, DIM_PAD], dtype=tl.float32)
+        top = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+        total = tl.zeros([ROWS], dtype=tl.float32)
+        # Keys [low, clear) are seen by every row, those up to `high` only by some.
+        oldest = context - length + first
+        newest = tl.minimum(oldest + TOKENS, context)
+        low = tl.zeros_like(oldest)
+        clear = (oldest + 1) // KEYS * KEYS
+        if WINDOW > 0:
+            low = tl.maximum(oldest - WINDOW + 1, 0) // KEYS * KEYS
+            clear = low
+        step = tl.arange(0, KEYS).to(tl.int64)
+        for start in range(low, clear, KEYS):
+            column = start + step
+            key = load_tile(
+                key_base,
+                table,
+                table_entry,
+                column[None, :],
+                context,
+                dim[:, None],
+                cache_block,
+                KV_HEADS,
+                DIM,
+                SIZE,
+            )
+            value = load_tile(
+                value_base,
+                table,
+                table_entry,
+                column[:, None],
+                context,
+                dim[None, :],
+                cache_block,
+                KV_HEADS,
+                DIM,
+                SIZE,
+            )
+            scores = scores_of(query, key, scale, soft_cap, CAPPED)
+            acc, top, total = fold_tile(acc, top, total, scores, scores, value, False)
+        for start in range(clear, newest, KEYS):
+            column = start + step
+            key = load_tile(
+                key_base,
+                table,
+                table_entry,
+                column[None, :],
+                context,
+                dim[:, None],
+                cache_block,
+                KV_HEADS,
+                DIM,
+                SIZE,
+            )
+            value = load_tile(
+                value_base,
+                table,
+                table_entry,
+                column[:, None],
+                context,
+                dim[None, :],
+                cache_block,
+                KV_HEADS,
+                DIM,
+                SIZE,
+            )
+            visible = column[None, :] <= position[:, None]
+            if WINDOW > 0:
+                visible = visible & (position[:, None] - column[None, :] < WINDOW)
+            scores = scores_of(query, key, scale, soft_cap, CAPPED)
+            acc, top, total = fold_tile(acc, top, total, scores, visible, value, True)
+        result = acc / tl.where(total > 0, total, 1.0)[:, None]
+        tl.store(
+            out_ptr + (((begin + token) * HEADS + query_head_id) * DIM)[:, None] + dim[None, :],
+            result.to(out_ptr.dtype.element_ty),
+            mask=used[:, None] & (dim < DIM)[None, :],
+        )

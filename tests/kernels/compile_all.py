@@ -1,0 +1,184 @@
+"""Compile every Triton kernel to machine code, without a GPU: run by test_triton_compiles.py in a
+process of its own, because one process either interprets or compiles.
+
+    python -P tests/kernels/compile_all.py 90
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from pdserve.kernels import (
+    triton_activation,
+    triton_blocks,
+    triton_cache,
+    triton_decode,
+    triton_norm,
+    triton_prefill,
+    triton_sampling,
+)
+
+SCALARS = {
+    "eps": "fp32",
+    "scale": "fp32",
+    "soft_cap": "fp32",
+}
+"""Types of arguments that are not pointers and not integers."""
+POINTERS = {
+    "slot_ptr": "*i64",
+    "context_ptr": "*i64",
+    "query_start_ptr": "*i64",
+    "table_ptr": "*i64",
+    "cos_ptr": "*fp32",
+    "sin_ptr": "*fp32",
+    "piece_ptr": "*fp32",
+    "top_ptr": "*fp32",
+    "sum_ptr": "*fp32",
+    "above_ptr": "*i64",
+    "logit_ptr": "*fp32",
+    "row_ptr": "*i64",
+    "token_ptr": "*i64",
+    "count_ptr": "*i64",
+    "presence_ptr": "*fp32",
+    "frequency_ptr": "*fp32",
+    "repetition_ptr": "*fp32",
+    "mask_ptr": "*i32",
+    "temperature_ptr": "*fp32",
+    "top_k_ptr": "*i64",
+    "top_p_ptr": "*fp32",
+    "min_p_ptr": "*fp32",
+    "least_ptr": "*fp32",
+    "seed_ptr": "*i64",
+    "position_ptr": "*i64",
+    "key_ptr": "*fp64",
+    "winner_ptr": "*i64",
+    "pool_ptr": "*i32",
+    "buffer_ptr": "*i32",
+    "id_ptr": "*i64",
+}
+"""Types of pointers; all others have the dtype under test."""
+
+SHAPE = {"HEADS": 32, "DIM": 128, "DIM_PAD": 128, "SIZE": 16, "KV_HEADS": 8}
+DECODE = {**SHAPE, "QUERIES": 1, "WINDOW": 0, "SPLIT": 256, "MOST_SPLITS": 32}
+CASES: list[tuple[Any, dict[str, Any], dict[str, str]]] = [
+    (triton_norm.rms_norm_kernel, {"WIDTH": 4096, "BLOCK": 4096, "ROWS": 1, "ADDS": True}, {}),
+    (triton_norm.rms_norm_kernel, {"WIDTH": 80, "BLOCK": 128, "ROWS": 32, "ADDS": False}, {}),
+    *[
+        (triton_activation.gated_kernel, {"KIND": kind, "BLOCK": 1024}, {})
+        for kind in ("silu", "erf", "tanh")
+    ],
+    *[
+        (
+            triton_cache.rope_store_kernel,
+            {
+                "QUERY_HEADS": heads[0],
+                "KV_HEADS": heads[1],
+                "DIM": 128,
+                "HALF": 64,
+                "SIZE": 16,
+                "QUERY_BLOCKS": heads[0] // 8,
+                "HEADS": 8,
+                "TURNS": turns,
+                "INTERLEAVED": interleaved,
+            },
+            {"key_ptr": "model", "value_ptr": "model"},
+        )
+        for heads, turns, interleaved in [
+            ((32, 8), True, False),
+            ((32, 0), True, True),
+            ((0, 8), False, False),
+        ]
+    ],
+    *[
+        (
+            triton_prefill.prefill_kernel,
+            {
+                **SHAPE,
+                "GROUP": 4,
+                "GROUP_PAD": 4,
+                "TOKENS": 32,
+                "ROWS": 128,
+                "KEYS": 64,
+                "WINDOW": window,
+                "CAPPED": capped,
+            },
+            {},
+        )
+        for window, capped in [(0, False), (100, True)]
+    ],
+    *[
+        (
+            triton_decode.decode_kernel,
+            {**DECODE, "WINDOW": window, "GROUP": 4, "ROWS": 16, "KEYS": 64, "CAPPED": capped},
+            {},
+        )
+        for window, capped in [(0, False), (100, True)]
+    ],
+    (
+        triton_decode.combine_kernel,
+        {
+            **{key: DECODE[key] for key in DECODE if key not in ("SIZE", "KV_HEADS")},
+            "SPLITS_PAD": 32,
+        },
+        {},
+    ),
+    *[
+        (
+            triton_blocks.copy_blocks_kernel,
+            {
+                "LOTS": 72,
+                "SIZE": 16,
+                "OTHER": other,
+                "WIDTH": 512,
+                "FIRST": 0,
+                "TAKEN": taken,
+                "TILE": 2048,
+                "GATHERS": gathers,
+            },
+            {},
+        )
+        for other, taken, gathers in [(16, 512, True), (16, 256, False), (32, 512, True)]
+    ],
+    (triton_sampling.penalties_kernel, {"BLOCK": 256}, {}),
+    (triton_sampling.bitmask_kernel, {"CHUNK": 4096}, {}),
+    (triton_sampling.statistics_kernel, {"CHUNK": 4096}, {}),
+    (triton_sampling.threshold_kernel, {"TILE": 4096}, {}),
+    (triton_sampling.race_kernel, {"CHUNK": 4096}, {}),
+]
+
+
+def compile_kernel(
+    kernel: Any, constants: dict[str, Any], given: dict[str, str], dtype: str, capability: int
+) -> int:
+    """Compile for one dtype; returns the bytes of shared memory that it takes."""
+    signature = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            kind = given.get(name, POINTERS.get(name, "model"))
+            signature[name] = f"*{dtype}" if kind == "model" else kind
+        else:
+            signature[name] = SCALARS.get(name, "i32")
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    options = {"num_warps": 8 if kernel.__name__ == "prefill_kernel" else 4}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert compiled.asm["cubin"]
+    return int(compiled.metadata.shared)
+
+
+def main() -> None:
+    capability = int(sys.argv[1])
+    for kernel, constants, given in CASES:
+        for dtype in ("bf16", "fp16", "fp32") if len(sys.argv) > 2 else ("bf16",):
+            shared = compile_kernel(kernel, constants, given, dtype, capability)
+            print(f"{kernel.__name__} {dtype}: {shared} bytes of shared memory", flush=True)
+
+
+if __name__ == "__main__":
+    main()
