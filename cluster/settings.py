@@ -121,7 +121,11 @@ class WorkerSettings(CommonSettings):
         choices=("auto", "dummy"),
     )
     kv_cache_memory: int = option(
-        2**30, "Memory for the KV cache of each worker", parse=size, unit="bytes", shown="1GiB"
+        0,
+        "Memory for the KV cache of each worker",
+        parse=size,
+        unit="bytes",
+        shown="0: 1GiB on the CPU, most of what is free on a GPU",
     )
     block_size: int = option(16, "Length of one KV block", parse=integer(1, 1024), unit="tokens")
     max_num_batched_tokens: int = option(
@@ -164,6 +168,12 @@ class RouterSettings(CommonSettings):
         parse=word,
         many=True,
         shown="none: open to all",
+    )
+    routing_policy: str = option(
+        "prefix",
+        "How workers are chosen: prefix (what they have cached against how busy they are), "
+        "least-load, round-robin, or session (header x-session-id)",
+        choices=("prefix", "least-load", "round-robin", "session"),
     )
     request_timeout_s: float = option(
         600.0, "Longest life of a request", parse=seconds(0.1), unit="seconds"

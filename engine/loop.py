@@ -44,6 +44,8 @@ class StepOutcome:
     step: int
     outputs: dict[object, list[Output]]
     status: WorkerStatus
+    news: dict[bytes, bool] = field(default_factory=dict)
+    """Route hashes that the prefix cache now holds (True) or has lost (False)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,10 @@ class Engine:
 
     def start(self) -> None:
         self._thread.start()
+
+    def listen(self) -> None:
+        """From now on steps report which route hashes the prefix cache holds. Before `start`."""
+        self._pool.listening = True
 
     def stop(self, timeout_s: float = 2.0) -> None:
         """End the thread after the step in progress."""
@@ -200,7 +206,7 @@ class Engine:
             self.check_integrity()
         self._changed = False
         outputs, self._bag.outputs = self._bag.outputs, {}
-        self._sink(StepOutcome(self._steps, outputs, self.status()))
+        self._sink(StepOutcome(self._steps, outputs, self.status(), self._pool.take_news()))
 
     def _stop(self) -> None:
         self._stopping = True
@@ -222,6 +228,7 @@ class Engine:
             hand_off=message.hand_off,
             ticket=message.ticket,
             client=client,
+            salt=message.cache_salt,
         )
         self._requests[request.request_id] = request
         self._scheduler.add(request)

@@ -52,6 +52,10 @@ class Request:
     num_computed: int = 0
     hashes: list[bytes] = field(default_factory=list)
     """Hashes of its full blocks of token_ids, as far as computed; a cache, never shortened."""
+    salt: str = ""
+    """Cache salt, for its route hashes."""
+    routes: list[bytes] = field(default_factory=list)
+    """Its route hashes, as far as computed; empty if nobody listens to the pool."""
     num_registered: int = 0
     """Full blocks, from the first, that were offered to the prefix cache."""
     cached_tokens: int | None = None

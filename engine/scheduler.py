@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pdserve.engine.blocks import BlockPool
 from pdserve.engine.ports import Chunk
 from pdserve.engine.request import Request, State
-from pdserve.protocol.blocks import block_hashes
+from pdserve.protocol.blocks import block_hashes, is_route_position, route_hashes, route_index
 from pdserve.protocol.errors import PdserveError
 from pdserve.protocol.events import FETCH_STARTED, FETCHED, PREEMPTED, RECOMPUTED, SCHEDULED
 from pdserve.protocol.transfer import FetchReport
@@ -232,8 +232,14 @@ class Scheduler:
         request.hashes = block_hashes(
             request.token_ids, self.pool.block_size, request.root, request.hashes
         )
+        size = self.pool.block_size
         for index in range(request.num_registered, full):
-            self.pool.register(request.block_table[index], request.hashes[index])
+            route = b""
+            if self.pool.listening and is_route_position((index + 1) * size):
+                known = request.token_ids[: full * size]
+                request.routes = route_hashes(known, request.salt, request.routes)
+                route = request.routes[route_index((index + 1) * size)]
+            self.pool.register(request.block_table[index], request.hashes[index], route)
         request.num_registered = full
 
     def free(self, request: Request) -> None:

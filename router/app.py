@@ -22,9 +22,11 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from pdserve.cluster.membership import Membership
+from pdserve.cluster.placement import Placement
 from pdserve.cluster.settings import RouterSettings
 from pdserve.protocol.errors import PdserveError
 from pdserve.router import metrics as router_metrics
+from pdserve.router.chooser import ANSWER_S, Chooser
 from pdserve.router.dispatch import Dispatcher
 from pdserve.router.errors import (
     ApiError,
@@ -39,6 +41,7 @@ from pdserve.router.generation import ClientGone, Generation
 from pdserve.router.http import Gate, JsonResponse, error_response, http_error, read_json
 from pdserve.router.metrics import RouterMetrics
 from pdserve.router.openai import Json, encode_json
+from pdserve.router.placement import Policy
 from pdserve.router.requests import GenerateRequest, RequestParser
 from pdserve.router.schemas import (
     BODIES,
@@ -55,6 +58,7 @@ from pdserve.router.workers import WorkerPool
 TEXT_THREADS = 1
 """Threads that tokenize and render long prompts."""
 TIMINGS_HEADER = "x-pdserve-timings"
+SESSION_HEADER = "x-session-id"
 
 
 class GenerationResponse(Response):
@@ -103,6 +107,7 @@ class Router:
             executor=self._executor,
             rng=rng,
         )
+        self._placement = Placement(settings.redis, settings.cluster, timeout_s=ANSWER_S)
         self._dispatcher: Dispatcher | None = None
 
     @property
@@ -114,7 +119,12 @@ class Router:
         self._dispatcher = Dispatcher(
             self.pool,
             timeout_s=self.settings.request_timeout_s,
-            rng=random.Random(self.settings.seed),
+            chooser=Chooser(
+                self._placement,
+                Policy(self.settings.routing_policy),
+                self.pool.epoch,
+                random.Random(self.settings.seed),
+            ),
             count_move=self.metrics.retried,
         )
         self.metrics.follow(self.pool, self._dispatcher)
@@ -122,6 +132,7 @@ class Router:
 
     async def close(self) -> None:
         await self.pool.close()
+        await self.dispatcher.chooser.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     @property
@@ -151,6 +162,10 @@ class Router:
         """The answer to a request. Raises ApiError if it cannot be taken on."""
         self.admit(len(parsed.answers))
         timings = request.headers.get(TIMINGS_HEADER) == "1"
+        session = request.headers.get(SESSION_HEADER, "")
+        if session:
+            answers = tuple(replace(spec, session=session) for spec in parsed.answers)
+            parsed = replace(parsed, answers=answers)
 
         def launch() -> Generation:
             return Generation(parsed, self.model, self.dispatcher, self.metrics, received, timings)

@@ -1,6 +1,6 @@
 """The life of one answer over its legs.
 
-    place ──pair──► PREFILL ──first token, ticket──► DECODE ──tokens … finish──► done
+    choose ─pair──► PREFILL ──first token, ticket──► DECODE ──tokens … finish──► done
       │                │ worker lost, refused            │ lost, refused, blocks lost
       │                └──► place again                  └──► moved: prompt + tokens so far are
       └─colocated──► FULL ──tokens … finish──► done            computed by another worker
@@ -28,11 +28,13 @@ from typing import Self
 
 import msgspec
 
+from pdserve.protocol.blocks import route_hashes
 from pdserve.protocol.errors import ErrorCode, RequestError, WorkerError
 from pdserve.protocol.messages import LifeEvent, Output, Submit
 from pdserve.protocol.sampling import SamplingParams
 from pdserve.protocol.ticket import KVTicket
-from pdserve.router.placement import choose_decode, choose_path, usable
+from pdserve.router.chooser import Chooser, Need, Verdict
+from pdserve.router.placement import Candidate, Policy, decode_options, first_options, usable
 from pdserve.router.workers import WorkerLink, WorkerPool, final_error
 
 log = logging.getLogger(__name__)
@@ -61,6 +63,8 @@ class AnswerSpec:
     prompt_token_ids: list[int]
     sampling: SamplingParams
     cache_salt: str = ""
+    session: str = ""
+    """Under the policy `session`, answers with the same one go to the same worker."""
 
 
 class Mailbox:
@@ -105,6 +109,8 @@ class AnswerLeg:
     kind: str
     """"prefill", "decode" (with a ticket), "full" (prompt in, tokens out) or "moved"."""
     submitted_at: float
+    verdict: Verdict
+    """Why this worker."""
     events: tuple[LifeEvent, ...] = ()
     answered: bool = False
     """The worker has brought at least one output."""
@@ -142,6 +148,7 @@ class Answer:
         self._running: AnswerLeg | None = None
         self._held: AnswerLeg | None = None
         self._avoid: set[str] = set()
+        self._routes: list[bytes] = []
         self._moves = 0
         self._attempts = 0
         self._prompt_logprobs_sent = spec.sampling.prompt_logprobs is None
@@ -180,32 +187,68 @@ class Answer:
             self._dispatcher.wait_for_workers(self)
 
     def _try_to_place(self) -> bool:
-        while (chosen := self._choose()) is not None:
-            link, kind = chosen
-            try:
-                self._submit(link, kind, None)
-                return True
-            except RequestError:
-                self._avoid.add(link.worker_id)
-                link.listed = False
-        return False
+        """Choose a worker and send it the next leg; False if there is nobody to choose from."""
+        candidates = self._candidates()
+        if candidates:
+            self._choose(candidates, lambda verdict: self._send(verdict, None))
+        return bool(candidates)
 
-    def _choose(self) -> tuple[WorkerLink, str] | None:
-        pool, rng = self._dispatcher.pool, self._dispatcher.rng
-        workers = pool.snapshot()
-        length = len(self._spec.prompt_token_ids) + len(self._tokens)
+    def _candidates(self) -> list[Candidate]:
+        workers = self._dispatcher.pool.snapshot()
         if not self._tokens:
-            path = choose_path(workers, length, rng, self._avoid)
-            if path is not None:
-                link = pool.link(path.first.worker_id)
-                return (link, "prefill" if path.hand_off else "full") if link else None
-            if not self._moves:
-                return None
-        worker = choose_decode(workers, length, rng, avoid=self._avoid)
-        link = pool.link(worker.worker_id) if worker else None
-        return (link, "moved") if link else None
+            found = first_options(workers, self._avoid)
+            if found or not self._moves:
+                return found
+        return decode_options(workers, avoid=self._avoid)
 
-    def _submit(self, link: WorkerLink, kind: str, ticket: KVTicket | None) -> None:
+    def _choose(
+        self,
+        candidates: Sequence[Candidate],
+        done: Callable[[Verdict], None],
+        fetches: bool = False,
+    ) -> None:
+        length = len(self._spec.prompt_token_ids) + len(self._tokens)
+        need = Need(length, self._route_hashes, self._spec.session, fetches)
+        self._dispatcher.chooser.pick(candidates, need, done)
+
+    def _route_hashes(self) -> Sequence[bytes]:
+        spec = self._spec
+        known = self._routes or self._dispatcher.routes_of(spec)
+        self._routes = route_hashes(
+            spec.prompt_token_ids + self._tokens if self._tokens else spec.prompt_token_ids,
+            spec.cache_salt,
+            known,
+        )
+        return self._routes
+
+    def _send(self, verdict: Verdict, ticket: KVTicket | None) -> None:
+        """Carry a choice out; it may have come late."""
+        if self.done or self._running is not None:
+            return
+        worker_id = verdict.candidate.worker.worker_id
+        link = self._dispatcher.pool.link(worker_id)
+        if ticket is not None:
+            kind = "decode"
+        elif verdict.candidate.hand_off:
+            kind = "prefill"
+        else:
+            kind = "moved" if self._tokens or self._moves else "full"
+        try:
+            if link is None:
+                raise RequestError(ErrorCode.WORKER_LOST, f"{worker_id} has just left.")
+            self._submit(link, kind, ticket, verdict)
+        except RequestError:
+            self._avoid.add(worker_id)
+            if link is not None:
+                link.listed = False
+            if ticket is not None:
+                self._hand_over(ticket)
+            else:
+                self.place()
+
+    def _submit(
+        self, link: WorkerLink, kind: str, ticket: KVTicket | None, verdict: Verdict
+    ) -> None:
         """One more leg. Raises RequestError(WORKER_LOST)."""
         now = time.monotonic()
         if ticket is None:
@@ -213,7 +256,8 @@ class Answer:
         sampling = self._spec.sampling
         if self._prompt_logprobs_sent and sampling.prompt_logprobs is not None:
             sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
-        leg = AnswerLeg(self, link, f"{self._base_id}-{self._index}-{self._attempts}", kind, now)
+        request_id = f"{self._base_id}-{self._index}-{self._attempts}"
+        leg = AnswerLeg(self, link, request_id, kind, now, verdict)
         message = Submit(
             request_id=leg.request_id,
             epoch=link.epoch,
@@ -252,24 +296,14 @@ class Answer:
 
     def _hand_over(self, ticket: KVTicket) -> None:
         """From prefill to decode, on fresh numbers."""
-        pool, length = self._dispatcher.pool, ticket.num_tokens
         assert self._held is not None
-        fingerprint = self._held.link.fingerprint
-        while True:
-            worker = choose_decode(
-                pool.snapshot(), length, self._dispatcher.rng, fingerprint, self._avoid
-            )
-            link = pool.link(worker.worker_id) if worker else None
-            if link is None:
-                break
-            try:
-                self._submit(link, "decode", ticket)
-                return
-            except RequestError:
-                self._avoid.add(link.worker_id)
-                link.listed = False
-        self._drop_held()
-        self.place()
+        workers = self._dispatcher.pool.snapshot()
+        candidates = decode_options(workers, self._held.link.fingerprint, self._avoid)
+        if candidates:
+            self._choose(candidates, lambda verdict: self._send(verdict, ticket), fetches=True)
+        else:
+            self._drop_held()
+            self.place()
 
     def _drop_held(self) -> None:
         """The blocks in the outbox are of no use any more."""
@@ -349,19 +383,21 @@ class Dispatcher:
         *,
         timeout_s: float,
         patience_s: float = PATIENCE_S,
-        rng: random.Random | None = None,
+        chooser: Chooser | None = None,
         count_move: Callable[[str, ErrorCode], None] = lambda kind, code: None,
     ) -> None:
-        """`timeout_s`: longest life of a request. `count_move(kind of leg, why)` is told of each
+        """`timeout_s`: longest life of a request. `chooser`: by default least load over the pool's
+        own view. `count_move(kind of leg, why)` is told of each
         leg that is retried."""
         self.pool = pool
-        self.rng = rng or random.Random()
+        self.chooser = chooser or Chooser(None, Policy.LEAST_LOAD, pool.epoch, random.Random())
         self.count_move = count_move
         self.in_flight = 0
         """Answers that are being generated."""
         self._timeout_s = timeout_s
         self._patience_s = patience_s
         self._parked: dict[Answer, asyncio.TimerHandle] = {}
+        self._last_routes: tuple[AnswerSpec | None, list[bytes]] = (None, [])
         pool.on_change(self._try_parked)
 
     @property
@@ -391,6 +427,15 @@ class Dispatcher:
             flight.__exit__()
             raise
         return flight
+
+    def routes_of(self, spec: AnswerSpec) -> list[bytes]:
+        """Route hashes of its prompt. The answers of one request share theirs."""
+        last, routes = self._last_routes
+        same = last is not None and last.prompt_token_ids is spec.prompt_token_ids
+        if last is None or not same or last.cache_salt != spec.cache_salt:
+            routes = route_hashes(spec.prompt_token_ids, spec.cache_salt)
+            self._last_routes = (spec, routes)
+        return routes
 
     def nobody(self) -> str:
         """Why no request can be served, as a sentence."""

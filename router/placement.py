@@ -1,21 +1,44 @@
-"""Which workers serve a request: a choice over a snapshot, without effects.
+"""Which workers serve a request: choices over snapshots, without effects.
 
-A request can go over a *pair* (prefill worker, then decode worker) or to one *colocated* worker.
-The path whose busiest worker has least to do wins; equal ones are drawn at random.
+A request can go over a *pair* (prefill worker, then decode worker) or to one *colocated* worker:
+`first_options` and `decode_options` say who may be chosen, a policy says who is.
+
+| policy | chosen |
+| --- | --- |
+| `prefix` | least cost: load + what of the prompt is missing from the worker's prefix cache |
+| `least-load` | least cost if nothing were cached |
+| `round-robin` | one after the other |
+| `session` | the same one for the same `x-session-id`, whoever else comes or goes |
+
+A worker without room for the tokens comes last under every policy. Equal ones are drawn at random.
+`cluster.placement` does the first two over the load that all routers share, in the same way.
 """
 
 from __future__ import annotations
 
-import random
+import enum
+import hashlib
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from pdserve.cluster.records import Role
 
 REQUEST_TOKENS = 64
 """What a request that runs or waits is worth, in prompt tokens still to be computed: a decode
 step of one request costs about as much as so many tokens of a prefill chunk."""
+
+
+FETCH_COST = 0.05
+"""What a token whose KV has to be fetched is worth, in tokens to be computed."""
+
+
+class Policy(enum.StrEnum):
+    """How one of several workers is chosen."""
+
+    PREFIX = "prefix"
+    LEAST_LOAD = "least-load"
+    ROUND_ROBIN = "round-robin"
+    SESSION = "session"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +55,8 @@ class WorkerLoad:
     """Running, waiting and fetching requests, those just sent included."""
     free_tokens: int | None = None
     """Room in the KV cache, in tokens (None: unknown)."""
+    cached_tokens: int = 0
+    """Longest prefix of the prompt at hand that its prefix cache holds."""
 
     @property
     def load(self) -> int:
@@ -39,28 +64,62 @@ class WorkerLoad:
 
 
 @dataclass(frozen=True, slots=True)
-class Path:
-    """Where a request's first leg goes: to `first`, and on to a decode worker if `hand_off`."""
+class Candidate:
+    """A worker that may take a leg."""
 
-    first: WorkerLoad
-    hand_off: bool
+    worker: WorkerLoad
+    hand_off: bool = False
+    """It computes the prompt and hands it over."""
+    floor: int = 0
+    """Cost of whoever must go on: a pair is as busy as its busier half."""
 
 
-T = TypeVar("T")
+Rank = tuple[int, int]
+"""(no room, cost): less is better."""
 
 
-def _draw(options: Sequence[tuple[tuple[int, int], T]], rng: random.Random) -> T | None:
-    """One of the options with the smallest cost."""
-    if not options:
+def rank(candidate: Candidate, tokens: int, token_cost: float = 1.0) -> Rank:
+    """cost = max(queued tokens + REQUEST_TOKENS × requests + token_cost × missing, floor)."""
+    worker = candidate.worker
+    missing = tokens - worker.cached_tokens
+    full = worker.free_tokens is not None and worker.free_tokens < missing
+    return int(full), max(worker.load + int(missing * token_cost), candidate.floor)
+
+
+def by_cost(
+    candidates: Sequence[Candidate], tokens: int, draw: int, token_cost: float = 1.0
+) -> int | None:
+    """Policies `prefix` and (with nothing cached) `least-load`: the index of the least rank;
+    `draw` ≥ 0 decides between equal ones."""
+    if not candidates:
         return None
-    least = min(cost for cost, _ in options)
-    return rng.choice([option for cost, option in options if cost == least])
+    ranks = [rank(candidate, tokens, token_cost) for candidate in candidates]
+    least = min(ranks)
+    equal = [index for index, found in enumerate(ranks) if found == least]
+    return equal[draw % len(equal)]
 
 
-def _cost(worker: WorkerLoad, tokens: int) -> tuple[int, int]:
-    """Workers without room for the tokens come last, then the less loaded first."""
-    full = worker.free_tokens is not None and worker.free_tokens < tokens
-    return int(full), worker.load
+def by_turn(candidates: Sequence[Candidate], tokens: int, turn: int) -> int | None:
+    """Policy `round-robin`: who is next, in the order of names, among those that have room."""
+    order = sorted(_with_room(candidates, tokens), key=lambda i: candidates[i].worker.worker_id)
+    return order[turn % len(order)] if order else None
+
+
+def by_session(candidates: Sequence[Candidate], tokens: int, session: str) -> int | None:
+    """Policy `session`: rendezvous hashing (Thaler and Ravishankar 1998), so that a worker that
+    comes or goes moves only the sessions that are, or were, its own."""
+
+    def weight(index: int) -> bytes:
+        name = f"{session}\0{candidates[index].worker.worker_id}"
+        return hashlib.blake2b(name.encode(), digest_size=8).digest()
+
+    return max(_with_room(candidates, tokens), key=weight, default=None)
+
+
+def _with_room(candidates: Sequence[Candidate], tokens: int) -> list[int]:
+    """Indices of the candidates that have room, or of all if none has."""
+    found = [i for i, candidate in enumerate(candidates) if not rank(candidate, tokens)[0]]
+    return found or list(range(len(candidates)))
 
 
 def _role(workers: Iterable[WorkerLoad], *roles: Role) -> list[WorkerLoad]:
@@ -81,52 +140,37 @@ def usable(workers: Sequence[WorkerLoad]) -> bool:
     return any(worker.fingerprint in prefills for worker in _role(workers, Role.DECODE))
 
 
-def choose_path(
-    workers: Sequence[WorkerLoad],
-    tokens: int,
-    rng: random.Random,
-    avoid: Collection[str] = (),
-) -> Path | None:
-    """The path for a prompt of `tokens` tokens, or None if `workers` are not usable.
-
-    cost(pair) = max over its two workers, cost(colocated) = its own, with
-    cost(worker) = (no room for the tokens, queued tokens + REQUEST_TOKENS × requests).
-    """
-    options: list[tuple[tuple[int, int], Path]] = []
+def first_options(workers: Sequence[WorkerLoad], avoid: Collection[str] = ()) -> list[Candidate]:
+    """Who may take a prompt; empty if `workers` are not usable."""
     decodes = _role(workers, Role.DECODE)
     prefills = [
         worker
         for worker in _role(workers, Role.PREFILL)
         if any(worker.fingerprint == other.fingerprint for other in decodes)
     ]
+    colocated = _role(workers, Role.COLOCATED)
+    pairs = []
     for worker in _prefer_other(prefills, avoid):
         partners = [other for other in decodes if other.fingerprint == worker.fingerprint]
-        partner = min(_cost(other, tokens) for other in _prefer_other(partners, avoid))
-        options.append((max(_cost(worker, tokens), partner), Path(worker, True)))
-    colocated = _role(workers, Role.COLOCATED)
-    if options and all(worker.worker_id in avoid for worker in colocated):
+        # Where there are only pairs, what comes behind them is the same for all.
+        floor = min(other.load for other in _prefer_other(partners, avoid)) if colocated else 0
+        pairs.append(Candidate(worker, True, floor))
+    if pairs and all(worker.worker_id in avoid for worker in colocated):
         colocated = []
-    elif colocated and all(path.first.worker_id in avoid for _, path in options):
-        options = []
-    for worker in _prefer_other(colocated, avoid):
-        options.append((_cost(worker, tokens), Path(worker, False)))
-    return _draw(options, rng)
+    elif colocated and all(pair.worker.worker_id in avoid for pair in pairs):
+        pairs = []
+    return pairs + [Candidate(worker) for worker in _prefer_other(colocated, avoid)]
 
 
-def choose_decode(
-    workers: Sequence[WorkerLoad],
-    tokens: int,
-    rng: random.Random,
-    fingerprint: str | None = None,
-    avoid: Collection[str] = (),
-) -> WorkerLoad | None:
-    """The worker that decodes from here. `fingerprint`: it must be able to fetch blocks of that
-    layout. Decode workers come before colocated ones, which have prompts to compute besides."""
+def decode_options(
+    workers: Sequence[WorkerLoad], fingerprint: str | None = None, avoid: Collection[str] = ()
+) -> list[Candidate]:
+    """Who may decode from here. `fingerprint`: they must be able to fetch blocks of that layout.
+    Decode workers come before colocated ones, which have prompts to compute besides."""
     fitting = [
         worker for worker in workers if fingerprint is None or worker.fingerprint == fingerprint
     ]
-    candidates = _role(fitting, Role.DECODE)
-    if not candidates or all(worker.worker_id in avoid for worker in candidates):
-        candidates = candidates + _role(fitting, Role.COLOCATED)
-    options = [(_cost(worker, tokens), worker) for worker in _prefer_other(candidates, avoid)]
-    return _draw(options, rng)
+    found = _role(fitting, Role.DECODE)
+    if not found or all(worker.worker_id in avoid for worker in found):
+        found = found + _role(fitting, Role.COLOCATED)
+    return [Candidate(worker) for worker in _prefer_other(found, avoid)]

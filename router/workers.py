@@ -249,6 +249,11 @@ class WorkerPool:
     def link(self, worker_id: str) -> WorkerLink | None:
         return self._links.get(worker_id)
 
+    def epoch(self, worker_id: str) -> int:
+        """Of the incarnation that is connected; 0 if there is none."""
+        link = self._links.get(worker_id)
+        return link.epoch if link is not None else 0
+
     def snapshot(self) -> list[WorkerLoad]:
         """The workers that may get new work, for placement."""
         return [link.load() for link in self._links.values() if link.placeable]

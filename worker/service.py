@@ -37,6 +37,7 @@ class RouterService:
         self._loop = asyncio.get_running_loop()
         self._channels: dict[Channel, WorkerStatus | None] = {}
         self._engine: Engine | None = None
+        self._note: Callable[[WorkerStatus, dict[bytes, bool]], None] | None = None
         self._moved = (0, 0)
         self._step = 0
         self._status: WorkerStatus | None = None
@@ -47,8 +48,12 @@ class RouterService:
         """The load after the last step."""
         return self._status
 
-    def attach(self, engine: Engine) -> None:
+    def attach(
+        self, engine: Engine, note: Callable[[WorkerStatus, dict[bytes, bool]], None] | None = None
+    ) -> None:
+        """`note(status, news)` hears, on the event loop, what each step has brought the cache."""
         self._engine = engine
+        self._note = note
 
     def sink(self, outcome: StepOutcome) -> None:
         """Called by the engine thread once per step; one wake-up, whatever the step brought."""
@@ -95,6 +100,8 @@ class RouterService:
                 assert isinstance(client, Channel)
                 self._send(client, outputs)
         self._schedule_status()
+        if self._note is not None:
+            self._note(self._status, outcome.news)
 
     def _schedule_status(self) -> None:
         if self._status_timer is None:

@@ -21,6 +21,7 @@ from contextlib import AsyncExitStack
 from pdserve.cluster.channel import ChannelServer
 from pdserve.cluster.membership import Membership
 from pdserve.cluster.options import EXIT_USAGE
+from pdserve.cluster.placement import Placement
 from pdserve.cluster.records import Role, WorkerRecord, WorkerState
 from pdserve.cluster.settings import WorkerSettings, worker_settings
 from pdserve.protocol.errors import PdserveError
@@ -28,6 +29,7 @@ from pdserve.protocol.messages import ToWorker
 from pdserve.worker.assembly import Assembly, Compose, Context
 from pdserve.worker.http import HttpFace, create_app
 from pdserve.worker.presence import Presence
+from pdserve.worker.reporter import Reporter
 from pdserve.worker.service import RouterService
 
 log = logging.getLogger(__name__)
@@ -124,7 +126,11 @@ class WorkerProcess:
         assembly = loading.result()
         stack.callback(assembly.close)
         engine = assembly.engine
-        service.attach(engine)
+        reporter = Reporter(
+            self._placement(stack), self._settings.worker_id, epoch, assembly.model.block_size
+        )
+        service.attach(engine, reporter.note)
+        engine.listen()
         engine.start()
         stack.callback(engine.stop)
         self._engine_alive = lambda: engine.alive and time.monotonic() - engine.last_turn < STUCK_S
@@ -152,8 +158,16 @@ class WorkerProcess:
             model=assembly.model,
             transports=assembly.transports,
         )
+        reporting = asyncio.create_task(reporter.run())
+        stack.push_async_callback(reporter.leave)
+        stack.callback(reporting.cancel)
         log.info("Ready on %s:%d, epoch %d.", self._settings.host, server.port, epoch)
         return await self._serve(presence, service, assembly)
+
+    def _placement(self, stack: AsyncExitStack) -> Placement:
+        placement = Placement(self._settings.redis, self._settings.cluster)
+        stack.push_async_callback(placement.close)
+        return placement
 
     async def _unless_stopped(self, task: asyncio.Task[Assembly]) -> bool:
         """Wait for the task; False if a signal came first."""

@@ -6,7 +6,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from pdserve.engine.blocks import BlockPool, IntegrityError
-from pdserve.protocol.blocks import block_hashes, root_hash
+from pdserve.protocol.blocks import (
+    block_hashes,
+    is_route_position,
+    root_hash,
+    route_hashes,
+    route_index,
+    route_position,
+)
 
 ROOT = root_hash("layout")
 
@@ -146,3 +153,39 @@ class PoolMachine(RuleBasedStateMachine):
 
 TestPoolMachine = PoolMachine.TestCase
 TestPoolMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_route_positions() -> None:
+    positions = [route_position(index) for index in range(80)]
+    assert positions[:18] == [16 * n for n in (*range(1, 17), 18, 20)]
+    assert positions == [n for n in range(positions[-1] + 1) if is_route_position(n)]
+    assert [route_index(position) for position in positions] == list(range(80))
+
+
+def test_route_hashes_name_prefixes() -> None:
+    tokens = list(range(500))
+    hashes = route_hashes(tokens)
+    assert len(hashes) == 23 and len(set(hashes)) == 23  # 15 + 8 of 16 … 30, up to 480 tokens
+    assert route_hashes(tokens, known=hashes[:7]) == hashes
+    assert route_hashes(tokens[:100]) == hashes[:6]
+    assert route_hashes([*tokens[:33], 9, *tokens[34:]])[:3] == [*hashes[:2], ANY]
+    assert not set(route_hashes(tokens, "salt")) & set(hashes)
+
+
+class _Any:
+    def __eq__(self, _: object) -> bool:
+        return True
+
+
+ANY = _Any()
+
+
+def test_news_say_what_came_and_went() -> None:
+    pool = BlockPool(2, 16)
+    [first], [second] = pool.allocate(1) or [], pool.allocate(1) or []
+    assert pool.register(first, b"a", b"A") and pool.register(second, b"b")
+    assert pool.take_news() == {b"A": True} and pool.take_news() == {}
+    pool.release([first])
+    assert pool.take_news() == {}
+    pool.allocate(1)
+    assert pool.take_news() == {b"A": False}

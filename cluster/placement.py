@@ -1,0 +1,338 @@
+"""Who holds which prefix, and how loaded everybody is: shared by all routers through Redis.
+
+Keys, in the hash slot of the membership's (see there):
+
+    {pdserve}:blocks:<worker>#<epoch>   set   route hashes that the worker's prefix cache holds
+    {pdserve}:loads                     hash  worker → its last report, msgpack
+    {pdserve}:charges                   hash  worker → what routers have sent it since, msgpack
+
+A worker reports changes in batches with sequence numbers. A batch that does not follow the last one
+(Redis was away, or has lost its memory) is refused, and the worker sends everything it has. All of
+it goes away by itself when the reports stop: within BLOCKS_TTL_S, and at once when a worker leaves.
+
+A router chooses in one round trip (`choose`): match, score, choose and charge are one script. A
+charge counts until the worker's second report after it, which contains the request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import msgspec
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import NoScriptError, RedisError
+
+from pdserve.cluster.membership import RedisUnavailable, masked
+from pdserve.protocol.blocks import ROUTE_BYTES, ROUTE_UNIT
+
+BLOCKS_TTL_S = 10.0
+"""What a silent worker reported is forgotten after so long; its lease is over long before."""
+UNKNOWN = -1
+CHARGE_S = 2.0
+"""A charge is dropped after so long whatever the worker reports."""
+
+
+class LoadReport(msgspec.Struct, frozen=True, array_like=True):
+    """A worker's load. The scripts below know the order of the fields."""
+
+    queued_tokens: int
+    """Prompt tokens not yet computed."""
+    requests: int
+    """Running, waiting and fetching."""
+    free_tokens: int
+    """Room in the KV cache, evictable blocks included; UNKNOWN before the first step."""
+
+
+class Option(msgspec.Struct, frozen=True, array_like=True):
+    """A worker that may be chosen. The scripts below know the order of the fields."""
+
+    worker_id: str
+    epoch: int
+    floor: int = 0
+    """It costs at least so much, in tokens: what lies behind it (a decode worker) is so busy."""
+
+
+class Score(msgspec.Struct, frozen=True, array_like=True):
+    """The numbers that went into one option's cost."""
+
+    cached_tokens: int
+    """Longest prefix of the prompt that its cache holds, as far as route hashes tell."""
+    queued_tokens: int
+    """Charges included, like in the following."""
+    requests: int
+    free_tokens: int
+    """UNKNOWN if the worker has not said."""
+    cost: int
+    full: bool
+
+
+class Choice(msgspec.Struct, frozen=True, array_like=True):
+    """What a script chose: an index into the options, and a score for each of them."""
+
+    index: int
+    scores: list[Score]
+
+
+_NOW = """
+local time = redis.call('TIME')
+local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+"""
+
+# KEYS: epochs, loads, charges, blocks. ARGV: worker, epoch, sequence number, whole set or changes,
+# load (3), stored, removed, hash length, time to live in ms
+_REPORT = (
+    _NOW
+    + """
+local newest = tonumber(redis.call('HGET', KEYS[1], ARGV[1]) or '0')
+if tonumber(ARGV[2]) < newest then return -1 end
+local known = redis.call('HGET', KEYS[2], ARGV[1])
+local number, ttl = tonumber(ARGV[3]), tonumber(ARGV[11])
+local reports = 0
+if known then
+  known = cmsgpack.unpack(known)
+  if known[1] == tonumber(ARGV[2]) then reports = known[3] end
+end
+if ARGV[4] == '1' then
+  redis.call('UNLINK', KEYS[4])
+elseif not known or known[1] ~= tonumber(ARGV[2]) or known[2] ~= number - 1
+    or now - known[7] > ttl then
+  return 0
+end
+local size = tonumber(ARGV[10])
+local function each(command, text)
+  local part = {}
+  for first = 1, #text, size do
+    part[#part + 1] = text:sub(first, first + size - 1)
+    if #part == 1000 then redis.call(command, KEYS[4], unpack(part)) part = {} end
+  end
+  if #part > 0 then redis.call(command, KEYS[4], unpack(part)) end
+end
+each('SREM', ARGV[9])
+each('SADD', ARGV[8])
+redis.call('PEXPIRE', KEYS[4], ttl + 1000)
+redis.call('HSET', KEYS[2], ARGV[1], cmsgpack.pack({tonumber(ARGV[2]), number, reports + 1,
+  tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7]), now}))
+return 1
+"""
+)
+
+# KEYS: loads, charges, prefix of blocks. ARGV: options, hashes, hash length, tokens, cost of a
+# missing token in thousandths, cost of a request, random number, tokens charged by
+# each missing one (0 or 1), unit of the route positions, life of a charge in ms
+_CHOOSE = (
+    _NOW
+    + """
+local options = cmsgpack.unpack(ARGV[1])
+local hashes, size, tokens = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
+local weight, per_request, random = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
+local unit = tonumber(ARGV[9])
+local ids = {}
+for i, option in ipairs(options) do ids[i] = option[1] end
+local loads = redis.call('HMGET', KEYS[1], unpack(ids))
+local charges = redis.call('HMGET', KEYS[2], unpack(ids))
+local count = #hashes / size
+
+local function holds(key, index)
+  return redis.call('SISMEMBER', key, hashes:sub((index - 1) * size + 1, index * size)) == 1
+end
+local function covered(index)
+  if index == 0 then return 0 end
+  if index <= 15 then return index * unit end
+  local doublings = math.floor((index - 8) / 8)
+  return (8 + (index - 8) % 8) * 2 ^ doublings * unit
+end
+local function match(key)
+  if count == 0 or not holds(key, 1) then return 0 end
+  local low, high = 1, count
+  while low < high do
+    local middle = math.ceil((low + high) / 2)
+    if holds(key, middle) then low = middle else high = middle - 1 end
+  end
+  return math.min(covered(low), tokens)
+end
+
+local scores, kept, best, ties = {}, {}, nil, {}
+for i, option in ipairs(options) do
+  local cached, queued, requests, free = 0, 0, 0, -1
+  local reports = 0
+  local load = loads[i] and cmsgpack.unpack(loads[i])
+  if load and load[1] == option[2] then
+    reports, queued, requests, free = load[3], load[4], load[5], load[6]
+    cached = match(KEYS[3] .. option[1] .. '#' .. string.format('%.0f', option[2]))
+  end
+  kept[i] = {}
+  for _, charge in ipairs(charges[i] and cmsgpack.unpack(charges[i]) or {}) do
+    if charge[1] == option[2] and reports < charge[2] and now < charge[5] then
+      kept[i][#kept[i] + 1] = charge
+      queued, requests = queued + charge[3], requests + 1
+      if free >= 0 then free = math.max(0, free - charge[4]) end
+    end
+  end
+  local missing = tokens - cached
+  local cost = queued + per_request * requests + math.floor(missing * weight / 1000)
+  cost = math.max(cost, option[3])
+  local full = free >= 0 and free < missing
+  scores[i] = {cached, queued, requests, free, cost, full}
+  local rank = (full and 1e15 or 0) + cost
+  if best == nil or rank < best then best, ties = rank, {i} elseif rank == best then
+    ties[#ties + 1] = i
+  end
+end
+local chosen = ties[random % #ties + 1]
+local reports = loads[chosen] and cmsgpack.unpack(loads[chosen])[3] or 0
+local missing = tokens - scores[chosen][1]
+local list = kept[chosen]
+list[#list + 1] = {options[chosen][2], reports + 2, missing * tonumber(ARGV[8]), missing,
+  now + tonumber(ARGV[10])}
+redis.call('HSET', KEYS[2], ids[chosen], cmsgpack.pack(list))
+return cmsgpack.pack({chosen - 1, scores})
+"""
+)
+
+# KEYS: loads, charges, blocks. ARGV: worker, epoch
+_LEAVE = """
+redis.call('UNLINK', KEYS[3])
+local known = redis.call('HGET', KEYS[1], ARGV[1])
+if known and cmsgpack.unpack(known)[1] == tonumber(ARGV[2]) then
+  redis.call('HDEL', KEYS[1], ARGV[1])
+  redis.call('HDEL', KEYS[2], ARGV[1])
+end
+return 1
+"""
+
+
+def ask(
+    options: bytes,
+    hashes: Sequence[bytes],
+    tokens: int,
+    *,
+    token_cost: float,
+    request_cost: int,
+    charge_tokens: bool,
+    random: int,
+) -> Ask:
+    """One question to `Placement.choose`: the option (see `pack_options`; at least one) with the
+    least cost, where
+
+        missing = tokens - cached prefix
+        cost = max(queued tokens + request_cost × requests + token_cost × missing, floor)
+
+    Options whose room is less than `missing` come last; `random` decides between equal ones.
+    `hashes` are the prompt's route hashes; without them nothing counts as cached.
+    `charge_tokens`: the missing tokens will be computed there.
+    """
+    return (
+        options, b"".join(hashes), ROUTE_BYTES, tokens, round(token_cost * 1000), request_cost,
+        random, int(charge_tokens), ROUTE_UNIT, round(CHARGE_S * 1000),
+    )  # fmt: skip
+
+
+Ask = tuple[bytes, bytes, int, int, int, int, int, int, int, int]
+"""The arguments of one choice, made by `ask`."""
+
+_CHOICE = msgspec.msgpack.Decoder(Choice)
+_ENCODE = msgspec.msgpack.Encoder().encode
+
+
+def pack_options(options: Sequence[Option]) -> bytes:
+    """Options as `choose` wants them; callers keep the result for as long as nothing changes."""
+    return _ENCODE(options)
+
+
+class Placement:
+    """Blocks and loads of one cluster's workers, in Redis. Methods raise RedisUnavailable."""
+
+    def __init__(self, url: str, cluster: str = "pdserve", timeout_s: float = 2.0) -> None:
+        """`timeout_s`: for one answer; whoever places requests cannot wait for long."""
+        self._url = url
+        self._slot = f"{{{cluster}}}:"
+        self._digests: dict[str, str] = {}
+        try:
+            self._redis = Redis.from_url(
+                url,
+                socket_timeout=timeout_s,
+                socket_connect_timeout=timeout_s,
+                retry=Retry(NoBackoff(), 0),
+            )
+        except ValueError as error:
+            raise RedisUnavailable(
+                f"The Redis URL {masked(url)!r} cannot be used: {error}"
+            ) from None
+
+    async def report(
+        self,
+        worker_id: str,
+        epoch: int,
+        number: int,
+        load: LoadReport,
+        stored: Iterable[bytes],
+        removed: Iterable[bytes] = (),
+        *,
+        whole: bool = False,
+    ) -> bool:
+        """A worker's batch `number`: its load, and route hashes that it has stored and removed.
+
+        `whole`: `stored` is everything it has. False: the batch does not follow the last one that
+        Redis knows, nothing was changed, and the whole set is wanted. A batch of an old epoch is
+        dropped.
+        """
+        keys = [*self._keys("epochs", "loads", "charges"), self._blocks(worker_id, epoch)]
+        answer = await self._eval(
+            _REPORT, keys, worker_id, epoch, number, int(whole), *msgspec.structs.astuple(load),
+            b"".join(stored), b"".join(removed), ROUTE_BYTES, round(BLOCKS_TTL_S * 1000),
+        )  # fmt: skip
+        return int(answer) != 0
+
+    async def leave(self, worker_id: str, epoch: int) -> None:
+        """Forget this incarnation."""
+        keys = [*self._keys("loads", "charges"), self._blocks(worker_id, epoch)]
+        await self._eval(_LEAVE, keys, worker_id, epoch)
+
+    async def choose(self, asks: Sequence[Ask]) -> list[Choice]:
+        """Place requests, in order, each one charged before the next is looked at; one round trip
+        for all of them."""
+        keys = [*self._keys("loads", "charges"), self._slot + "blocks:"]
+        return [_CHOICE.decode(packed) for packed in await self._run(_CHOOSE, keys, asks)]
+
+    async def close(self) -> None:
+        await self._redis.aclose()
+
+    def _keys(self, *names: str) -> list[str]:
+        return [self._slot + name for name in names]
+
+    def _blocks(self, worker_id: str, epoch: int) -> str:
+        return f"{self._slot}blocks:{worker_id}#{epoch}"
+
+    async def _eval(self, script: str, keys: Sequence[str], *arguments: str | int | bytes) -> Any:
+        return (await self._run(script, keys, [arguments]))[0]
+
+    async def _run(self, script: str, keys: Sequence[str], calls: Sequence[Sequence[Any]]) -> Any:
+        """The answers of one script to some sets of arguments, in one round trip."""
+        task = asyncio.current_task()
+        assert task is not None
+        cancellations = task.cancelling()
+        try:
+            while True:
+                digest = self._digests.get(script)
+                if digest is None:
+                    self._digests[script] = digest = str(await self._redis.script_load(script))
+                pipeline = self._redis.pipeline(transaction=False)
+                for arguments in calls:
+                    pipeline.evalsha(digest, len(keys), *keys, *arguments)
+                try:
+                    return await pipeline.execute()
+                except NoScriptError:
+                    del self._digests[script]  # Redis was restarted
+        except (RedisError, OSError) as error:
+            reason = str(error).rstrip(".") or type(error).__name__
+            raise RedisUnavailable(
+                f"Redis at {masked(self._url)} does not answer: {reason}."
+            ) from error
+        finally:
+            # See Membership._run: Python 3.11's wait_for may swallow a cancellation.
+            if task.cancelling() > cancellations:
+                raise asyncio.CancelledError

@@ -1,0 +1,230 @@
+"""Prefixes and loads in a real Redis: batches and gaps, one-step choices, charges, and decay."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+from redis_for_tests import RedisForTests, redis_for_tests
+
+from pdserve.cluster.membership import Membership, RedisUnavailable
+from pdserve.cluster.placement import (
+    UNKNOWN,
+    Choice,
+    LoadReport,
+    Option,
+    Placement,
+    ask,
+    pack_options,
+)
+from pdserve.cluster.records import Role
+from pdserve.protocol.blocks import route_hashes, route_position
+from pdserve.protocol.messages import WorkerStatus
+from pdserve.router.placement import REQUEST_TOKENS, Candidate, WorkerLoad, by_cost
+from pdserve.worker.reporter import Reporter
+
+Scenario = Callable[[RedisForTests, Placement], Awaitable[None]]
+PROMPT = random.Random(0).choices(range(1000), k=2000)
+IDLE = LoadReport(0, 0, 10**6)
+
+
+def run(scenario: Scenario) -> None:
+    async def main() -> None:
+        async with redis_for_tests() as redis:
+            placement = Placement(redis.url)
+            try:
+                async with asyncio.timeout(20):
+                    await scenario(redis, placement)
+            finally:
+                await placement.close()
+
+    asyncio.run(main())
+
+
+async def choose(
+    placement: Placement, *names: str, tokens: Sequence[int] = PROMPT, **more: Any
+) -> Choice:
+    options = pack_options([Option(name, 1) for name in names])
+    values: dict[str, Any] = {
+        "token_cost": 1.0, "request_cost": 64, "charge_tokens": True, "random": 0,
+    }  # fmt: skip
+    question = ask(options, route_hashes(tokens), len(tokens), **(values | more))
+    return (await placement.choose([question]))[0]
+
+
+def test_the_longest_prefix_is_found_whatever_its_length() -> None:
+    async def scenario(_: RedisForTests, placement: Placement) -> None:
+        hashes = route_hashes(PROMPT)
+        for length in range(len(hashes) + 1):
+            await placement.report("w", 1, length + 1, IDLE, hashes[:length], whole=True)
+            choice = await choose(placement, "w")
+            expected = route_position(length - 1) if length else 0
+            assert choice.scores[0].cached_tokens == expected
+        other = [*PROMPT[:100], 1001, *PROMPT[101:]]
+        assert (await choose(placement, "w", tokens=other)).scores[0].cached_tokens == 96
+
+    run(scenario)
+
+
+def test_batches_change_and_gaps_ask_for_everything() -> None:
+    async def scenario(redis: RedisForTests, placement: Placement) -> None:
+        hashes = route_hashes(PROMPT)
+        assert not await placement.report("w", 1, 1, IDLE, hashes)  # Redis knows nothing yet
+        assert await placement.report("w", 1, 2, IDLE, hashes[:4], whole=True)
+        assert await placement.report("w", 1, 3, IDLE, hashes[4:8], hashes[3:4])
+        assert not await placement.report("w", 1, 5, IDLE, hashes[8:])  # 4 is missing
+        raw = Redis.from_url(redis.url)
+        held = await raw.smembers("{pdserve}:blocks:w#1")
+        assert held == {*hashes[:3], *hashes[4:8]}
+        assert 9000 < await raw.pttl("{pdserve}:blocks:w#1") <= 11000
+        await raw.flushall()
+        assert not await placement.report("w", 1, 4, IDLE, [])
+        await placement.leave("w", 1)
+        assert await placement.report("w", 1, 5, IDLE, hashes * 40, whole=True)  # long batches
+        await placement.leave("w", 1)
+        assert await raw.keys("*") == []
+        await raw.aclose()
+
+    run(scenario)
+
+
+def test_an_old_incarnation_is_not_heard() -> None:
+    async def scenario(redis: RedisForTests, placement: Placement) -> None:
+        membership = Membership(redis.url)
+        old, new = await membership.next_epoch("w"), await membership.next_epoch("w")
+        assert await placement.report("w", new, 1, IDLE, route_hashes(PROMPT)[:2], whole=True)
+        assert await placement.report("w", old, 9, IDLE, route_hashes(PROMPT), whole=True)
+        options = pack_options([Option("w", new)])
+        question = ask(
+            options, route_hashes(PROMPT), 2000, token_cost=1, request_cost=1,
+            charge_tokens=True, random=0,
+        )  # fmt: skip
+        assert (await placement.choose([question]))[0].scores[0].cached_tokens == 32
+        await placement.leave("w", old)
+        assert (await placement.choose([question]))[0].scores[0].cached_tokens == 32
+        await membership.close()
+
+    run(scenario)
+
+
+def test_choices_charge_until_the_second_report() -> None:
+    async def scenario(_: RedisForTests, placement: Placement) -> None:
+        for name in "ab":
+            await placement.report(name, 1, 1, IDLE, [], whole=True)
+        first = await choose(placement, "a", "b")
+        second = await choose(placement, "a", "b")
+        assert {first.index, second.index} == {0, 1}
+        third = await choose(placement, "a", "b", charge_tokens=False)
+        assert [score.queued_tokens for score in third.scores] == [2000, 2000]
+        assert [score.requests for score in third.scores] == [1, 1]
+        assert [score.free_tokens for score in third.scores] == [10**6 - 2000] * 2
+        for number, left in ((2, 1), (3, 0)):
+            await placement.report("b", 1, number, LoadReport(7, 0, 10**6), [])
+            score = (await choose(placement, "b", "a", token_cost=9.0)).scores[0]
+            assert score.requests == left + (number - 2)  # the last choice's own charge
+        assert score.queued_tokens == 7 + 2000
+
+    run(scenario)
+
+
+def test_one_round_trip_places_many_without_piling_them_up() -> None:
+    async def scenario(_: RedisForTests, placement: Placement) -> None:
+        options = pack_options([Option(name, 1) for name in "abcd"])
+        question = ask(
+            options, (), 100, token_cost=1, request_cost=64, charge_tokens=True, random=5
+        )
+        choices = await placement.choose([question] * 40)
+        counts = [sum(choice.index == i for choice in choices) for i in range(4)]
+        assert counts == [10] * 4
+
+    run(scenario)
+
+
+def test_the_script_and_the_pure_function_choose_alike() -> None:
+    """Random loads, prefixes, floors and rooms: Redis and `by_cost` take the same worker."""
+
+    async def scenario(_: RedisForTests, placement: Placement) -> None:
+        rng, hashes = random.Random(1), route_hashes(PROMPT)
+        for turn in range(150):
+            options, candidates = [], []
+            for i in range(rng.randint(1, 6)):
+                name, held = f"w{turn}-{i}", rng.randint(0, len(hashes))
+                load = LoadReport(
+                    rng.choice([0, 500, 1000]), rng.randint(0, 3),
+                    rng.choice([UNKNOWN, 0, 1000, 5000]),
+                )  # fmt: skip
+                await placement.report(name, 1, 1, load, hashes[:held], whole=True)
+                floor = rng.choice([0, 0, 1500])
+                options.append(Option(name, 1, floor))
+                worker = WorkerLoad(
+                    worker_id=name, role=Role.DECODE, queued_tokens=load.queued_tokens,
+                    requests=load.requests,
+                    free_tokens=None if load.free_tokens == UNKNOWN else load.free_tokens,
+                    cached_tokens=route_position(held - 1) if held else 0,
+                )  # fmt: skip
+                candidates.append(Candidate(worker, floor=floor))
+            draw, cost = rng.getrandbits(30), rng.choice([1.0, 0.05])
+            question = ask(
+                pack_options(options), hashes, len(PROMPT), token_cost=cost,
+                request_cost=REQUEST_TOKENS, charge_tokens=True, random=draw,
+            )  # fmt: skip
+            chosen = (await placement.choose([question]))[0].index
+            assert chosen == by_cost(candidates, len(PROMPT), draw, cost)
+
+    run(scenario)
+
+
+def test_redis_away_is_a_sentence_and_its_return_is_noticed() -> None:
+    async def scenario(redis: RedisForTests, placement: Placement) -> None:
+        assert (await choose(placement, "w")).index == 0
+        await redis.stop()
+        with pytest.raises(RedisUnavailable, match="does not answer"):
+            await choose(placement, "w")
+        await redis.start()  # empty: the scripts are gone, too
+        assert (await choose(placement, "w")).index == 0
+
+    run(scenario)
+
+
+def status(**changes: int) -> WorkerStatus:
+    zeros = dict.fromkeys(
+        ("blocks_held", "waiting", "running", "fetching", "queued_tokens", "steps"), 0
+    )
+    return WorkerStatus(blocks_total=10, blocks_free=6, blocks_cached=4, **(zeros | changes))
+
+
+def test_a_reporter_rebuilds_what_redis_has_lost() -> None:
+    async def scenario(redis: RedisForTests, placement: Placement) -> None:
+        hashes = route_hashes(PROMPT)
+        reporter = Reporter(placement, "w", 1, 16)
+        reporting = asyncio.create_task(reporter.run())
+
+        async def until(cached: int) -> None:
+            while True:
+                try:
+                    if (await choose(placement, "w")).scores[0].cached_tokens == cached:
+                        return
+                except RedisUnavailable:
+                    pass
+                await asyncio.sleep(0.01)
+
+        reporter.note(status(), dict.fromkeys(hashes[:5], True))
+        await until(5 * 16)
+        await redis.stop()
+        reporter.note(status(running=1), {hashes[4]: False})
+        reporter.note(status(running=1), dict.fromkeys(hashes[5:6], True))
+        await redis.start()
+        await until(4 * 16)
+        reporter.note(status(), {hashes[4]: True})
+        await until(6 * 16)
+        reporting.cancel()
+        await reporter.leave()
+        raw = Redis.from_url(redis.url)
+        assert await raw.exists("{pdserve}:blocks:w#1") == 0
+        await raw.aclose()
+
+    run(scenario)
