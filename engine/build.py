@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,10 +18,14 @@ from pdserve.engine.config import (
     layout_fingerprint,
     read_model_config,
 )
+from pdserve.engine.graphs import cuda_capture
 from pdserve.engine.models.decoder import OUTPUT, Decoder, weight_shapes
 from pdserve.engine.pool import KVPool, block_nbytes
 from pdserve.engine.runner import ModelRunner
 from pdserve.protocol.ticket import LayoutFingerprint
+
+CPU_KV_BYTES = 1 << 30
+"""KV pool on the CPU if kv_cache_memory is 0."""
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +70,10 @@ def build_runner(
         config.max_model_len,
     )
     fingerprint = layout_fingerprint(model, digest, config.dtype, config.block_size)
-    return Built(ModelRunner(decoder, pool, config.device), pool, model, config, fingerprint)
+    runner = ModelRunner(decoder, pool, config.device)
+    if config.device == "cuda" and config.cuda_graphs:
+        runner.record(config.max_num_seqs, config.max_model_len, cuda_capture())
+    return Built(runner, pool, model, config, fingerprint)
 
 
 def resolve(config: EngineConfig, model: ModelConfig) -> EngineConfig:
@@ -90,7 +98,8 @@ def resolve(config: EngineConfig, model: ModelConfig) -> EngineConfig:
             "positions (max_position_embeddings)."
         )
     per_block = block_nbytes(model, config.block_size, dtype)
-    num_blocks = config.num_blocks or config.kv_cache_memory // per_block
+    memory = config.kv_cache_memory or _free_memory(model, device, dtype)
+    num_blocks = config.num_blocks or memory // per_block
     if num_blocks * config.block_size < longest:
         needed = -(-longest // config.block_size) * per_block
         raise ModelError(
@@ -99,6 +108,22 @@ def resolve(config: EngineConfig, model: ModelConfig) -> EngineConfig:
             f"({-(-needed >> 20)} MiB), or lower --max-model-len."
         )
     return replace(config, dtype=dtype, device=device, max_model_len=longest, num_blocks=num_blocks)
+
+
+def _free_memory(model: ModelConfig, device: str, dtype: str) -> int:
+    """Bytes for the KV pool where nobody said how many: on a GPU what is free, less the weights
+    that are about to be loaded and a tenth of it all for activations and recorded graphs."""
+    if device == "cpu":
+        return CPU_KV_BYTES
+    free, total = torch.cuda.mem_get_info()
+    weights = sum(math.prod(shape) for shape in weight_shapes(model).values())
+    room = free - weights * DTYPES[dtype].itemsize - total // 10
+    if room <= 0:
+        raise ModelError(
+            f"The weights take {weights * DTYPES[dtype].itemsize >> 20} MiB of the "
+            f"{free >> 20} MiB that are free on the GPU, which leaves no room for a KV cache."
+        )
+    return room
 
 
 def _load(

@@ -107,8 +107,8 @@ class EngineConfig:
     """Tokens per KV block."""
     num_blocks: int = 0
     """KV blocks; 0: as many as fit into kv_cache_memory."""
-    kv_cache_memory: int = 1 << 30
-    """Bytes for the KV pool; used if num_blocks is 0."""
+    kv_cache_memory: int = 0
+    """Bytes for the KV pool; used if num_blocks is 0. 0: 1 GiB on the CPU, what is free on CUDA."""
     max_num_batched_tokens: int = 512
     """Tokens computed in one step, at most."""
     max_num_seqs: int = 64
@@ -121,6 +121,8 @@ class EngineConfig:
     """"cpu", "cuda", or "auto": cuda if there is one."""
     load_format: str = "auto"
     """"auto": safetensors files; "dummy": random weights made from the configuration."""
+    cuda_graphs: bool = True
+    """Record decode steps when the model is loaded (CUDA only)."""
     seed: int = 0
     """Of the dummy weights."""
     threads: int = 0

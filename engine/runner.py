@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from pdserve.engine import sampler
+from pdserve.engine.graphs import Capture, DecodeGraphs, ladder
 from pdserve.engine.models.decoder import Batch, Decoder
 from pdserve.engine.pool import KVPool
 from pdserve.engine.ports import Chunk, ChunkResult
@@ -22,7 +23,8 @@ _WARM_UP_TOKENS = 32
 
 
 class ModelRunner:
-    """Computes chunks of requests on one device. Keeps nothing between steps but weights and KV."""
+    """Computes chunks of requests on one device. Keeps nothing between steps but weights, KV, and
+    recordings of decode steps (`record`)."""
 
     def __init__(self, decoder: Decoder, pool: KVPool, device: str) -> None:
         self._decoder = decoder
@@ -30,6 +32,7 @@ class ModelRunner:
         self._block_size = pool.block_size
         self._num_blocks = pool.num_blocks
         self._device = device
+        self._graphs: DecodeGraphs | None = None
 
     @torch.inference_mode()
     def execute(self, chunks: Sequence[Chunk]) -> list[ChunkResult]:
@@ -40,7 +43,11 @@ class ModelRunner:
         order = sorted(range(len(chunks)), key=lambda index: chunks[index].length > 1)
         ordered = [chunks[index] for index in order]
         ends = list(accumulate(chunk.length for chunk in ordered))
-        hidden = self._decoder.forward(self._batch(ordered, ends), self._caches)
+        batch = self._batch(ordered, ends)
+        if self._graphs is not None and self._graphs.fits(batch):
+            hidden = self._graphs.forward(batch)
+        else:
+            hidden = self._decoder.forward(batch, self._caches)
         drawn = self._draw(ordered, ends, hidden)
         results = [ChunkResult()] * len(chunks)
         for index, chunk, end, draw in zip(order, ordered, ends, drawn, strict=True):
@@ -64,6 +71,18 @@ class ModelRunner:
         )
         self.execute([Chunk(request, 0, length, samples=False)])
         self.execute([Chunk(request, length, 1, samples=True)])
+
+    @torch.inference_mode()
+    def record(self, max_num_seqs: int, max_model_len: int, capture: Capture) -> None:
+        """Record decode steps of up to `max_num_seqs` requests (see engine.graphs)."""
+        self._graphs = DecodeGraphs(
+            self._decoder,
+            self._caches,
+            sizes=ladder(max_num_seqs),
+            blocks=-(-max_model_len // self._block_size),
+            device=self._device,
+            capture=capture,
+        )
 
     def _batch(self, chunks: Sequence[Chunk], ends: Sequence[int]) -> Batch:
         size = self._block_size

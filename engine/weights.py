@@ -97,7 +97,7 @@ def dummy_weights(
 
 def weights_digest(folder: Path) -> str:
     """A text that changes with the checkpoint: the files' names, sizes and headers are hashed, and
-    `SAMPLE_BYTES` at the start, middle and end of every tensor, which takes milliseconds to a second
+    `SAMPLE_BYTES` at the start, middle and end of every tensor, which takes a second at most,
     whatever the size. Two trainings of one architecture differ everywhere, so samples tell them
     apart; an edit of a few bytes by hand may go unnoticed."""
     digest = hashlib.blake2b(digest_size=12)

@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from pdserve.engine import runner as runner_module
 from pdserve.engine import sampler
-from pdserve.engine.build import Built
-from pdserve.engine.config import ModelError, read_model_config
-from pdserve.engine.pool import NONCE_BYTES, KVPool
+from pdserve.engine.build import Built, resolve
+from pdserve.engine.config import EngineConfig, ModelError, read_model_config
+from pdserve.engine.graphs import ladder
+from pdserve.engine.pool import NONCE_BYTES, KVPool, block_nbytes
 from pdserve.engine.ports import ChunkResult
 
 MakeModel = Callable[..., Path]
@@ -331,3 +332,50 @@ def test_fingerprints_tell_pools_apart_that_must_not_mix(
         (build(make_model("llama"), load_format="dummy"), "weights"),
     ]:
         assert f"differ in {field}" in str(built.fingerprint.difference(one))
+
+
+@pytest.mark.parametrize("largest", [1, 3, 8, 64, 100, 256])
+def test_the_ladder_of_recordings_ends_at_the_largest_batch(largest: int) -> None:
+    sizes = ladder(largest)
+    assert sizes == sorted(set(sizes))
+    assert sizes[0] == 1 and sizes[-1] == largest
+    for count in range(1, largest + 1):  # padding at most doubles a step
+        assert next(size for size in sizes if size >= count) <= max(2 * count, count + 31)
+
+
+def test_recorded_steps_with_padding_give_the_same_tokens_and_touch_no_other_block(
+    make_model: MakeModel, build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recording is played by running it again: the tensors and the padding are the same as on
+    a GPU."""
+    replayed: list[int] = []
+
+    def capture(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        def replay() -> torch.Tensor:
+            result = step()
+            replayed.append(result.shape[0])
+            return result
+
+        return replay
+
+    built = build(make_model("qwen3"))
+    # Only the kernels that a GPU runs too know padding: not the CPU's step in one call.
+    monkeypatch.setattr(built.runner._decoder, "decode", None, raising=False)
+    expected_stepper = Stepper(built)
+    inputs = [text(length, seed=length) for length in (3, 20, 37)]
+    expected = expected_stepper.run([expected_stepper.add(prompt) for prompt in inputs], 8)
+    built.pool.tensor.zero_()
+    built.runner.record(4, 256, capture)
+    stepper = Stepper(built)
+    requests = [stepper.add(prompt) for prompt in inputs]
+    assert stepper.run(requests, 8) == expected
+    assert replayed == [4] * 7  # three tokens a step, one row of padding
+    used = {block for request in requests for block in request.block_table}
+    unused = [block for block in range(built.pool.num_blocks) if block not in used]
+    assert built.pool.tensor[unused].count_nonzero() == 0
+
+
+def test_no_kv_memory_given_means_a_gibibyte_on_the_cpu(make_model: MakeModel) -> None:
+    model = read_model_config(make_model("llama"))
+    config = resolve(EngineConfig(device="cpu"), model)
+    assert config.num_blocks == (1 << 30) // block_nbytes(model, 16, "float32")

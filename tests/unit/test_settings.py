@@ -236,4 +236,5 @@ def test_help_lists_every_option_with_unit_default_and_variable(
         assert (options.flag(name) in text or row.secret) is not row.hidden
         assert (f"PDSERVE_{name.upper()}" in text) is not row.hidden
     assert "in tokens (default: 16; environment: PDSERVE_BLOCK_SIZE)" in text
-    assert "in bytes (default: 1GiB; environment: PDSERVE_KV_CACHE_MEMORY)" in text
+    assert "in bytes (default: 0: 1GiB on the CPU, most of what is free on a GPU;" in text
+    assert "environment: PDSERVE_KV_CACHE_MEMORY)" in text
