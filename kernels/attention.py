@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as functional
 
-from pdserve.kernels import checks, dispatch
+from pdserve.kernels import checks, dispatch, native
 
 TILE = 256
 """Queries per tile of a chunk that needs a mask: bounds the mask to TILE × context."""
@@ -104,6 +104,16 @@ def attention_decode(
             soft_cap=soft_cap,
         )
         return attended
+    if native.attends(query, cache):
+        return native.attention_decode(
+            query,
+            cache,
+            context_lens,
+            block_table,
+            scale=scale,
+            window=window,
+            soft_cap=soft_cap,
+        )
     if query.dim() == 4:
         few = torch.empty_like(query)
         for row, length in enumerate(context_lens.tolist()):

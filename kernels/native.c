@@ -560,7 +560,7 @@ struct step {
     float eps;
     const float *cos, *sin; /* [P, D / 2] */
     int64_t num_positions;
-    const int64_t *positions, *slots; /* [T] */
+    const int64_t *positions, *slots; /* [T]; a negative slot: padding, its K and V are not kept */
     void *hidden; /* [T, E] embeddings, replaced by the last layer's result */
 };
 
@@ -644,12 +644,14 @@ INLINE void mix(struct step_job *j, const struct layer *l, int bf16) {
         }
         if (l->key_norm) rms_norm(key, l->key_norm, key, dim, s->eps, bf16);
         turn(key, dim, cos, sin, bf16);
-        size_t slot = s->slots[b], token = a->kv_heads * dim;
-        size_t place = slot / a->block_size * a->block_stride + slot % a->block_size * token;
-        place += h * dim;
-        memcpy((char *)at(l->cache, place, bf16), key, bytes);
-        memcpy((char *)at(l->cache, place + a->block_size * token, bf16),
-               at(j->value, unit * dim, bf16), bytes);
+        if (s->slots[b] >= 0) {
+            size_t slot = s->slots[b], token = a->kv_heads * dim;
+            size_t place = slot / a->block_size * a->block_stride + slot % a->block_size * token;
+            place += h * dim;
+            memcpy((char *)at(l->cache, place, bf16), key, bytes);
+            memcpy((char *)at(l->cache, place + a->block_size * token, bf16),
+                   at(j->value, unit * dim, bf16), bytes);
+        }
         attend(a, l->cache, b, h, l->window, query,
                (char *)at(j->mixed, unit * group * dim, bf16), bf16);
     }
@@ -703,7 +705,7 @@ int pdserve_decode(int bf16, const struct step *s, const struct layer *layers, i
     const struct attention *a = &s->attention;
     if (!sound(a) || a->sequences > MOST_TOKENS) return 0;
     for (int64_t t = 0; t < a->sequences; t++)
-        if (s->positions[t] < 0 || s->positions[t] >= s->num_positions || s->slots[t] < 0 ||
+        if (s->positions[t] < 0 || s->positions[t] >= s->num_positions ||
             s->slots[t] >= a->num_blocks * a->block_size)
             return 0;
     const size_t wide = a->heads * a->dim, narrow = a->kv_heads * a->dim;

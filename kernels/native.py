@@ -2,7 +2,7 @@
 
 The library lies in the user's cache folder under a name that follows from the source, the flags
 and the processor, so it is made once per machine and never out of date. Without a C compiler, or
-with PDSERVE_KERNELS=reference, everything runs through torch; the log says so once.
+with "reference" in PDSERVE_KERNELS, everything runs through torch; the log says so once.
 
 float32 and bfloat16 only. Results differ from the references by rounding; they have the same bits
 alone and in any batch, and with any number of threads. Calls run outside the interpreter's lock,
@@ -83,8 +83,8 @@ class _Step(ctypes.Structure):
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled library; None where it is switched off or cannot be made (logged)."""
-    words = [item for item in os.environ.get("PDSERVE_KERNELS", "").split(",") if "=" not in item]
-    if words and words[-1].strip():
+    words = os.environ.get("PDSERVE_KERNELS", "").split(",")
+    if any(word.rpartition("=")[2].strip() == "reference" for word in words):
         return None
     try:
         loaded = ctypes.CDLL(str(compiled()))
@@ -179,6 +179,13 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     return out
 
 
+def attends(query: torch.Tensor, cache: torch.Tensor) -> bool:
+    """Whether `attention_decode` can do it here."""
+    heads, dim = cache.shape[3:]
+    fits = query.dim() == 3 and dim <= MOST_DIM and query.shape[1] <= MOST_GROUP * heads
+    return fits and serves(query) and cache.stride(1) == cache.shape[2] * heads * dim
+
+
 def attention_decode(
     query: torch.Tensor,
     cache: torch.Tensor,
@@ -205,6 +212,9 @@ def attention_decode(
         torch.get_num_threads(),
     )
     if not done:
+        room, longest = table.shape[1] * cache.shape[2], int(lens.max())
+        if longest > room:
+            raise KernelError(f"block_table has room for {room} tokens, the context has {longest}.")
         raise KernelError(_OUT_OF_RANGE)
     return out
 
@@ -280,7 +290,8 @@ class DecodeStep:
     ) -> None:
         """hidden: [T, E] embeddings, contiguous, replaced by what the last layer leaves; caches:
         one [N, 2, S, H, D] per layer, where K and V are stored at `slots`; positions, slots,
-        context_lens: [T] int64, block_table: [T, M] int64, contiguous. No slot twice."""
+        context_lens: [T] int64, block_table: [T, M] int64, contiguous. No slot twice; padding
+        has a negative slot and the length 0."""
         if not hidden.shape[0] <= MOST_TOKENS or hidden.dtype != self._dtype:
             raise KernelError(f"hidden is {list(hidden.shape)} {hidden.dtype}: see DecodeStep.")
         for layer, cache in zip(self._layers, caches, strict=True):

@@ -90,7 +90,11 @@ class Linear:
         self.bias = weights.get(name + ".bias")
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(x, self.weight, self.bias)
+        return kernels.linear(x, self.weight, self.bias)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self.weight, self.bias
 
 
 class Attention:
@@ -201,6 +205,22 @@ class Layer:
         x, residual = kernels.fused_add_rms_norm(x, residual, self.before_mlp, self.eps)
         return self.mlp(x), residual
 
+    def tensors(self) -> kernels.LayerTensors:
+        """Everything that the layer computes with, for `kernels.DecodeStep`."""
+        return kernels.LayerTensors(
+            attention_norm=self.before_attention,
+            mlp_norm=self.before_mlp,
+            head_norms=self.attention.norms,
+            query=self.attention.query.tensors,
+            key=self.attention.key.tensors,
+            value=self.attention.value.tensors,
+            output=self.attention.output.tensors,
+            gate=self.mlp.gate.tensors,
+            up=self.mlp.up.tensors,
+            down=self.mlp.down.tensors,
+            window=self.attention.window,
+        )
+
 
 class Decoder:
     """A causal language model over a paged KV cache. Holds weights, never state."""
@@ -216,6 +236,13 @@ class Decoder:
         self.layers = [Layer(config, weights, index) for index in range(config.num_layers)]
         cos, sin = config.rope.table(config.head_dim, max_model_len)
         self.cos, self.sin = cos.to(device), sin.to(device)
+        self.decode: kernels.DecodeStep | None = None
+        """A step of single tokens in one call, where there is a kernel for it (CPU only)."""
+        tensors = [layer.tensors() for layer in self.layers]
+        if config.activation == "silu" and kernels.DecodeStep.fits(tensors, config.head_dim):
+            self.decode = kernels.DecodeStep(
+                tensors, cos=self.cos, sin=self.sin, eps=config.rms_norm_eps
+            )
 
     def forward(self, batch: Batch, caches: Sequence[torch.Tensor]) -> torch.Tensor:
         """Compute the batch's tokens and store their KV in `caches` (one view per layer).
@@ -223,6 +250,16 @@ class Decoder:
         Returns the hidden states before the last norm, [T, E].
         """
         x = functional.embedding(batch.token_ids, self.embedding)
+        if self.decode is not None and batch.num_decodes == x.shape[0] <= self.decode.MOST_TOKENS:
+            self.decode(
+                x,
+                caches,
+                positions=batch.positions,
+                slots=batch.slots,
+                context_lens=batch.context_lens,
+                block_table=batch.block_table,
+            )
+            return x
         angles = self.cos[batch.positions], self.sin[batch.positions]
         residual: torch.Tensor | None = None
         for layer, cache in zip(self.layers, caches, strict=True):
@@ -232,4 +269,4 @@ class Decoder:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Rows of `forward`'s result → [rows, V] float32."""
         normed = kernels.rms_norm(hidden, self.norm, self.config.rms_norm_eps)
-        return functional.linear(normed, self.output).float()
+        return kernels.linear(normed, self.output).float()

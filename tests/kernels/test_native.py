@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -195,8 +190,12 @@ def test_attention_is_exact_to_rounding(
 def test_attention_refuses_what_lies_outside() -> None:
     cache, table = pool(torch.float32, [8, 8], 2, 16, 4)
     query = torch.randn(2, 4, 16)
-    for lens, blocks in (([8, 99], table), ([8, 8], table + 100), ([8, -1], table)):
-        with pytest.raises(KernelError, match="outside the block table"):
+    for lens, blocks, sentence in (
+        ([8, 99], table, "block_table has room for 12 tokens, the context has 99"),
+        ([8, 8], table + 100, "outside the block table"),
+        ([8, -1], table, "outside the block table"),
+    ):
+        with pytest.raises(KernelError, match=sentence):
             native.attention_decode(query, cache, torch.tensor(lens), blocks, scale=1.0)
     padded = native.attention_decode(query, cache, torch.tensor([0, 8]), table, scale=1.0)
     assert not padded[0].any() and padded[1].any()
@@ -319,12 +318,33 @@ def test_a_step_is_what_the_references_compute(
         torch.set_num_threads(1)
 
 
+def test_padding_touches_no_cache_and_no_other_row() -> None:
+    layers = [layer(torch.float32, False, None)]
+    cache, table = pool(torch.float32, [9, 9], 2, 24, 8)
+    cos, sin = rope_table(default_frequencies(24, 100.0), torch.arange(16))
+    step = kernels.DecodeStep(layers, cos=cos, sin=sin, eps=1e-5)
+    hidden = torch.randn(2, 72)
+    results = []
+    for slots in ([int(table[0, 1]) * 8, -1], [int(table[0, 1]) * 8]):
+        rows, mine = hidden[: len(slots)].clone(), cache.clone()
+        step(
+            rows,
+            [mine],
+            positions=torch.tensor([8, 0][: len(slots)]),
+            slots=torch.tensor(slots),
+            context_lens=torch.tensor([9, 0][: len(slots)]),
+            block_table=table[: len(slots)].contiguous(),
+        )
+        results.append((rows[0], mine.nan_to_num()))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+
+
 def test_a_step_refuses_slots_and_positions_outside() -> None:
     layers = [layer(torch.float32, False, None)]
     cache, table = pool(torch.float32, [3], 2, 24, 8)
     cos, sin = rope_table(default_frequencies(24, 100.0), torch.arange(4))
     step = kernels.DecodeStep(layers, cos=cos, sin=sin, eps=1e-5)
-    for position, slot in ((4, 0), (-1, 0), (0, 10**9), (0, -1)):
+    for position, slot in ((4, 0), (-1, 0), (0, 10**9)):
         with pytest.raises(KernelError, match="rope table"):
             step(
                 torch.zeros(1, 72),
@@ -334,46 +354,3 @@ def test_a_step_refuses_slots_and_positions_outside() -> None:
                 context_lens=torch.tensor([3]),
                 block_table=table,
             )
-
-
-# The library
-
-
-def test_workers_that_start_together_make_one_library(tmp_path: Path) -> None:
-    code = "from pdserve.kernels import native; assert native.library(); print(native.compiled())"
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-P", "-c", code], env=environment, stdout=subprocess.PIPE, text=True
-        )
-        for _ in range(2)
-    ]
-    paths = {process.communicate(timeout=100)[0].strip() for process in started}
-    assert len(paths) == 1 and Path(paths.pop()).parent == tmp_path / "pdserve"
-    assert len(list((tmp_path / "pdserve").iterdir())) == 2  # the library and its lock
-
-
-@pytest.mark.parametrize("variable", ["CC", "XDG_CACHE_HOME"])
-def test_without_a_compiler_or_a_cache_torch_computes(
-    variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setattr(native.compiled, "__defaults__", (("-march=native",), None))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv(variable, str(tmp_path / "file"))
-    native.library.cache_clear()
-    with caplog.at_level(logging.WARNING):
-        x, weight = torch.randn(2, 8), torch.randn(3, 8)
-        close(kernels.linear(x, weight), x.double() @ weight.double().T)
-    assert "run through torch" in caplog.text
-    with pytest.raises(KernelError, match="switched off"):
-        native.linear(x, weight, None)
-    native.library.cache_clear()
-
-
-def test_the_environment_switches_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PDSERVE_KERNELS", "reference")
-    native.library.cache_clear()
-    assert native.library() is None
-    assert not kernels.DecodeStep.fits([layer(torch.float32, False, None)], 24)
-    native.library.cache_clear()
