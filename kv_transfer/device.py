@@ -39,6 +39,11 @@ class DeviceMemory(Pool):
         self._local = threading.local()
 
     @property
+    def blocks(self) -> torch.Tensor:
+        """[N, bytes of a block] uint8, the pool itself."""
+        return self._blocks
+
+    @property
     def num_blocks(self) -> int:
         return int(self._blocks.shape[0])
 

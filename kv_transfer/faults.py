@@ -118,16 +118,16 @@ class FaultySource:
     def describe(self, header: FetchHeader, block_ids: Sequence[int]) -> FetchHeader:
         return self._inner.describe(header, block_ids)
 
-    def send(self, line: Line, block_ids: Sequence[int], wait: Wait) -> None:
+    def send(self, line: Line, fetch: Fetch, block_ids: Sequence[int], wait: Wait) -> None:
         drawn = self._dice.draw("delay", "drop", "truncate")
         if "delay" in drawn:
             time.sleep(self._dice.faults.delay_s)
         if "drop" in drawn:
             raise InjectedLoss("The connection was dropped on purpose.")
         if "truncate" in drawn:
-            self._inner.send(line, block_ids[: self._dice.below(len(block_ids))], wait)
+            self._inner.send(line, fetch, block_ids[: self._dice.below(len(block_ids))], wait)
             raise InjectedLoss("The blocks were cut short on purpose.")
-        self._inner.send(line, block_ids, wait)
+        self._inner.send(line, fetch, block_ids, wait)
 
 
 class FaultySink:
@@ -136,6 +136,10 @@ class FaultySink:
     def __init__(self, inner: SinkHalf, pool: Pool, dice: Dice) -> None:
         self.borrows = inner.borrows
         self._inner, self._pool, self._dice = inner, pool, dice
+
+    def detail(self, source: str, epoch: int) -> str:
+        ask = getattr(self._inner, "detail", None)
+        return ask(source, epoch) if ask else ""
 
     def receive(
         self, line: Line, header: FetchHeader, targets: Sequence[int], wait: Wait

@@ -351,6 +351,7 @@ class TransferSink:
 
     def _ask(self, line: Line, job: Job, name: str, piece: Sequence[int]) -> None:
         ticket = job.ticket
+        detail = getattr(self._halves[name], "detail", None)
         fetch = Fetch(
             ticket_id=ticket.ticket_id,
             request_id=ticket.request_id,
@@ -359,6 +360,7 @@ class TransferSink:
             transport=name,
             wanted=tuple(piece),
             host_id=self._host_id,
+            detail=detail(ticket.source, ticket.epoch) if detail else "",
         )
         line.send(fetch, job.wait(self._stall_s))
 

@@ -295,7 +295,7 @@ class TransferSource:
                 checksums=checksums,
             )
             self._say(line, half.describe(header, blocks))
-            half.send(line, blocks, lambda: self._patience(read))
+            half.send(line, fetch, blocks, lambda: self._patience(read))
         finally:
             self.outbox.end(read)
         with self._lock:

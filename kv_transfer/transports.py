@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import msgspec
@@ -52,12 +52,13 @@ class SourceHalf(Protocol):
     def describe(self, header: FetchHeader, block_ids: Sequence[int]) -> FetchHeader:
         """The header with what this transport adds to it."""
 
-    def send(self, line: Line, block_ids: Sequence[int], wait: Wait) -> None:
+    def send(self, line: Line, fetch: Fetch, block_ids: Sequence[int], wait: Wait) -> None:
         """What follows the header on the line."""
 
 
 class SinkHalf(Protocol):
-    """Shared by the sink's threads."""
+    """Shared by the sink's threads. One that has a method `detail(source, epoch) -> str` is asked
+    for `Fetch.detail`."""
 
     borrows: bool
     """Whether the copy is made from memory that the source could take back meanwhile: then it
@@ -82,7 +83,7 @@ class TcpSource:
     def describe(self, header: FetchHeader, block_ids: Sequence[int]) -> FetchHeader:
         return header
 
-    def send(self, line: Line, block_ids: Sequence[int], wait: Wait) -> None:
+    def send(self, line: Line, fetch: Fetch, block_ids: Sequence[int], wait: Wait) -> None:
         pool = self._pool
         if pool.in_place:
             spans = [pool.read(first, count) for first, count in runs(block_ids, pool.longest)]
@@ -131,7 +132,7 @@ class ShmSource:
             pool_nonce=self._nonce,
         )
 
-    def send(self, line: Line, block_ids: Sequence[int], wait: Wait) -> None:
+    def send(self, line: Line, fetch: Fetch, block_ids: Sequence[int], wait: Wait) -> None:
         """Nothing follows the header."""
 
 
@@ -193,16 +194,20 @@ SINK_HALVES: dict[str, Callable[[Pool], SinkHalf]] = {"shm": ShmSink, "tcp": Tcp
 """Best first: "auto" tries them in this order."""
 
 
-def offered_transports(memory: BlockMemory | Pool, transport: str) -> tuple[str, ...]:
-    """What a source with this memory offers, best first, for the setting `transport`.
+def offered_transports(
+    memory: BlockMemory | Pool, transport: str, halves: Iterable[str] = tuple(SOURCE_HALVES)
+) -> tuple[str, ...]:
+    """What a source with this memory offers, best first, for the setting `transport`; `halves` are
+    the transports that it has.
 
     Raises TransportSettingError if the setting is unknown or the memory cannot do what it asks for.
     """
+    known = tuple(halves)
     if transport == "auto":
-        return tuple(name for name in SOURCE_HALVES if name != "shm" or memory.path)
-    if transport not in SOURCE_HALVES:
-        known = ", ".join(["auto", *SOURCE_HALVES])
-        raise TransportSettingError(f"The transport must be one of {known}. Given: {transport!r}.")
+        return tuple(name for name in known if name != "shm" or memory.path)
+    if transport not in known:
+        names = ", ".join(["auto", *known])
+        raise TransportSettingError(f"The transport must be one of {names}. Given: {transport!r}.")
     if transport == "shm" and not memory.path:
         raise TransportSettingError(
             "The transport shm needs a KV pool in shared memory; choose tcp or auto."

@@ -31,6 +31,8 @@ class Fetch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     that the fetching side already holds are left out."""
     host_id: str
     """Identity of the reader's host, for transports within one."""
+    detail: str = ""
+    """What else the transport needs to know. "nccl": NCCL version / session that is over."""
 
 
 class FetchHeader(
@@ -61,6 +63,14 @@ class Refused(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """True if only the transport was at fault."""
 
 
+class Ready(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="ready"):
+    """After the header, for "nccl": the source is about to send, in pieces, in this session."""
+
+    session: bytes
+    """The communicator's unique id; one that the reader does not have yet is to be joined."""
+    blocks_per_send: int
+
+
 class Renew(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="renew"):
     """Keep the ticket's blocks for another `lease_s` seconds."""
 
@@ -88,7 +98,7 @@ class Released(
 
 
 ToSource = Fetch | Renew | Release
-ToReader = FetchHeader | Refused | Released
+ToReader = FetchHeader | Refused | Released | Ready
 
 
 class FetchReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

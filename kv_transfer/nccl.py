@@ -1,0 +1,487 @@
+"""NCCL through CuPy: blocks from one GPU's pool to another's, in a communicator of two.
+
+    sink                                     source
+      │ ── Fetch("nccl", detail = version/over) ────► │
+      │ ◄── FetchHeader(checksums) ────────────────── │
+      │ ◄── Ready(session, blocks per send) ───────── │  holds the pair; joins if the session is new
+      │ joins; posts a receive      ═══ raw bytes ═══►│  one send per chunk, out of a staging buffer
+      │ scatters, verifies                            │
+
+One communicator per pair of processes, made on first use; a session is its unique id. Both ends
+keep it until something goes wrong, the other end says that it is over, or nobody has used it for
+long: then it is aborted, by a helper thread that may get stuck without harm. A communicator is
+never repaired. NCCL never touches a pool: a kernel that is stuck for ever writes into a staging
+buffer that nobody uses any more.
+
+Every NCCL call that may block is made by one thread of the process, under a deadline; waiting for
+completion is polling an event. If that thread does not come back it is given up and replaced, at
+most `LOST_THREADS` times; then this process does without NCCL until it is started again. Whatever
+fails on the sink's side is TransportUnfit: the pair goes on with the next transport, in the middle
+of the request, and leaves NCCL alone for a while.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from pdserve.kernels import gather_blocks, scatter_blocks
+from pdserve.kv_transfer.device import DeviceMemory
+from pdserve.kv_transfer.line import Line
+from pdserve.kv_transfer.memory import Pool
+from pdserve.kv_transfer.transports import (
+    SinkHalf,
+    SourceHalf,
+    TransportSettingError,
+    TransportUnfit,
+    Wait,
+)
+from pdserve.protocol.errors import PdserveError, ProtocolError
+from pdserve.protocol.transfer import Fetch, FetchHeader, Ready, ToReader
+from pdserve.protocol.wire import MessageDecoder
+
+log = logging.getLogger(__name__)
+
+STAGING_BYTES = 8 * 2**20
+"""One send: large enough to fill the link, small enough to be late by little. More if one block is
+larger."""
+INIT_S = 10.0
+ABORT_S = 5.0
+LOST_THREADS = 2
+IDLE_S = 600.0
+"""A pair that was not used for so long is given up when another one is made."""
+POLL_S = 0.0001
+LOCK_LOOK_S = 0.05
+MAX_CTAS = "4"
+"""Of a communicator, unless the environment says otherwise: what it takes from the engine's GPU."""
+SOURCE, SINK = 0, 1
+"""Ranks."""
+
+_TO_READER: MessageDecoder[Any] = MessageDecoder(ToReader)
+
+T = TypeVar("T")
+
+
+class NcclTrouble(PdserveError, ConnectionError):
+    """NCCL failed, or did not come back in time."""
+
+
+class Streams(Protocol):
+    """What is needed of a device's streams."""
+
+    def enter(self) -> None:
+        """Called once by a thread that is going to make NCCL calls."""
+
+    def new(self) -> Any:
+        """A stream of its own, that waits for no other."""
+
+    def handle(self, stream: Any) -> int: ...
+
+    def on(self, stream: Any) -> AbstractContextManager[Any]:
+        """What is launched inside goes to this stream."""
+
+    def mark(self, stream: Any) -> Any:
+        """An object whose `query()` says whether all that is in the stream now is done."""
+
+
+class CudaStreams:
+    """Those of a CUDA device, through torch."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def enter(self) -> None:
+        torch.cuda.set_device(self._device)
+
+    def new(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self._device)
+
+    def handle(self, stream: torch.cuda.Stream) -> int:
+        return int(stream.cuda_stream)
+
+    def on(self, stream: torch.cuda.Stream) -> AbstractContextManager[Any]:
+        context: AbstractContextManager[Any] = torch.cuda.stream(stream)
+        return context
+
+    def mark(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
+        event = torch.cuda.Event()
+        event.record(stream)
+        return event
+
+
+def load_nccl() -> Any:
+    """CuPy's NCCL module. Raises TransportUnfit with a sentence if it cannot be had."""
+    if not torch.cuda.is_available():
+        raise TransportUnfit("NCCL needs a CUDA device, and this process sees none.")
+    os.environ.setdefault("NCCL_MAX_CTAS", MAX_CTAS)
+    try:
+        from cupy.cuda import nccl
+    except ImportError as error:
+        raise TransportUnfit(f"NCCL needs CuPy (extra `gpu`): {error}.") from None
+    if not getattr(nccl, "available", True):
+        raise TransportUnfit("CuPy finds no NCCL; install the package nvidia-nccl-cu13.")
+    return nccl
+
+
+class Owner:
+    """The thread that makes this process' NCCL calls, and its successors."""
+
+    def __init__(self, nccl: Any, streams: Streams, init_s: float = INIT_S) -> None:
+        self.nccl, self.streams, self.init_s = nccl, streams, init_s
+        self.version = int(nccl.get_version())
+        self.lost = 0
+        """Threads that did not come back."""
+        self._lock = threading.Lock()
+        self._start()
+
+    @property
+    def problem(self) -> str:
+        """Why NCCL cannot be used any more; "" if it can."""
+        if self.lost <= LOST_THREADS:
+            return ""
+        return f"NCCL did not come back from {self.lost} calls in this process."
+
+    def call(self, function: Callable[[], T], deadline: float) -> T:
+        """Have the thread run `function` by `deadline`. Raises NcclTrouble."""
+        if self.problem:
+            raise NcclTrouble(self.problem)
+        future: Future[T] = Future()
+        orders = self._orders
+        orders.put((function, future))
+        try:
+            return future.result(max(0.0, deadline - time.monotonic()))
+        except FutureTimeout:
+            if not future.cancel():  # it has begun, so it is this call that is stuck
+                self._replace(orders)
+            raise NcclTrouble("NCCL did not come back from a call in time.") from None
+        except Exception as error:  # NcclError; KeyError for codes that CuPy does not know
+            raise NcclTrouble(f"NCCL failed: {error!r}.") from error
+
+    def abort(self, communicator: Any) -> None:
+        """Abort it without waiting for long."""
+        helper = threading.Thread(
+            target=self._abort, args=(communicator,), name="kv-nccl-abort", daemon=True
+        )
+        helper.start()
+        helper.join(ABORT_S)
+        if helper.is_alive():
+            log.error("Aborting an NCCL communicator is stuck; it is left alone.")
+
+    def _abort(self, communicator: Any) -> None:
+        with contextlib.suppress(Exception):
+            self.streams.enter()
+            communicator.abort()
+
+    def close(self) -> None:
+        """Idempotent; does not wait for a call that is stuck."""
+        self._orders.put(None)
+        self._thread.join(ABORT_S)
+
+    def _start(self) -> None:
+        self._orders: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = (
+            queue.SimpleQueue()
+        )
+        self._thread = threading.Thread(
+            target=self._run, args=(self._orders,), name="kv-nccl", daemon=True
+        )
+        self._thread.start()
+
+    def _replace(self, stuck: object) -> None:
+        with self._lock:
+            if self._orders is not stuck:
+                return  # somebody else has noticed
+            self.lost += 1
+            self._orders.put(None)  # should it ever come back
+            log.error("An NCCL call is stuck; its thread is given up (number %d).", self.lost)
+            self._start()
+
+    def _run(self, orders: queue.SimpleQueue[Any]) -> None:
+        self.streams.enter()
+        while (order := orders.get()) is not None:
+            function, future = order
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)
+
+
+@dataclass(slots=True, eq=False)
+class _Pair:
+    """A communicator and what it works with."""
+
+    session: bytes
+    communicator: Any
+    stream: Any
+    staging: torch.Tensor
+    """[blocks, bytes] uint8 on the device."""
+
+
+@dataclass(slots=True, eq=False)
+class _Place:
+    """Where a pair is, if there is one. The lock is held during a transfer."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    pair: _Pair | None = None
+    over: bytes = b""
+    """The session of the last pair that was given up: there is no second time in it."""
+    used_at: float = 0.0
+
+
+class _End:
+    """What both ends do: keep pairs, join, wait, give up."""
+
+    def __init__(self, pool: DeviceMemory, owner: Owner, rank: int) -> None:
+        self._blocks, self._owner, self._rank = pool.blocks, owner, rank
+        self._room = max(1, STAGING_BYTES // pool.block_nbytes)
+        self._lock = threading.Lock()
+        self._places: dict[tuple[str, int], _Place] = {}
+
+    @contextlib.contextmanager
+    def _held(self, peer: tuple[str, int], wait: Wait) -> Iterator[_Place]:
+        """The pair's place, for this thread alone. If anything goes wrong inside, the pair is
+        given up."""
+        with self._lock:
+            place = self._places.setdefault(peer, _Place())
+        while not place.lock.acquire(timeout=LOCK_LOOK_S):
+            wait()
+        try:
+            yield place
+        except BaseException:
+            self._give_up(place)
+            raise
+        finally:
+            place.used_at = time.monotonic()
+            place.lock.release()
+
+    def _give_up(self, place: _Place) -> None:
+        pair, place.pair = place.pair, None
+        if pair is not None:
+            place.over = pair.session
+            self._owner.abort(pair.communicator)
+
+    def _sweep(self, peer: tuple[str, int]) -> None:
+        """Give up pairs that are of no more use, before another one is made for `peer`: those that
+        were not used for long, or are of an earlier life of the same worker."""
+        before, worker = time.monotonic() - IDLE_S, peer[0].partition("#")[0]
+        with self._lock:
+            for other, place in list(self._places.items()):
+                namesake = other != peer and other[0].partition("#")[0] == worker
+                if namesake:
+                    del self._places[other]
+                    self._give_up(place)
+                elif place.used_at < before and place.lock.acquire(blocking=False):
+                    self._give_up(place)
+                    place.lock.release()
+
+    def _join(self, peer: tuple[str, int], session: bytes) -> _Pair:
+        """Make the communicator; the other end does the same now."""
+        self._sweep(peer)
+        owner = self._owner
+
+        def join() -> _Pair:
+            stream = owner.streams.new()
+            staging = self._blocks.new_empty((self._room, self._blocks.shape[1]))
+            communicator = owner.nccl.NcclCommunicator(2, session, self._rank)
+            return _Pair(session, communicator, stream, staging)
+
+        return owner.call(join, time.monotonic() + owner.init_s)
+
+    def _launch(self, pair: _Pair, function: Callable[[int], None], wait: Wait) -> None:
+        """Run `function(stream handle)` on the pair's stream, then wait until all of it is done."""
+        streams = self._owner.streams
+        deadline = wait()
+
+        def launch() -> Any:
+            with streams.on(pair.stream):
+                function(streams.handle(pair.stream))
+            return streams.mark(pair.stream)
+
+        mark = self._owner.call(launch, deadline)
+        while not _done(pair, mark):
+            wait()
+            if time.monotonic() >= deadline:
+                raise NcclTrouble("An NCCL transfer did not end in time.")
+            time.sleep(POLL_S)
+
+    def _index(self, blocks: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(blocks, dtype=torch.int64, device=self._blocks.device)
+
+    def _of(self, staging: torch.Tensor, count: int) -> tuple[torch.Tensor, int, int]:
+        """(the first `count` blocks of a staging buffer, their address, their bytes)."""
+        part = staging[:count]
+        return part, int(part.data_ptr()), part.numel()
+
+    def close(self) -> None:
+        with self._lock:
+            places, self._places = list(self._places.values()), {}
+        for place in places:
+            self._give_up(place)
+
+
+def _done(pair: _Pair, mark: Any) -> bool:
+    """Raises NcclTrouble if the communicator or the device has failed."""
+    try:
+        if mark.query():
+            return True
+        pair.communicator.check_async_error()
+    except Exception as error:  # NcclError, KeyError for codes that CuPy does not know, CUDA's
+        raise NcclTrouble(f"NCCL failed: {error!r}.") from error
+    return False
+
+
+class NcclSource(_End):
+    """The source's half."""
+
+    def __init__(self, pool: DeviceMemory, owner: Owner) -> None:
+        super().__init__(pool, owner, SOURCE)
+
+    def objection(self, fetch: Fetch) -> str:
+        version = fetch.detail.partition("/")[0]
+        if version != str(self._owner.version):
+            return (
+                f"NCCL must be the same version at both ends: {self._owner.version} here, "
+                f"{version or 'none'} there."
+            )
+        return self._owner.problem
+
+    def describe(self, header: FetchHeader, block_ids: Sequence[int]) -> FetchHeader:
+        return header
+
+    def send(self, line: Line, fetch: Fetch, block_ids: Sequence[int], wait: Wait) -> None:
+        over = fetch.detail.partition("/")[2]
+        peer = (line.peer, 0)
+        with self._held(peer, wait) as place:
+            if place.pair is not None and place.pair.session.hex() == over:
+                self._give_up(place)
+            session = self._new_session(wait) if place.pair is None else place.pair.session
+            line.send(Ready(session=session, blocks_per_send=self._room), wait())
+            if place.pair is None:
+                place.pair = self._join(peer, session)
+            pair = place.pair
+            for start in range(0, len(block_ids), self._room):
+                self._send_chunk(pair, block_ids[start : start + self._room], wait)
+
+    def _new_session(self, wait: Wait) -> bytes:
+        session: bytes = self._owner.call(self._owner.nccl.get_unique_id, wait())
+        return session
+
+    def _send_chunk(self, pair: _Pair, block_ids: Sequence[int], wait: Wait) -> None:
+        part, address, nbytes = self._of(pair.staging, len(block_ids))
+        index, kind = self._index(block_ids), self._owner.nccl.NCCL_UINT8
+
+        def send(stream: int) -> None:
+            gather_blocks(self._blocks, index, out=part)
+            pair.communicator.send(address, nbytes, kind, SINK, stream)
+
+        self._launch(pair, send, wait)
+
+
+class NcclSink(_End):
+    """The sink's half."""
+
+    borrows = False
+
+    def __init__(self, pool: DeviceMemory, owner: Owner) -> None:
+        super().__init__(pool, owner, SINK)
+
+    def detail(self, source: str, epoch: int) -> str:
+        """What `Fetch.detail` says to this source."""
+        with self._lock:
+            for peer in [p for p in self._places if p[0] == source and p[1] != epoch]:
+                self._give_up(self._places.pop(peer))  # that incarnation is gone
+            place = self._places.get((source, epoch))
+        return f"{self._owner.version}/{place.over.hex() if place is not None else ''}"
+
+    def receive(
+        self, line: Line, header: FetchHeader, targets: Sequence[int], wait: Wait
+    ) -> Iterator[int]:
+        try:
+            yield from self._receive(line, (line.peer, header.epoch), targets, wait)
+        except (OSError, ProtocolError, PdserveError) as error:
+            wait()  # raises if the fetch is over anyway: that is the better reason
+            raise TransportUnfit(str(error)) from error
+
+    def _receive(
+        self, line: Line, peer: tuple[str, int], targets: Sequence[int], wait: Wait
+    ) -> Iterator[int]:
+        ready = line.receive(_TO_READER, wait())
+        if not isinstance(ready, Ready) or not 1 <= ready.blocks_per_send <= self._room:
+            raise ProtocolError("The source did not say how it is going to send.")
+        with self._held(peer, wait) as place:
+            if place.pair is not None and place.pair.session != ready.session:
+                self._give_up(place)
+            if place.pair is None and ready.session == place.over:
+                raise NcclTrouble("The source named a session that is over.")
+            if place.pair is None:
+                place.pair = self._join(peer, ready.session)
+            for start in range(0, len(targets), ready.blocks_per_send):
+                chunk = targets[start : start + ready.blocks_per_send]
+                self._receive_chunk(place.pair, chunk, wait)
+                yield start + len(chunk)
+
+    def _receive_chunk(self, pair: _Pair, targets: Sequence[int], wait: Wait) -> None:
+        part, address, nbytes = self._of(pair.staging, len(targets))
+        index, kind = self._index(targets), self._owner.nccl.NCCL_UINT8
+        self._launch(
+            pair,
+            lambda stream: pair.communicator.recv(address, nbytes, kind, SOURCE, stream),
+            wait,
+        )
+        self._launch(pair, lambda stream: scatter_blocks(part, self._blocks, index), wait)
+
+
+def open_nccl(pool: object, transport: str) -> Owner | None:
+    """NCCL for this pool if the setting `transport` allows it and the process has what it takes;
+    else None, and a line in the log says why. Raises TransportSettingError if NCCL is asked for by
+    name and cannot be had."""
+    if transport not in ("auto", "nccl"):
+        return None
+    try:
+        if not isinstance(pool, DeviceMemory):
+            raise TransportUnfit(
+                "NCCL moves blocks between GPUs; this worker's KV pool is on none."
+            )
+        return Owner(load_nccl(), CudaStreams(pool.blocks.device))
+    except TransportUnfit as error:
+        if transport == "nccl":
+            raise TransportSettingError(f"{error} Choose another --transport.") from None
+        if isinstance(pool, DeviceMemory):
+            log.info("%s Blocks travel without it.", error)
+        return None
+
+
+def source_halves(
+    owner: Owner | None, others: Mapping[str, Callable[[Pool], SourceHalf]]
+) -> dict[str, Callable[[Pool], SourceHalf]]:
+    """`others`, after NCCL if there is an owner."""
+    if owner is None:
+        return dict(others)
+    return {"nccl": lambda pool: NcclSource(_on_device(pool), owner), **others}
+
+
+def sink_halves(
+    owner: Owner | None, others: Mapping[str, Callable[[Pool], SinkHalf]]
+) -> dict[str, Callable[[Pool], SinkHalf]]:
+    """`others`, after NCCL if there is an owner."""
+    if owner is None:
+        return dict(others)
+    return {"nccl": lambda pool: NcclSink(_on_device(pool), owner), **others}
+
+
+def _on_device(pool: Pool) -> DeviceMemory:
+    assert isinstance(pool, DeviceMemory), "NCCL was opened for a pool on a device"
+    return pool
