@@ -194,7 +194,7 @@ class Launcher:
         )
         self._redis: Supervisor | None = None
         self._workers: list[Supervisor] = []
-        self._router: Supervisor | None = None
+        self._routers: list[Supervisor] = []
         self._tasks: list[asyncio.Task[None]] = []
 
     async def run(self) -> int:
@@ -246,7 +246,7 @@ class Launcher:
         try:
             await self._start_redis(membership)
             self._workers = [self._supervise(command) for command in self._plan.workers]
-            self._router = self._supervise(self._plan.router)
+            self._routers = [self._supervise(command) for command in self._plan.routers]
             await asyncio.sleep(0)  # the processes start now; what follows overlaps with theirs
             probe = _make_probe(self._url, self._settings.router.api_key)
             watching = asyncio.create_task(self._watch(membership, probe))
@@ -279,14 +279,13 @@ class Launcher:
         return supervisor
 
     def _all(self) -> list[Supervisor]:
-        found = [*self._workers, self._router, self._redis]
-        return [supervisor for supervisor in found if supervisor is not None]
+        redis = [] if self._redis is None else [self._redis]
+        return [*self._workers, *self._routers, *redis]
 
     # watching
 
     async def _watch(self, membership: Membership, probe: Probe) -> None:
         """Wait for readiness and say so; then see restarted processes become ready again."""
-        assert self._router is not None
         deadline = time.monotonic() + self._settings.start_timeout_s
         while not all(worker.ready for worker in self._workers):
             await self._look(membership)
@@ -294,11 +293,11 @@ class Launcher:
                 raise GaveUp(self._too_late(), EXIT_FAULT)
             await asyncio.sleep(LOOK_S)
         self._console.show("router", "waiting for it")
-        while not await probe.healthy():
+        while not all(router.ready for router in self._routers):
+            await self._look_at_routers(probe)
             if time.monotonic() > deadline:
                 raise GaveUp(self._too_late(), EXIT_FAULT)
             await asyncio.sleep(LOOK_S)
-        self._router.mark_ready()
         self._console.show("router", "asking for a first token")
         proof = await probe.two_tokens(PROBE_S)
         self._console.show("router", "ready")
@@ -307,8 +306,15 @@ class Launcher:
             await asyncio.sleep(WATCH_S)
             if not all(supervisor.ready for supervisor in self._all()):
                 await self._look(membership)
-            if not self._router.ready and await probe.healthy():
-                self._router.mark_ready()
+            if not all(router.ready for router in self._routers):
+                await self._look_at_routers(probe)
+
+    async def _look_at_routers(self, probe: Probe) -> None:
+        """Ask whoever answers at the port; with several routers that is now this one, now that."""
+        pid = await probe.healthy()
+        for router in self._routers:
+            if pid is not None and router.child is not None and pid in (0, router.child.pid):
+                router.mark_ready()
 
     async def _look(self, membership: Membership) -> None:
         """Read the records and tell who became ready."""
@@ -333,7 +339,9 @@ class Launcher:
             self._console.show(record.worker_id, str(record.state))
 
     def _too_late(self) -> str:
-        waiting = [worker.name for worker in self._workers if not worker.ready] or ["router"]
+        waiting = [worker.name for worker in self._workers if not worker.ready] or [
+            router.name for router in self._routers if not router.ready
+        ]
         return (
             f"The cluster was not ready within {self._settings.start_timeout_s:g} s; still waiting "
             f"for {', '.join(waiting)}. Give more time with --start-timeout-s."

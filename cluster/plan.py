@@ -37,7 +37,8 @@ class ClusterPlan:
 
     workers: tuple[Command, ...]
     """Named by their worker ids."""
-    router: Command
+    routers: tuple[Command, ...]
+    """All of them listen on one port."""
 
 
 def cluster_secret(settings: UpSettings) -> str:
@@ -64,7 +65,7 @@ def plan_cluster(
     logs: Path,
     environment: Mapping[str, str],
 ) -> ClusterPlan:
-    """The commands of all workers and the router. `shares`: one per worker, in `roles_of` order."""
+    """The commands of all workers and routers. `shares`: one per worker, in `roles_of` order."""
     base = {
         name: value
         for name, value in environment.items()
@@ -85,8 +86,12 @@ def plan_cluster(
         )
         counts[role] += 1
         workers.append(worker_command(worker, logs, base))
-    router = dataclasses.replace(settings.router, port=port, **common)
-    return ClusterPlan(workers=tuple(workers), router=router_command(router, logs, base))
+    several = settings.routers > 1
+    share = several or settings.router.share_port
+    router = dataclasses.replace(settings.router, port=port, share_port=share, **common)
+    names = [f"router-{index}" for index in range(settings.routers)] if several else ["router"]
+    routers = tuple(router_command(router, name, logs, base) for name in names)
+    return ClusterPlan(workers=tuple(workers), routers=routers)
 
 
 def worker_command(settings: WorkerSettings, logs: Path, base: Mapping[str, str]) -> Command:
@@ -100,11 +105,13 @@ def worker_command(settings: WorkerSettings, logs: Path, base: Mapping[str, str]
     )
 
 
-def router_command(settings: RouterSettings, logs: Path, base: Mapping[str, str]) -> Command:
+def router_command(
+    settings: RouterSettings, name: str, logs: Path, base: Mapping[str, str]
+) -> Command:
     argv, environment = arguments(settings)
     return Command(
-        name="router",
+        name=name,
         argv=[sys.executable, "-P", "-m", "pdserve.router", *argv],
         env={**base, **environment},
-        log=logs / "router.log",
+        log=logs / f"{name}.log",
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 
+from pdserve.cluster.records import ROUTER_HEADER
 from pdserve.protocol.errors import PdserveError
 
 ANSWER_TIMEOUT_S = 60.0
@@ -38,12 +39,17 @@ class Probe:
             base_url=url, headers=headers, timeout=ANSWER_TIMEOUT_S, trust_env=False
         )
 
-    async def healthy(self) -> bool:
-        """Whether the router says that it can serve requests."""
+    async def healthy(self) -> int | None:
+        """The process id of the router that says that it can serve requests (0 if it does not give
+        one); None if nobody does. Each question may reach another of several routers."""
         try:
-            return (await self._client.get("/health")).status_code == 200
+            answer = await self._client.get("/health", headers={"Connection": "close"})
         except httpx.TransportError:
-            return False
+            return None
+        if answer.status_code != 200:
+            return None
+        number = answer.headers.get(ROUTER_HEADER, "")
+        return int(number) if number.isdecimal() else 0
 
     async def two_tokens(self, within_s: float) -> Proof:
         """Two tokens: the first is drawn by a prefill worker, the second by a decode worker that

@@ -8,6 +8,9 @@ import msgspec
 
 from pdserve.protocol.messages import WorkerStatus
 
+ROUTER_HEADER = "x-pdserve-router"
+"""In a router's answers to /health: its process id, as several may listen on one port."""
+
 
 class Role(enum.StrEnum):
     PREFILL = "prefill"

@@ -162,6 +162,11 @@ class RouterSettings(CommonSettings):
 
     host: str = option("127.0.0.1", "Address on which clients are served; 0.0.0.0 means all")
     port: int = option(8000, "Port on which clients are served", parse=_PORT)
+    share_port: bool = option(
+        False,
+        "Let other routers listen on the same port (SO_REUSEPORT); the kernel deals out "
+        "connections",
+    )
     api_key: tuple[str, ...] = option(
         (),
         "Keys of which every client must present one",
@@ -246,6 +251,12 @@ class UpSettings:
         0,
         "Workers that prefill and decode in one process",
         parse=integer(0, 256),
+        unit="processes",
+    )
+    routers: int = option(
+        1,
+        "Routers; they share the port, and what one of them knows lies in Redis",
+        parse=integer(1, 64),
         unit="processes",
     )
     redis: str = option(

@@ -23,6 +23,7 @@ from starlette.types import Receive, Scope, Send
 
 from pdserve.cluster.membership import Membership
 from pdserve.cluster.placement import Placement
+from pdserve.cluster.records import ROUTER_HEADER
 from pdserve.cluster.settings import RouterSettings
 from pdserve.protocol.errors import PdserveError
 from pdserve.router import metrics as router_metrics
@@ -352,7 +353,7 @@ def _add_text_routes(app: FastAPI, router: Router) -> None:
 def _add_status_routes(app: FastAPI, router: Router) -> None:
     async def health() -> Response:
         if router.ready:
-            return Response(status_code=200)
+            return Response(status_code=200, headers={ROUTER_HEADER: str(os.getpid())})
         return error_response(Unavailable(router.dispatcher.nobody()))
 
     app.add_api_route(

@@ -54,7 +54,7 @@ def make_plan(
             command(name, "worker", name, str(role))
             for name, role in zip(names, roles, strict=True)
         ),
-        router=command("router", "router", settings.router.host, str(port)),
+        routers=(command("router", "router", settings.router.host, str(port)),),
     )
 
 

@@ -89,14 +89,23 @@ def test_a_plan_names_workers_by_role_and_pins_them() -> None:
     assert {"--worker-id=prefill-0", "--threads=1", "--cpus=0"} <= set(first.argv)
     assert list(last.argv)[3:5] == ["pdserve.decode_worker", "--accept-prompts"]
     assert first.env["OMP_NUM_THREADS"] == "1"
-    assert "--port=1234" in plan.router.argv
+    assert "--port=1234" in plan.routers[0].argv
     assert first.log == Path("/logs/prefill-0.log")
+
+
+def test_several_routers_share_the_port() -> None:
+    [alone] = planned(UpSettings()).routers
+    assert alone.name == "router" and "--share-port=True" not in alone.argv
+    both = planned(UpSettings(routers=2)).routers
+    assert [router.name for router in both] == ["router-0", "router-1"]
+    for router in both:
+        assert "--port=1234" in router.argv and "--share-port=True" in router.argv
 
 
 def test_secrets_travel_in_the_environment_alone() -> None:
     settings = UpSettings(router=RouterSettings(api_key=("key-1", "key-2")))
     plan = planned(settings, {"PATH": "/bin", "PDSERVE_PORT": "9", "PDSERVE_CONFIG": "c.yaml"})
-    for command in (*plan.workers, plan.router):
+    for command in (*plan.workers, *plan.routers):
         assert command.env["PDSERVE_SECRET"] == "the secret"
         assert command.env["PDSERVE_REDIS"] == "unix://:pw@/r.sock"
         assert command.env["PATH"] == "/bin"
@@ -104,7 +113,7 @@ def test_secrets_travel_in_the_environment_alone() -> None:
         for hidden in ("the secret", "pw@", "key-1"):
             assert hidden not in " ".join(command.argv)
             assert hidden not in repr(command)
-    assert plan.router.env["PDSERVE_API_KEY"] == "key-1,key-2"
+    assert plan.routers[0].env["PDSERVE_API_KEY"] == "key-1,key-2"
 
 
 def test_worker_ids_are_unique_in_a_redis_of_the_users() -> None:
