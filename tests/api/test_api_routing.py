@@ -1,0 +1,89 @@
+"""Where requests go under each routing policy: a real router, a real Redis, fake workers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+from fake_worker import FakeWorker
+from router_harness import RouterHarness
+
+from pdserve.cluster.placement import LoadReport, Placement
+from pdserve.cluster.records import Role
+from pdserve.protocol.blocks import route_hashes
+
+Start = Callable[..., RouterHarness]
+PROMPT = [5 + i % 900 for i in range(800)]
+
+
+def three(start: Start, **settings: Any) -> tuple[RouterHarness, list[FakeWorker]]:
+    harness = start(**settings)
+    workers = [harness.add(Role.COLOCATED) for _ in range(3)]
+    harness.until_connected()
+    return harness, workers
+
+
+def report(harness: RouterHarness, worker: FakeWorker, cached: int, load: LoadReport) -> None:
+    """Tell Redis, for a worker, that it holds the first `cached` tokens of PROMPT."""
+
+    async def tell() -> None:
+        placement = Placement(harness.settings.redis, harness.cluster)
+        hashes = route_hashes(PROMPT[:cached])
+        await placement.report(worker.worker_id, worker.epoch, 1, load, hashes, whole=True)
+        await placement.close()
+
+    harness.run(tell())
+
+
+def ask(harness: RouterHarness, prompt: list[int] = PROMPT, session: str = "") -> None:
+    headers = {"x-session-id": session} if session else {}
+    body = {"model": "demo", "prompt": prompt, "max_tokens": 2}
+    answer = httpx.post(f"{harness.url}/v1/completions", json=body, headers=headers, timeout=10)
+    assert answer.status_code == 200, answer.text
+
+
+def counts(workers: list[FakeWorker]) -> list[int]:
+    return [len(worker.submits) for worker in workers]
+
+
+def test_prompts_go_where_their_prefix_lies(start: Start) -> None:
+    harness, workers = three(start)
+    for worker, cached in zip(workers, (100, 700, 0), strict=True):
+        report(harness, worker, cached, LoadReport(0, 0, 10**6))
+    # Each is charged 160 missing tokens and itself; at the next best worker 704 are missing.
+    for _ in range(3):
+        ask(harness)
+    assert counts(workers) == [0, 3, 0]
+
+
+def test_unless_there_is_too_much_to_do(start: Start) -> None:
+    harness, workers = three(start)
+    for worker, cached, queued in zip(workers, (100, 700, 0), (0, 2000, 2000), strict=True):
+        report(harness, worker, cached, LoadReport(queued, 0, 10**6))
+    ask(harness)
+    assert counts(workers) == [1, 0, 0]
+
+
+def test_least_load_does_not_look_at_prefixes(start: Start) -> None:
+    harness, workers = three(start, routing_policy="least-load")
+    for worker, cached, queued in zip(workers, (700, 0, 0), (90, 90, 10), strict=True):
+        report(harness, worker, cached, LoadReport(queued, 0, 10**6))
+    ask(harness)
+    assert counts(workers) == [0, 0, 1]
+
+
+def test_round_robin(start: Start) -> None:
+    harness, workers = three(start, routing_policy="round-robin")
+    for _ in range(6):
+        ask(harness)
+    assert counts(workers) == [2, 2, 2]
+
+
+@pytest.mark.parametrize("session", ["alice", "bob", "carol"])
+def test_a_session_stays_at_its_worker(start: Start, session: str) -> None:
+    harness, workers = three(start, routing_policy="session")
+    for turn in range(5):
+        ask(harness, PROMPT[turn:], session)
+    assert sorted(counts(workers)) == [0, 0, 5]
