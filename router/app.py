@@ -14,8 +14,6 @@ from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.openapi.utils import get_openapi
-from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
@@ -27,6 +25,7 @@ from pdserve.cluster.records import ROUTER_HEADER
 from pdserve.cluster.settings import RouterSettings
 from pdserve.protocol.errors import PdserveError
 from pdserve.router import metrics as router_metrics
+from pdserve.router import openapi
 from pdserve.router.chooser import ANSWER_S, Chooser
 from pdserve.router.dispatch import Dispatcher
 from pdserve.router.errors import (
@@ -40,12 +39,14 @@ from pdserve.router.errors import (
 from pdserve.router.fields import refuse
 from pdserve.router.generation import ClientGone, Generation
 from pdserve.router.http import Gate, JsonResponse, error_response, http_error, read_json
+from pdserve.router.messages_api import add_messages_routes
 from pdserve.router.metrics import RouterMetrics
 from pdserve.router.openai import Json, encode_json
+from pdserve.router.openai_writer import OpenAIWriter
+from pdserve.router.openapi import body_of
 from pdserve.router.placement import Policy
 from pdserve.router.requests import GenerateRequest, RequestParser
 from pdserve.router.schemas import (
-    BODIES,
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -55,6 +56,7 @@ from pdserve.router.schemas import (
 )
 from pdserve.router.served import ServedModel, load_model, version
 from pdserve.router.workers import WorkerPool
+from pdserve.router.writer import WriterOf
 
 TEXT_THREADS = 1
 """Threads that tokenize and render long prompts."""
@@ -83,7 +85,7 @@ class GenerationResponse(Response):
         except ClientGone:
             return
         except PdserveError as error:
-            answer = error_response(from_exception(error))
+            answer = error_response(from_exception(error), scope)
         await answer(scope, receive, send)
 
 
@@ -159,7 +161,13 @@ class Router:
                 "be in flight (--max-queue). Try again soon."
             )
 
-    def respond(self, request: Request, parsed: GenerateRequest, received: float) -> Response:
+    def respond(
+        self,
+        request: Request,
+        parsed: GenerateRequest,
+        received: float,
+        write: WriterOf = OpenAIWriter,
+    ) -> Response:
         """The answer to a request. Raises ApiError if it cannot be taken on."""
         self.admit(len(parsed.answers))
         timings = request.headers.get(TIMINGS_HEADER) == "1"
@@ -169,7 +177,9 @@ class Router:
             parsed = replace(parsed, answers=answers)
 
         def launch() -> Generation:
-            return Generation(parsed, self.model, self.dispatcher, self.metrics, received, timings)
+            return Generation(
+                parsed, self.model, self.dispatcher, self.metrics, received, timings, write
+            )
 
         return GenerationResponse(launch, parsed.stream)
 
@@ -229,17 +239,18 @@ def create_app(settings: RouterSettings) -> FastAPI:
     app.add_middleware(Gate, keys=settings.api_key, count=router.metrics.http)
     _add_error_handlers(app)
     _add_generation_routes(app, router)
+    add_messages_routes(app, router)
     _add_model_routes(app, router)
     _add_text_routes(app, router)
     _add_status_routes(app, router)
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    app.openapi = lambda: openapi.document(app)  # type: ignore[method-assign]
     return app
 
 
 def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
-    async def _api_error(_: Request, error: ApiError) -> Response:
-        return error_response(error)
+    async def _api_error(request: Request, error: ApiError) -> Response:
+        return error_response(error, request.scope)
 
     @app.exception_handler(HTTPException)
     async def _http_error(request: Request, error: HTTPException) -> Response:
@@ -249,20 +260,13 @@ def _add_error_handlers(app: FastAPI) -> None:
         elif error.status_code == 405:
             known.message = f"{request.url.path:.200} does not answer to {request.method}."
         known.headers.update(error.headers or {})
-        return error_response(known)
-
-
-def _body_of(*kinds: type[Any]) -> Json:
-    """The OpenAPI entry of a route that reads its body itself."""
-    references = [{"$ref": f"#/components/schemas/{kind.__name__}"} for kind in kinds]
-    schema = references[0] if len(references) == 1 else {"anyOf": references}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+        return error_response(known, request.scope)
 
 
 def _add_generation_routes(app: FastAPI, router: Router) -> None:
     @app.post(
         "/v1/chat/completions",
-        openapi_extra=_body_of(ChatCompletionRequest),
+        openapi_extra=body_of(ChatCompletionRequest),
         response_class=JsonResponse,
         summary="Answer a conversation",
     )
@@ -275,7 +279,7 @@ def _add_generation_routes(app: FastAPI, router: Router) -> None:
 
     @app.post(
         "/v1/completions",
-        openapi_extra=_body_of(CompletionRequest),
+        openapi_extra=body_of(CompletionRequest),
         response_class=JsonResponse,
         summary="Continue a text",
     )
@@ -307,7 +311,7 @@ def _add_model_routes(app: FastAPI, router: Router) -> None:
 def _add_text_routes(app: FastAPI, router: Router) -> None:
     @app.post(
         "/tokenize",
-        openapi_extra=_body_of(TokenizeTextRequest, TokenizeChatRequest),
+        openapi_extra=body_of(TokenizeTextRequest, TokenizeChatRequest),
         response_class=JsonResponse,
         summary="Text or a conversation to token ids",
     )
@@ -339,7 +343,7 @@ def _add_text_routes(app: FastAPI, router: Router) -> None:
 
     @app.post(
         "/detokenize",
-        openapi_extra=_body_of(DetokenizeRequest),
+        openapi_extra=body_of(DetokenizeRequest),
         response_class=JsonResponse,
         summary="Token ids to text",
     )
@@ -354,7 +358,7 @@ def _add_status_routes(app: FastAPI, router: Router) -> None:
     async def health() -> Response:
         if router.ready:
             return Response(status_code=200, headers={ROUTER_HEADER: str(os.getpid())})
-        return error_response(Unavailable(router.dispatcher.nobody()))
+        raise Unavailable(router.dispatcher.nobody())
 
     app.add_api_route(
         "/health", health, methods=["GET"], summary="200 while requests can be served, else 503"
@@ -379,17 +383,3 @@ def _add_status_routes(app: FastAPI, router: Router) -> None:
         return Response(
             router.metrics.text(), headers={"content-type": router_metrics.CONTENT_TYPE}
         )
-
-
-def _openapi(app: FastAPI) -> Json:
-    """FastAPI's document with the bodies that routes read themselves."""
-    if app.openapi_schema is None:
-        document = get_openapi(title=app.title, version=app.version, routes=app.routes)
-        _, definitions = models_json_schema(
-            [(body, "validation") for body in BODIES],
-            ref_template="#/components/schemas/{model}",
-        )
-        schemas = document.setdefault("components", {}).setdefault("schemas", {})
-        schemas.update(definitions.get("$defs", {}))
-        app.openapi_schema = document
-    return app.openapi_schema

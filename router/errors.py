@@ -25,6 +25,19 @@ from pdserve.protocol.errors import ErrorCode, PdserveError, RequestError
 RETRY_AFTER_S = 1
 """Seconds that a client is asked to wait when nothing better is known."""
 
+ANTHROPIC_OVERLOADED = 529
+"""Anthropic's status for what is 503 elsewhere."""
+BAD_KIND = "invalid_request_error"
+ANTHROPIC_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+
 MAX_LISTED = 10
 """Problems of a body that are told at once."""
 MAX_INPUT_CHARS = 200
@@ -62,6 +75,14 @@ class ApiError(PdserveError):
                 "code": self.status,
             }
         }
+
+    def anthropic(self) -> tuple[int, dict[str, Any]]:
+        """The status and the error object of Anthropic's API, whose messages name the field."""
+        status = ANTHROPIC_OVERLOADED if self.status == 503 else self.status
+        named = not self.param or self.param in self.message
+        message = self.message if named else f"{self.param}: {self.message}"
+        kind = ANTHROPIC_KINDS.get(status, "api_error" if status >= 500 else BAD_KIND)
+        return status, {"type": "error", "error": {"type": kind, "message": message}}
 
     def json(self) -> bytes:
         return msgspec.json.encode(self.body())

@@ -1,6 +1,7 @@
 """From a parsed request to the client: launch its answers, turn outputs into text, send it.
 
     RequestParser ─► Generation.launch ─► first outputs ─► whole body, or SSE frames ─► timings
+                                   │                       (a `Writer` knows their shapes)
                                    └── an error before them is an ordinary JSON error
 
 Two tasks per request: this one, and a watcher that aborts everything when the client leaves.
@@ -12,30 +13,21 @@ import asyncio
 import logging
 import time
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 from starlette.types import Message, Receive, Send
 
-from pdserve.protocol.messages import Output
+from pdserve.protocol.messages import FinishReason, Output
 from pdserve.router.dispatch import Dispatcher, Flight
 from pdserve.router.errors import ApiError, from_code, from_exception
 from pdserve.router.metrics import RouterMetrics
-from pdserve.router.openai import (
-    ChunkForms,
-    Json,
-    LogprobWriter,
-    chat_choice,
-    completion_choice,
-    completion_logprobs,
-    usage,
-)
-from pdserve.router.output import AnswerText, Delta
+from pdserve.router.output import AnswerText
 from pdserve.router.requests import GenerateRequest
 from pdserve.router.served import ServedModel
+from pdserve.router.writer import PING_S, Json, Progress, WriterOf
 
 log = logging.getLogger(__name__)
 
-DONE = b"data: [DONE]\n\n"
 SSE_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -73,10 +65,10 @@ class Generation:
         metrics: RouterMetrics,
         received: float,
         timings: bool,
+        write: WriterOf,
     ) -> None:
-        """`timings`: the client asked for the `pdserve` member."""
+        """`timings`: the client asked for the `pdserve` member. `write` makes the writer."""
         self.request = request
-        self._model = model
         self._metrics = metrics
         self._timings = timings
         self._clock = Clock(received, tokenized=time.monotonic())
@@ -85,16 +77,20 @@ class Generation:
             AnswerText(tokens, spec.prompt_token_ids, spec.sampling, request.text)
             for spec in request.answers
         ]
-        self._writer = LogprobWriter(tokens, request.tokens_as_ids)
-        prefix = "chatcmpl" if request.chat else "cmpl"
-        self._id = f"{prefix}-{request.request_id}"
-        self._created = int(time.time())
-        self._flight: Flight = dispatcher.launch(self._id, request.answers)
+        self._progress = Progress(
+            request=request,
+            model=model,
+            answers=self._answers,
+            open=len(self._answers),
+            created=int(time.time()),
+            extras=self._extras,
+        )
+        self._writer = write(self._progress)
+        self._flight: Flight = dispatcher.launch(request.response_id, request.answers)
         self._clock.submitted = time.monotonic()
-        self._open = len(self._answers)
-        speaks_of_prompt = request.echo is not None or request.return_token_ids
-        self._unopened = set(range(self._open) if speaks_of_prompt and not request.chat else ())
-        """Completions: answers whose first chunk, about their prompt, has not been sent."""
+        self._heard_at = self._clock.submitted
+        """When something was last heard of the answers, or said to break the silence."""
+        self._ping: asyncio.TimerHandle | None = None
         self._failed = False
         self._watcher: asyncio.Task[None] | None = None
 
@@ -102,8 +98,9 @@ class Generation:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._watcher is not None:
-            self._watcher.cancel()
+        for scheduled in (self._watcher, self._ping):
+            if scheduled is not None:
+                scheduled.cancel()
         self._flight.__exit__()
         if kind is None and not self._failed:
             self._record()
@@ -119,6 +116,16 @@ class Generation:
             pass
         self._flight.client_left()
 
+    def abort(self) -> None:
+        """End all answers as they are; the client gets what there is, finished by "abort"."""
+        for answer in self._flight.answers:
+            if not answer.done:
+                answer.end()
+        for index, text in enumerate(self._answers):
+            if not text.finished:
+                ended = Output(request_id="", finish_reason=FinishReason.ABORT)
+                self._flight.mailbox.put(index, ended)
+
     # outputs
 
     async def _next(self) -> dict[int, None]:
@@ -130,6 +137,8 @@ class Generation:
         if self._flight.gone:
             raise ClientGone
         now = time.monotonic()
+        if items:
+            self._heard_at = now
         grown: dict[int, None] = {}
         for index, output in items:
             answer = self._answers[index]
@@ -146,7 +155,7 @@ class Generation:
             self._count_token(answer.count == 0, now)
         answer.feed(output)
         if answer.finished:
-            self._open -= 1
+            self._progress.open -= 1
             if output.finish_reason is None:
                 self._flight.answers[index].end()  # a stop string: the workers do not know
 
@@ -155,182 +164,63 @@ class Generation:
         if not clock.first_token:
             clock.first_token = now
             self._metrics.first_token(now - clock.received)
-        elif not first and self._open == 1:
+        elif not first and self._progress.open == 1:
             self._metrics.next_token(now - clock.last_token)
         clock.last_token = now
 
-    # whole answers
-
     async def body(self) -> Json:
         """The JSON of the whole answer. Raises ApiError, ClientGone."""
-        while self._open:
+        while self._progress.open:
             await self._next()
-        deltas = [answer.take() or Delta() for answer in self._answers]
-        request = self.request
-        first = request.prompts[0]
-        choices = []
-        for index, (answer, delta) in enumerate(zip(self._answers, deltas, strict=True)):
-            if request.chat:
-                text = (request.echo or "") + delta.text
-                choices.append(chat_choice(index, text, delta, request, self._writer))
-            else:
-                choices.append(
-                    completion_choice(
-                        index,
-                        self._scored(delta),
-                        request,
-                        self._writer,
-                        answer,
-                        self._echo(index),
-                    )
-                )
-        body: Json = {
-            "id": self._id,
-            "object": "chat.completion" if request.chat else "text_completion",
-            "created": self._created,
-            "model": self._model.name,
-            "choices": choices,
-            "service_tier": None,
-            "system_fingerprint": self._model.fingerprint,
-            "usage": self._usage(),
-            "kv_transfer_params": None,
-            "ec_transfer_params": None,
-            "metrics": None,
-        }
-        if request.chat:
-            body["prompt_logprobs"] = self._prompt_logprobs()
-            body["prompt_token_ids"] = first.token_ids if request.return_token_ids else None
-            body["prompt_text"] = first.text if request.return_prompt_text else None
-        return body | self._extras()
-
-    def _scored(self, delta: Delta) -> Delta:
-        """With max_tokens 0 the token that had to be drawn is not the client's."""
-        return Delta(finish_reason="length") if self.request.score_only else delta
-
-    def _echo(self, index: int) -> str | None:
-        """Completions: the prompt's text, if it is to be echoed."""
-        if self.request.echo is None:
-            return None
-        prompt = self.request.prompts[index // self.request.n]
-        if prompt.text is not None:
-            return prompt.text
-        return self._model.tokenizer.tokens.text(prompt.token_ids, False)
-
-    def _prompt_logprobs(self) -> list[Any] | None:
-        found = self._answers[0].prompt_logprobs
-        if self.request.prompt_logprobs is None or found is None:
-            return None
-        ids = self.request.prompts[0].token_ids
-        return self._writer.prompt(ids, found, self.request.prompt_logprobs)
-
-    def _usage(self) -> Json:
-        """Counts so far: each prompt once, the tokens of all answers."""
-        completion = 0 if self.request.score_only else sum(a.count for a in self._answers)
-        cached = sum(
-            min(len(prompt.token_ids), self._answers[place * self.request.n].cached_tokens or 0)
-            for place, prompt in enumerate(self.request.prompts)
-        )
-        prompts = sum(len(prompt.token_ids) for prompt in self.request.prompts)
-        return usage(prompts, completion, cached)
-
-    # streams
+        return self._writer.body()
 
     async def stream(self, send: Send) -> None:
         """Send the answer as server-sent events.
 
         Raises ApiError only while nothing has been sent; ClientGone.
         """
-        forms = ChunkForms(self.request, self._id, self._created, self._model.name, self._writer)
+        writer, progress = self._writer, self._progress
         started = False
         try:
-            while self._open:
+            while progress.open:
                 grown = await self._next()
-                frames = [] if started else self._roles(forms)
+                frames = [] if started else writer.opening()
                 for index in grown:
-                    frames += self._frames(forms, index)
-                if not self._open:
-                    frames += [self._closing(forms), DONE]
+                    frames += writer.frames(index)
+                if not progress.open:
+                    frames += writer.closing()
                 if not started:
                     started = True
                     await send(
                         {"type": "http.response.start", "status": 200, "headers": SSE_HEADERS}
                     )
+                    self._expect_silence()
+                if not grown and writer.keep_alive:
+                    frames.append(writer.keep_alive)
                 if frames:
-                    await send(_piece(b"".join(frames), more=bool(self._open)))
+                    await send(_piece(b"".join(frames), more=bool(progress.open)))
         except ClientGone:
             raise
         except Exception as error:
             if not started:
                 raise
             if not isinstance(error, ApiError):
-                log.exception("The stream %s failed", self._id)
+                log.exception("The stream %s failed", self.request.response_id)
             self._failed = True
-            frame = b"data: " + from_exception(error).json() + b"\n\n"
-            await send(_piece(frame + DONE, more=False))
+            await send(_piece(writer.error(from_exception(error)), more=False))
 
-    def _roles(self, forms: ChunkForms) -> list[bytes]:
-        """Chat: the first chunks, one per answer; then the echoed text."""
-        request, first = self.request, self.request.prompts[0]
-        if not request.chat:
-            return []
-        ids = first.token_ids if request.return_token_ids else None
-        text = first.text if request.return_prompt_text else None
-        frames = [forms.role(index, ids, text) for index in range(request.n)]
-        if request.echo:
-            frames += [forms.text(index, request.echo) for index in range(request.n)]
-        return frames
+    def _expect_silence(self) -> None:
+        """From now on, wake up to break each silence of PING_S."""
+        if self._writer.keep_alive:
+            loop = asyncio.get_running_loop()
+            self._ping = loop.call_at(self._heard_at + PING_S, self._break_silence)
 
-    def _prompt_chunk(self, forms: ChunkForms, index: int) -> bytes:
-        """Completions: a first chunk with what is said about the prompt."""
-        request, answer, echo = self.request, self._answers[index], self._echo(index)
-        logprobs = None
-        if echo is not None and request.logprobs is not None:
-            logprobs = completion_logprobs(Delta(), request, self._writer, answer, index, echo)
-        choice: Json = {
-            "index": index,
-            "text": echo or "",
-            "logprobs": logprobs,
-            "finish_reason": None,
-            "stop_reason": None,
-        }
-        if request.return_token_ids:
-            choice["prompt_token_ids"] = request.prompts[index // request.n].token_ids
-            choice["token_ids"] = []
-        return forms.chunk([choice])
-
-    def _frames(self, forms: ChunkForms, index: int) -> list[bytes]:
-        """What is new in one answer, if it is time to send it."""
-        answer, request = self._answers[index], self.request
-        frames = []
-        if index in self._unopened:
-            self._unopened.discard(index)
-            frames.append(self._prompt_chunk(forms, index))
-        early = answer.count > answer.pending() and not answer.finished
-        if early and answer.pending() < request.stream_interval:
-            return frames
-        delta = answer.take()
-        if delta is None or (request.score_only and delta.finish_reason is None):
-            return frames
-        if delta.finish_reason is None and forms.plain:
-            return [*frames, forms.text(index, delta.text)]
-        if request.score_only:
-            delta = self._scored(delta)
-        offset = len(self._echo(index) or "") if request.logprobs is not None else 0
-        usage_now = self._usage() if request.continuous_usage else None
-        members = None
-        if delta.finish_reason is not None and not request.include_usage:
-            members = {"system_fingerprint": self._model.fingerprint}
-            if not self._open:
-                members |= self._extras()
-        return [*frames, forms.delta(index, delta, offset, usage_now, members)]
-
-    def _closing(self, forms: ChunkForms) -> bytes:
-        """The usage chunk, if asked for."""
-        if not self.request.include_usage:
-            return b""
-        return forms.chunk(
-            [], usage=self._usage(), system_fingerprint=self._model.fingerprint, **self._extras()
-        )
+    def _break_silence(self) -> None:
+        loop = asyncio.get_running_loop()
+        if loop.time() - self._heard_at >= PING_S:
+            self._heard_at = loop.time()
+            self._flight.mailbox.wake()
+        self._expect_silence()
 
     # measurements
 

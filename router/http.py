@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 from starlette._utils import get_route_path
 from starlette.requests import Request
 from starlette.responses import Response
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 
 GUARDED = ("/v1", "/v2", "/inference", "/cohere")
 """Paths below these need the key."""
+ANTHROPIC = ("/v1/messages", "/v1/models")
+"""Below these the key may come in x-api-key, too, as Anthropic's clients send it."""
 GONE = 499
 """Counted for clients that left before their answer began."""
 BODY_TIMEOUT_S = 60.0
@@ -39,8 +42,22 @@ class JsonResponse(Response):
     media_type = "application/json"
 
 
-def error_response(error: ApiError) -> Response:
+def error_response(error: ApiError, scope: Scope) -> Response:
+    """An error in the shape of the API that was called."""
+    if speaks_anthropic(scope):
+        status, body = error.anthropic()
+        return JsonResponse(msgspec.json.encode(body), status_code=status, headers=error.headers)
     return JsonResponse(error.json(), status_code=error.status, headers=error.headers)
+
+
+def speaks_anthropic(scope: Scope) -> bool:
+    return below(scope, "/v1/messages")
+
+
+def below(scope: Scope, *paths: str) -> bool:
+    """The request is for one of the paths or for something below it."""
+    path = get_route_path(scope)
+    return any(path == one or path.startswith(one + "/") for one in paths)
 
 
 def http_error(status: int, message: str = "") -> ApiError:
@@ -113,13 +130,17 @@ class Gate:
         known = given if REQUEST_ID.fullmatch(given) else ""
         scope["pdserve.request_id"] = known
         shown = (known or secrets.token_hex(16)).encode()
+        names = (b"x-request-id", b"request-id") if speaks_anthropic(scope) else (b"x-request-id",)
         status = 0
 
         async def send_on(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", shown)]
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    *((name, shown) for name in names),
+                ]
             await send(message)
 
         try:
@@ -129,7 +150,7 @@ class Gate:
                 raise  # too late to say anything: the server closes the connection
             if not isinstance(error, ApiError):
                 log.exception("%s %s failed", scope["method"], scope["path"])
-            await error_response(from_exception(error))(scope, receive, send_on)
+            await error_response(from_exception(error), scope)(scope, receive, send_on)
         finally:
             route = scope.get("route")
             handler = getattr(route, "path", None) or "none"
@@ -137,7 +158,11 @@ class Gate:
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._digests and scope["method"] != "OPTIONS" and not self._may_pass(scope):
-            refusal = JsonResponse(b'{"error":"Unauthorized"}', status_code=401)
+            refusal: Response = JsonResponse(b'{"error":"Unauthorized"}', status_code=401)
+            if speaks_anthropic(scope):
+                refusal = error_response(
+                    ApiError("The API key is missing or wrong.", status=401), scope
+                )
             await refusal(scope, receive, send)
             return
         await self._app(scope, receive, send)
@@ -146,9 +171,15 @@ class Gate:
         if not get_route_path(scope).startswith(GUARDED):
             return True
         scheme, _, token = _header(scope, b"authorization").partition(" ")
-        digest = hashlib.sha256(token.strip().encode("latin-1")).digest()
+        opens = scheme.lower() == "bearer" and self._is_key(token.strip())
+        if not opens and below(scope, *ANTHROPIC):
+            opens = self._is_key(_header(scope, b"x-api-key").strip())
+        return opens
+
+    def _is_key(self, token: str) -> bool:
+        digest = hashlib.sha256(token.encode("latin-1")).digest()
         matches = [hmac.compare_digest(digest, own) for own in self._digests]
-        return scheme.lower() == "bearer" and any(matches)
+        return any(matches)
 
 
 def _header(scope: Scope, name: bytes) -> str:

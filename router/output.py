@@ -104,9 +104,10 @@ class AnswerText:
         self._delta.finish_reason = reason
         self._delta.stop_reason = stop_reason
 
-    def pending(self) -> int:
-        """Tokens in the delta so far."""
-        return len(self._delta.token_ids)
+    def waits(self, interval: int) -> bool:
+        """Too few tokens are in the delta to send it, and it is neither the first nor the last."""
+        pending = len(self._delta.token_ids)
+        return pending < interval and self.count > pending and not self.finished
 
     def take(self) -> Delta | None:
         """The delta, if it has text or ends the answer: tokens wait for the text they are part

@@ -42,6 +42,8 @@ from pdserve.router.tokenizer import INLINE_CHARS
 
 COMPLETION_TOKENS = 16
 """`max_tokens` of /v1/completions without one."""
+CHAT, COMPLETION = "chatcmpl", "cmpl"
+"""Prefixes of the ids of answers."""
 MAX_SALT = 128
 MAX_ID = 256
 
@@ -67,7 +69,8 @@ class GenerateRequest:
     """A request that can be served. Answers are numbered prompt × n + k."""
 
     chat: bool
-    request_id: str
+    response_id: str
+    """`id` of the answer: what the client named it, behind the endpoint's prefix."""
     prompts: tuple[Prompt, ...]
     n: int
     answers: tuple[AnswerSpec, ...]
@@ -128,7 +131,7 @@ class RequestParser:
             prompts,
             max(asked, 1),
             logprobs,
-            chat=False,
+            prefix=COMPLETION,
             echo="" if echo else None,
             score_only=score_only,
         )
@@ -158,11 +161,16 @@ class RequestParser:
             (prompt,),
             tokens,
             logprobs,
-            chat=True,
+            prefix=CHAT,
             echo=echo or None,
-            score_only=False,
             return_prompt_text=bool(body.return_prompt_text),
         )
+
+    async def chat_prompt(self, body: ChatCompletionRequest) -> Prompt:
+        """The prompt of a conversation that is not to be answered. Raises ApiError."""
+        self.model.check_name(body.model)
+        refuse(body)
+        return await self.render(body, _with_reasoning(body))
 
     def _assemble(
         self,
@@ -172,12 +180,12 @@ class RequestParser:
         asked: int,
         logprobs: int | None,
         *,
-        chat: bool,
-        echo: str | None,
-        score_only: bool,
+        prefix: str,
+        echo: str | None = None,
+        score_only: bool = False,
         return_prompt_text: bool = False,
     ) -> GenerateRequest:
-        n = answer_count(body)
+        n, chat = answer_count(body), prefix == CHAT
         prompt_logprobs = self._prompt_logprobs(body)
         wanted = prompt_logprobs
         if echo is not None and not chat and logprobs is not None:
@@ -201,7 +209,7 @@ class RequestParser:
         include_usage, continuous = _stream_options(body)
         return GenerateRequest(
             chat=chat,
-            request_id=_request_id(header_id, body.request_id),
+            response_id=f"{prefix}-{_request_id(header_id, body.request_id)}",
             prompts=prompts,
             n=n,
             answers=tuple(_specs(prompts, params, n, _salt(body.cache_salt))),

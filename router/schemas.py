@@ -155,6 +155,52 @@ class ChatCompletionRequest(ChatFields, SamplingFields):
     function_call: Any = None
 
 
+class MessagesFields(_Body):
+    """A conversation as Anthropic's clients write it."""
+
+    model: Annotated[str, Field(min_length=1)]
+    messages: list[Object]
+    system: str | list[Object] | None = None
+    tools: list[Object] | None = None
+    tool_choice: Object | None = None
+    thinking: Object | None = None
+    output_config: Object | None = None
+    chat_template_kwargs: Object | None = None
+
+    # advisory
+    cache_control: Any = None
+
+    # refused
+    mcp_servers: Any = None
+    container: Any = None
+
+
+class CountTokensRequest(MessagesFields):
+    """Without anything about the answer."""
+
+
+class MessagesRequest(MessagesFields):
+    max_tokens: Annotated[Int64, Field(ge=1)]
+    stop_sequences: (
+        Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOPS)] | None
+    ) = None
+    stream: bool | None = None
+    temperature: Finite | None = None
+    top_p: Finite | None = None
+    top_k: Int64 | None = None
+    cache_salt: str | None = None
+
+    # advisory
+    metadata: Any = None
+    service_tier: Any = None
+    watermarking: bool | None = None
+
+    # refused
+    kv_transfer_params: Any = None
+    ec_transfer_params: Any = None
+    vllm_xargs: Any = None
+
+
 class TokenizeTextRequest(_Body):
     model: str | None = None
     prompt: str
@@ -174,6 +220,8 @@ class DetokenizeRequest(_Body):
 BODIES: tuple[type[_Body], ...] = (
     CompletionRequest,
     ChatCompletionRequest,
+    MessagesRequest,
+    CountTokensRequest,
     TokenizeTextRequest,
     TokenizeChatRequest,
     DetokenizeRequest,

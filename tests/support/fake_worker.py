@@ -77,6 +77,8 @@ class FakeWorker:
     """The next submissions get these errors."""
     die_at: int | None = None
     """Die like a killed process once a request has got so many tokens here (0: on submission)."""
+    pause_at: int | None = None
+    """Clear `go` once a request has got so many tokens here."""
     on_death: Callable[[], None] = lambda: None
     """Called when it dies, on its event loop."""
     draining: bool = False
@@ -248,6 +250,8 @@ class FakeWorker:
             for channel, outputs in by_channel.items():
                 self._send(channel, outputs)
             self._tell()
+            if self.pause_at and any(r.sent == self.pause_at for r in self._running.values()):
+                self.go.clear()
             if self.die_at and any(r.sent >= self.die_at for r in self._running.values()):
                 await asyncio.sleep(0)  # let the frame leave
                 await self.die()

@@ -20,6 +20,14 @@ SOMETHING: dict[str, Any] = {
 }
 """Values that ask for something, where `{"x": 1}` would not do."""
 
+REQUIRED: dict[str, Any] = {
+    "messages": [],
+    "prompt": "x",
+    "model": "demo",
+    "max_tokens": 9,
+}
+"""Enough for every body."""
+
 
 @pytest.mark.parametrize("name", sorted(DECLARED))
 def test_every_field_is_in_exactly_one_group(name: str) -> None:
@@ -33,7 +41,7 @@ def test_the_groups_name_only_fields_that_exist() -> None:
 @pytest.mark.parametrize("name", sorted(fields.REFUSED))
 def test_a_refused_field_is_named(name: str) -> None:
     body = next(body for body in BODIES if name in body.model_fields)
-    content = {"messages": [], "prompt": "x", name: SOMETHING.get(name, {"x": 1})}
+    content = {**REQUIRED, name: SOMETHING.get(name, {"x": 1})}
     with pytest.raises(BadRequest) as caught:
         fields.refuse(parse(body, content))
     assert caught.value.param == name and name in caught.value.message
@@ -43,7 +51,7 @@ def test_a_refused_field_is_named(name: str) -> None:
 def test_harmless_values_pass(name: str) -> None:
     body = next(body for body in BODIES if name in body.model_fields)
     for value in fields.REFUSED[name].harmless:
-        fields.refuse(parse(body, {"messages": [], "prompt": "x", name: value}))
+        fields.refuse(parse(body, {**REQUIRED, name: value}))
 
 
 def test_text_is_a_format() -> None:

@@ -1,0 +1,46 @@
+"""The routes of Anthropic's Messages API."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI, Request
+from starlette.responses import Response
+
+from pdserve.router.http import JsonResponse
+from pdserve.router.messages import as_chat
+from pdserve.router.messages_writer import MessagesWriter
+from pdserve.router.openai import encode_json
+from pdserve.router.openapi import body_of
+from pdserve.router.schemas import CountTokensRequest, MessagesRequest, parse
+
+if TYPE_CHECKING:
+    from pdserve.router.app import Router
+
+
+def add_messages_routes(app: FastAPI, router: Router) -> None:
+    @app.post(
+        "/v1/messages",
+        openapi_extra=body_of(MessagesRequest),
+        response_class=JsonResponse,
+        summary="Answer a conversation (Anthropic)",
+    )
+    async def messages(request: Request) -> Response:
+        received = time.monotonic()
+        router.admit(1)
+        body = as_chat(parse(MessagesRequest, await router.read(request)))
+        parsed = await router.parser.chat(body, request.scope["pdserve.request_id"])
+        return router.respond(request, parsed, received, MessagesWriter)
+
+    @app.post(
+        "/v1/messages/count_tokens",
+        openapi_extra=body_of(CountTokensRequest),
+        response_class=JsonResponse,
+        summary="Length of a conversation in tokens (Anthropic)",
+    )
+    async def count_tokens(request: Request) -> Response:
+        body = as_chat(parse(CountTokensRequest, await router.read(request)))
+        count = len((await router.parser.chat_prompt(body)).token_ids)
+        members = {"context_management": {"original_input_tokens": count}}
+        return JsonResponse(encode_json({"input_tokens": count, **members}))

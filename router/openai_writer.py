@@ -1,0 +1,182 @@
+"""Answers of completions and chat, from a generation's progress to OpenAI's shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pdserve.router.errors import ApiError
+from pdserve.router.openai import (
+    ChunkForms,
+    Json,
+    LogprobWriter,
+    chat_choice,
+    completion_choice,
+    completion_logprobs,
+    usage,
+)
+from pdserve.router.output import Delta
+from pdserve.router.writer import Progress
+
+DONE = b"data: [DONE]\n\n"
+
+
+class OpenAIWriter:
+    """Both endpoints; `request.chat` says which."""
+
+    keep_alive = b""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._request = request = progress.request
+        self._answers = progress.answers
+        self._model = model = progress.model
+        self._logprobs = LogprobWriter(model.tokenizer.tokens, request.tokens_as_ids)
+        if request.stream:
+            self._forms = ChunkForms(
+                request, request.response_id, progress.created, model.name, self._logprobs
+            )
+        speaks_of_prompt = request.echo is not None or request.return_token_ids
+        self._unopened = set(
+            range(len(self._answers)) if speaks_of_prompt and not request.chat else ()
+        )
+        """Completions: answers whose first chunk, about their prompt, has not been sent."""
+
+    # whole answers
+
+    def body(self) -> Json:
+        request, deltas = self._request, [answer.take() or Delta() for answer in self._answers]
+        make = self._chat_choice if request.chat else self._completion_choice
+        body: Json = {
+            "id": request.response_id,
+            "object": "chat.completion" if request.chat else "text_completion",
+            "created": self._progress.created,
+            "model": self._model.name,
+            "choices": [make(index, delta) for index, delta in enumerate(deltas)],
+            "service_tier": None,
+            "system_fingerprint": self._model.fingerprint,
+            "usage": self._usage(),
+            "kv_transfer_params": None,
+            "ec_transfer_params": None,
+            "metrics": None,
+        }
+        if request.chat:
+            first = request.prompts[0]
+            body["prompt_logprobs"] = self._prompt_logprobs()
+            body["prompt_token_ids"] = first.token_ids if request.return_token_ids else None
+            body["prompt_text"] = first.text if request.return_prompt_text else None
+        return body | self._progress.extras()
+
+    def _chat_choice(self, index: int, delta: Delta) -> Json:
+        text = (self._request.echo or "") + delta.text
+        return chat_choice(index, text, delta, self._request, self._logprobs)
+
+    def _completion_choice(self, index: int, delta: Delta) -> Json:
+        answer, echo = self._answers[index], self._echo(index)
+        delta = self._scored(delta)
+        return completion_choice(index, delta, self._request, self._logprobs, answer, echo)
+
+    def _scored(self, delta: Delta) -> Delta:
+        """With max_tokens 0 the token that had to be drawn is not the client's."""
+        return Delta(finish_reason="length") if self._request.score_only else delta
+
+    def _echo(self, index: int) -> str | None:
+        """Completions: the prompt's text, if it is to be echoed."""
+        if self._request.echo is None:
+            return None
+        prompt = self._request.prompts[index // self._request.n]
+        if prompt.text is not None:
+            return prompt.text
+        return self._model.tokenizer.tokens.text(prompt.token_ids, False)
+
+    def _prompt_logprobs(self) -> list[Any] | None:
+        found = self._answers[0].prompt_logprobs
+        if self._request.prompt_logprobs is None or found is None:
+            return None
+        ids = self._request.prompts[0].token_ids
+        return self._logprobs.prompt(ids, found, self._request.prompt_logprobs)
+
+    def _usage(self) -> Json:
+        return usage_of(self._progress)
+
+    # streams
+
+    def opening(self) -> list[bytes]:
+        """Chat: the first chunks, one per answer; then the echoed text."""
+        request, first, forms = self._request, self._request.prompts[0], self._forms
+        if not request.chat:
+            return []
+        ids = first.token_ids if request.return_token_ids else None
+        text = first.text if request.return_prompt_text else None
+        frames = [forms.role(index, ids, text) for index in range(request.n)]
+        if request.echo:
+            frames += [forms.text(index, request.echo) for index in range(request.n)]
+        return frames
+
+    def _prompt_chunk(self, index: int) -> bytes:
+        """Completions: a first chunk with what is said about the prompt."""
+        request, answer, echo = self._request, self._answers[index], self._echo(index)
+        logprobs = None
+        if echo is not None and request.logprobs is not None:
+            logprobs = completion_logprobs(Delta(), request, self._logprobs, answer, index, echo)
+        choice: Json = {
+            "index": index,
+            "text": echo or "",
+            "logprobs": logprobs,
+            "finish_reason": None,
+            "stop_reason": None,
+        }
+        if request.return_token_ids:
+            choice["prompt_token_ids"] = request.prompts[index // request.n].token_ids
+            choice["token_ids"] = []
+        return self._forms.chunk([choice])
+
+    def frames(self, index: int) -> list[bytes]:
+        answer, request, forms = self._answers[index], self._request, self._forms
+        frames = []
+        if index in self._unopened:
+            self._unopened.discard(index)
+            frames.append(self._prompt_chunk(index))
+        if answer.waits(request.stream_interval):
+            return frames
+        delta = answer.take()
+        if delta is None or (request.score_only and delta.finish_reason is None):
+            return frames
+        if delta.finish_reason is None and forms.plain:
+            return [*frames, forms.text(index, delta.text)]
+        if request.score_only:
+            delta = self._scored(delta)
+        offset = len(self._echo(index) or "") if request.logprobs is not None else 0
+        usage_now = self._usage() if request.continuous_usage else None
+        members = None
+        if delta.finish_reason is not None and not request.include_usage:
+            members = {"system_fingerprint": self._model.fingerprint}
+            if not self._progress.open:
+                members |= self._progress.extras()
+        return [*frames, forms.delta(index, delta, offset, usage_now, members)]
+
+    def closing(self) -> list[bytes]:
+        """The usage chunk, if asked for, and the end."""
+        if not self._request.include_usage:
+            return [DONE]
+        members = {"system_fingerprint": self._model.fingerprint, **self._progress.extras()}
+        return [self._forms.chunk([], usage=self._usage(), **members), DONE]
+
+    def error(self, error: ApiError) -> bytes:
+        return b"data: " + error.json() + b"\n\n" + DONE
+
+
+def usage_of(progress: Progress) -> Json:
+    """Counts so far: each prompt once, the tokens of all answers."""
+    request, answers = progress.request, progress.answers
+    completion = 0 if request.score_only else sum(answer.count for answer in answers)
+    prompts = sum(len(prompt.token_ids) for prompt in request.prompts)
+    return usage(prompts, completion, cached_tokens(progress))
+
+
+def cached_tokens(progress: Progress) -> int:
+    """Prompt tokens that a worker had already computed."""
+    n = progress.request.n
+    return sum(
+        min(len(prompt.token_ids), progress.answers[place * n].cached_tokens or 0)
+        for place, prompt in enumerate(progress.request.prompts)
+    )

@@ -1,0 +1,57 @@
+"""What stands between a generation and the protocol in which its client is answered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pdserve.router.errors import ApiError
+from pdserve.router.output import AnswerText
+from pdserve.router.requests import GenerateRequest
+from pdserve.router.served import ServedModel
+
+Json = dict[str, Any]
+
+PING_S = 15.0
+"""Silence in a stream after which `Writer.keep_alive` is sent."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Progress:
+    """A request on its way, as a writer sees it; only the generation changes it."""
+
+    request: GenerateRequest
+    model: ServedModel
+    answers: list[AnswerText]
+    open: int
+    """Answers that have not ended."""
+    created: int
+    """Unix time."""
+    extras: Callable[[], Json]
+    """The `pdserve` member with timings, or nothing if the client did not ask."""
+
+
+class Writer(Protocol):
+    """One request's answer in the shapes of a protocol: a whole body, or server-sent events."""
+
+    keep_alive: bytes
+    """Sent when a stream has been silent for PING_S; empty: nothing is."""
+
+    def body(self) -> Json:
+        """All of it, after the last answer has ended."""
+
+    def opening(self) -> list[bytes]:
+        """Frames before everything else, when the first token has come."""
+
+    def frames(self, index: int) -> list[bytes]:
+        """Takes what is new in an answer that has grown, if it is time to send it."""
+
+    def closing(self) -> list[bytes]:
+        """Frames after everything else."""
+
+    def error(self, error: ApiError) -> bytes:
+        """The last frames of a stream that failed on its way."""
+
+
+WriterOf = Callable[[Progress], Writer]
