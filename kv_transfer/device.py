@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import xxhash
@@ -84,6 +84,9 @@ class DeviceMemory(Pool):
 
     def digest(self, block_id: int) -> int:
         return xxhash.xxh3_64_intdigest(self.read(block_id).data)
+
+    def digests(self, block_ids: Sequence[int]) -> list[int]:
+        return [self.digest(block) for block in block_ids]
 
     def _part(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(blocks first .. first + count - 1, as much of the thread's buffer), [count, bytes]."""

@@ -16,7 +16,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, TypeAlias
 
@@ -98,6 +98,9 @@ class Pool(Protocol):
 
     def digest(self, block_id: int) -> int:
         """xxh3-64 of one block of the pool."""
+
+    def digests(self, block_ids: Sequence[int]) -> list[int]:
+        """xxh3-64 of each of the blocks."""
 
 
 class HostMemory:
@@ -190,8 +193,12 @@ class Spans(Pool):
         return nullcontext(self.span(first, count))
 
     def digest(self, block_id: int) -> int:
-        start = block_id * self.block_nbytes
-        return xxhash.xxh3_64_intdigest(self._flat[start : start + self.block_nbytes])
+        start = block_id * self._block_nbytes
+        return xxhash.xxh3_64_intdigest(self._flat[start : start + self._block_nbytes])
+
+    def digests(self, block_ids: Sequence[int]) -> list[int]:
+        flat, size, digest = self._flat, self._block_nbytes, xxhash.xxh3_64_intdigest
+        return [digest(flat[block * size : (block + 1) * size]) for block in block_ids]
 
 
 def as_pool(memory: BlockMemory | Pool) -> Pool:

@@ -371,11 +371,15 @@ class TransferSink:
         targets = [job.missing[index] for index in piece]
         verified = 0
         for complete in half.receive(line, header, targets, lambda: job.wait(self._stall_s)):
-            for position in range(verified, complete):
-                if self._pool.digest(targets[position]) == header.checksums[position]:
-                    del job.missing[piece[position]]
+            digests = self._pool.digests(targets[verified:complete])
+            expected = header.checksums[verified:complete]
+            for index, digest, right in zip(
+                piece[verified:complete], digests, expected, strict=True
+            ):
+                if digest == right:
+                    del job.missing[index]
                 else:
-                    job.reason = f"The checksum of block {piece[position]} differs."
+                    job.reason = f"The checksum of block {index} differs."
                     log.warning("%s (%s)", job.reason, job.ticket.request_id)
             received = (complete - verified) * self._pool.block_nbytes
             job.nbytes += received

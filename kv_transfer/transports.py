@@ -165,8 +165,8 @@ class ShmSink:
         complete = 0
         longest = _chunk(self._pool)
         for first, count in runs(blocks, longest):
+            wait()
             for target, length in runs(targets[complete : complete + count], longest):
-                wait()
                 with self._pool.write(target, length) as mine:
                     np.copyto(mine, theirs.span(first, length))
                 first += length
