@@ -71,7 +71,8 @@ def build_runner(
     )
     fingerprint = layout_fingerprint(model, digest, config.dtype, config.block_size)
     runner = ModelRunner(decoder, pool, config.device)
-    if config.device == "cuda" and config.cuda_graphs:
+    # A mixture of experts asks the host which experts are needed, which cannot be recorded.
+    if config.device == "cuda" and config.cuda_graphs and model.experts is None:
         runner.record(config.max_num_seqs, config.max_model_len, cuda_capture())
     return Built(runner, pool, model, config, fingerprint)
 

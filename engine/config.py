@@ -47,6 +47,8 @@ class Architecture:
     """None: hidden_size / num_attention_heads."""
     default_kv_heads: int | None = None
     """None: as many as query heads."""
+    experts: str = ""
+    """How config.json describes the mixture of experts: "mixtral" or "qwen3"; "": there is none."""
 
 
 ARCHITECTURES = {
@@ -56,11 +58,34 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": Architecture(
         "attention_bias", "attention_bias", False, True, "some", 128, default_kv_heads=32
     ),
+    "Qwen3MoeForCausalLM": Architecture(
+        "attention_bias", "attention_bias", False, True, "some", default_kv_heads=4, experts="qwen3"
+    ),
+    "MixtralForCausalLM": Architecture(
+        False, False, False, False, "all", default_kv_heads=8, experts="mixtral"
+    ),
 }
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
 _DEFAULT_WINDOW = 4096
 _DEFAULT_MAX_WINDOW_LAYERS = 28
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertsConfig:
+    """The mixtures of experts that stand in for some layers' feed-forward part."""
+
+    count: int
+    active: int
+    """Experts per token."""
+    intermediate_size: int
+    """Of each expert."""
+    renormalise: bool
+    """Whether the weights of a token's experts are made to add up to one."""
+    naming: str
+    """Of the tensors: "mixtral" or "qwen3"."""
+    layers: tuple[bool, ...]
+    """Which layers have one; the others have an ordinary feed-forward part."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,6 +117,7 @@ class ModelConfig:
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool
+    experts: ExpertsConfig | None = None
 
     def digest(self) -> str:
         """A short text that is equal for equal configurations, wherever the folder lies."""
@@ -191,6 +217,7 @@ def model_config(raw: dict[str, Any], source: str = "config.json") -> ModelConfi
         o_bias=_flag(raw, kind.o_bias),
         mlp_bias=_flag(raw, kind.mlp_bias),
         qk_norm=kind.qk_norm,
+        experts=_experts(raw, kind.experts, layers, source),
     )
 
 
@@ -228,6 +255,35 @@ def _refuse_unsupported(raw: dict[str, Any], source: str) -> None:
         )
     if raw.get("partial_rotary_factor", 1.0) not in (None, 1.0):
         raise ModelError(f"{source}: partial_rotary_factor must be 1.")
+
+
+def _experts(raw: dict[str, Any], kind: str, layers: int, source: str) -> ExpertsConfig | None:
+    if not kind:
+        return None
+    # transformers 5 writes num_local_experts for both; older configs of Qwen say num_experts.
+    key = "num_experts" if "num_experts" in raw else "num_local_experts"
+    count, active = _positive(raw, key, source), _positive(raw, "num_experts_per_tok", source)
+    if active > count:
+        raise ModelError(
+            f"{source}: num_experts_per_tok ({active}) must not be above {key} ({count})."
+        )
+    if kind == "mixtral":
+        inner, sparse, renormalise = "intermediate_size", (True,) * layers, True
+    else:
+        inner, renormalise = "moe_intermediate_size", bool(raw.get("norm_topk_prob", False))
+        step = _optional(raw, "decoder_sparse_step", 1, source) or 1
+        dense = raw.get("mlp_only_layers") or []
+        if not isinstance(dense, list):
+            raise ModelError(f"{source}: mlp_only_layers must be a list of layers, not {dense!r}.")
+        sparse = tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(layers))
+    return ExpertsConfig(
+        count=count,
+        active=active,
+        intermediate_size=_positive(raw, inner, source),
+        renormalise=renormalise,
+        naming=kind,
+        layers=sparse,
+    )
 
 
 def _windows(raw: dict[str, Any], kind: str, layers: int, source: str) -> tuple[int | None, ...]:

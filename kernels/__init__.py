@@ -10,6 +10,7 @@ from pdserve.kernels.attention import attention_decode, attention_prefill
 from pdserve.kernels.blocks import gather_blocks, scatter_blocks
 from pdserve.kernels.cache import rope_and_store_kv, store_kv
 from pdserve.kernels.checks import KernelError
+from pdserve.kernels.experts import mixture, route
 from pdserve.kernels.linear import linear
 from pdserve.kernels.native import DecodeStep, LayerTensors
 from pdserve.kernels.norm import fused_add_rms_norm, rms_norm
@@ -38,9 +39,11 @@ __all__ = [
     "greedy",
     "linear",
     "log_probabilities",
+    "mixture",
     "rms_norm",
     "rope",
     "rope_and_store_kv",
+    "route",
     "sample",
     "scatter_blocks",
     "silu_and_mul",

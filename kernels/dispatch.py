@@ -6,7 +6,7 @@ never imported; on a CUDA device it is Triton. `PDSERVE_KERNELS` overrides: a wo
 or comma-separated operation=word pairs, or both, the later ones winning:
 
     PDSERVE_KERNELS=reference
-    PDSERVE_KERNELS=triton,attention_decode=reference,gather_blocks=cuda
+    PDSERVE_KERNELS=triton,attention_decode=reference
 
 "triton" for tensors of the CPU needs Triton's interpreter (TRITON_INTERPRET=1): slow, for tests.
 """
@@ -27,7 +27,7 @@ from pdserve.kernels.checks import KernelError
 log = logging.getLogger(__name__)
 
 ENVIRONMENT = "PDSERVE_KERNELS"
-WORDS = ("reference", "triton", "cuda")
+WORDS = ("reference", "triton")
 MODULES: dict[str, dict[str, str]] = {
     "rms_norm": {"triton": "triton_norm"},
     "fused_add_rms_norm": {"triton": "triton_norm"},
@@ -38,8 +38,8 @@ MODULES: dict[str, dict[str, str]] = {
     "rope_and_store_kv": {"triton": "triton_cache"},
     "attention_prefill": {"triton": "triton_prefill"},
     "attention_decode": {"triton": "triton_decode"},
-    "gather_blocks": {"triton": "triton_blocks", "cuda": "cuda_blocks"},
-    "scatter_blocks": {"triton": "triton_blocks", "cuda": "cuda_blocks"},
+    "gather_blocks": {"triton": "triton_blocks"},
+    "scatter_blocks": {"triton": "triton_blocks"},
     "apply_penalties": {"triton": "triton_sampling"},
     "apply_bitmask": {"triton": "triton_sampling"},
     "sample": {"triton": "triton_sampling"},
@@ -118,7 +118,7 @@ def _override(text: str) -> dict[str, str]:
 
 def _check_interpreter(chosen: Mapping[str, str]) -> None:
     for operation, word in chosen.items():
-        if word == "cuda" or (word == "triton" and os.environ.get("TRITON_INTERPRET") != "1"):
+        if word == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
             raise KernelError(
                 f"{ENVIRONMENT} asks for {operation}={word}, but the tensors are on the CPU: use "
                 "reference, or triton with TRITON_INTERPRET=1 (slow, for tests)."

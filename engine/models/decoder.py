@@ -1,4 +1,5 @@
-"""The decoder of Llama, Mistral, Qwen2 and Qwen3, composed from kernels; they differ by flags.
+"""The decoder of Llama, Mistral, Mixtral, Qwen2, Qwen3 and Qwen3-MoE, composed from kernels; they
+differ by flags.
 
 Legend: T tokens of all sequences of a step, B sequences, M blocks per row of the block table,
 E hidden size, D head size, V vocabulary.
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as functional
 
 from pdserve import kernels
-from pdserve.engine.config import ModelConfig
+from pdserve.engine.config import ExpertsConfig, ModelConfig
 
 Weights = Mapping[str, torch.Tensor]
 Shapes = dict[str, tuple[int, ...]]
@@ -44,6 +45,13 @@ class Batch:
     num_decodes: int
 
 
+NAMES = {
+    "qwen3": ("mlp", ("gate_proj", "up_proj", "down_proj")),
+    "mixtral": ("block_sparse_moe", ("w1", "w3", "w2")),
+}
+"""Of a mixture's tensors in a layer: the block, and each expert's gate, up and down."""
+
+
 def weight_shapes(config: ModelConfig) -> Shapes:
     """The name and shape of every tensor of a checkpoint, in Hugging Face's naming."""
     hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
@@ -60,10 +68,22 @@ def weight_shapes(config: ModelConfig) -> Shapes:
             ("self_attn.k_proj", kv, hidden, config.qkv_bias),
             ("self_attn.v_proj", kv, hidden, config.qkv_bias),
             ("self_attn.o_proj", hidden, query, config.o_bias),
-            ("mlp.gate_proj", inner, hidden, config.mlp_bias),
-            ("mlp.up_proj", inner, hidden, config.mlp_bias),
-            ("mlp.down_proj", hidden, inner, config.mlp_bias),
         ]
+        experts = config.experts
+        if experts is None or not experts.layers[layer]:
+            linears += [
+                ("mlp.gate_proj", inner, hidden, config.mlp_bias),
+                ("mlp.up_proj", inner, hidden, config.mlp_bias),
+                ("mlp.down_proj", hidden, inner, config.mlp_bias),
+            ]
+        else:
+            block, (gate, up, down) = NAMES[experts.naming]
+            size = experts.intermediate_size
+            linears.append((f"{block}.gate", experts.count, hidden, False))
+            for expert in range(experts.count):
+                one = f"{block}.experts.{expert}."
+                linears += [(one + name, size, hidden, False) for name in (gate, up)]
+                linears.append((one + down, hidden, size, False))
         for name, rows, columns, bias in linears:
             shapes[f"{prefix}{name}.weight"] = (rows, columns)
             if bias:
@@ -175,6 +195,29 @@ class FeedForward:
         return self.down(self.activate(self.gate(x), self.up(x)))
 
 
+class Experts:
+    """A mixture of feed-forward experts, a few of them for each token: [T, E] → [T, E]."""
+
+    def __init__(
+        self, config: ModelConfig, experts: ExpertsConfig, weights: Weights, layer: int
+    ) -> None:
+        block, names = NAMES[experts.naming]
+        prefix = f"model.layers.{layer}.{block}."
+        self.router = Linear(weights, prefix + "gate")
+        self.matrices = []
+        for expert in range(experts.count):
+            one = f"{prefix}experts.{expert}."
+            gate, up, down = (weights[f"{one}{name}.weight"] for name in names)
+            self.matrices.append((gate, up, down))
+        self.active = experts.active
+        self.renormalise = experts.renormalise
+        self.activate = GATES[config.activation]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        routed = kernels.route(self.router(x), self.active, renormalise=self.renormalise)
+        return kernels.mixture(x, *routed, self.matrices, self.activate)
+
+
 class Layer:
     """One decoder layer: norm, attention, norm, feed-forward, with the residual beside."""
 
@@ -183,7 +226,12 @@ class Layer:
         self.before_attention = weights[prefix + "input_layernorm.weight"]
         self.before_mlp = weights[prefix + "post_attention_layernorm.weight"]
         self.attention = Attention(config, weights, layer)
-        self.mlp = FeedForward(config, weights, layer)
+        experts = config.experts
+        self.mlp: FeedForward | Experts
+        if experts is not None and experts.layers[layer]:
+            self.mlp = Experts(config, experts, weights, layer)
+        else:
+            self.mlp = FeedForward(config, weights, layer)
         self.eps = config.rms_norm_eps
 
     def __call__(
@@ -205,8 +253,10 @@ class Layer:
         x, residual = kernels.fused_add_rms_norm(x, residual, self.before_mlp, self.eps)
         return self.mlp(x), residual
 
-    def tensors(self) -> kernels.LayerTensors:
-        """Everything that the layer computes with, for `kernels.DecodeStep`."""
+    def tensors(self) -> kernels.LayerTensors | None:
+        """Everything that the layer computes with, for `kernels.DecodeStep`; None with experts."""
+        if isinstance(self.mlp, Experts):
+            return None
         return kernels.LayerTensors(
             attention_norm=self.before_attention,
             mlp_norm=self.before_mlp,
@@ -238,8 +288,10 @@ class Decoder:
         self.cos, self.sin = cos.to(device), sin.to(device)
         self.decode: kernels.DecodeStep | None = None
         """A step of single tokens in one call, where there is a kernel for it (CPU only)."""
-        tensors = [layer.tensors() for layer in self.layers]
-        if config.activation == "silu" and kernels.DecodeStep.fits(tensors, config.head_dim):
+        found = [layer.tensors() for layer in self.layers]
+        tensors = [layer for layer in found if layer is not None]
+        whole = config.activation == "silu" and len(tensors) == len(found)
+        if whole and kernels.DecodeStep.fits(tensors, config.head_dim):
             self.decode = kernels.DecodeStep(
                 tensors, cos=self.cos, sin=self.sin, eps=config.rms_norm_eps
             )

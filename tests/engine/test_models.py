@@ -94,6 +94,10 @@ def test_a_prefix_in_the_cache_is_read_and_not_computed_again(
         ("llama", {"hidden_act": "gelu"}),
         ("llama", {"hidden_act": "gelu_pytorch_tanh", "rms_norm_eps": 0.1}),
         ("qwen2", {"tied": False}),
+        ("qwen3moe", {"norm_topk_prob": False, "num_experts_per_tok": 1}),
+        ("qwen3moe", {"decoder_sparse_step": 2}),
+        ("qwen3moe", {"mlp_only_layers": [0]}),
+        ("mixtral", {"num_local_experts": 3, "num_experts_per_tok": 3, "hidden_act": "gelu"}),
     ],
     ids=str,
 )

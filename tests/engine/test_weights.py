@@ -251,6 +251,15 @@ def test_what_a_config_leaves_unsaid_is_as_in_transformers() -> None:
         ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive integer, not 0"),
         ({"num_key_value_heads": 3}, r"\(2\) must be a multiple of num_key_value_heads \(3\)"),
         ({"head_dim": 5}, "head_dim must be even"),
+        (
+            {
+                "architectures": ["MixtralForCausalLM"],
+                "num_key_value_heads": 1,
+                "num_local_experts": 2,
+                "num_experts_per_tok": 3,
+            },
+            r"num_experts_per_tok \(3\) must not be above num_local_experts \(2\)",
+        ),
         ({"hidden_act": "relu"}, "hidden_act 'relu' is not supported; known: silu"),
         ({"dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn' is not supported"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1"),

@@ -21,9 +21,11 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -37,6 +39,8 @@ CONFIGS = {
     "mistral": MistralConfig,
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
+    "mixtral": MixtralConfig,
+    "qwen3moe": Qwen3MoeConfig,
 }
 SHAPES: dict[str, dict[str, int]] = {
     "nano": {"hidden": 64, "inner": 144, "layers": 2, "heads": 4, "kv": 2, "dim": 16, "vocab": 600},
@@ -93,7 +97,12 @@ def make_checkpoint(
     }
     if arch != "qwen2":  # its head size is hidden_size / num_attention_heads
         fields["head_dim"] = size["dim"]
-    if arch == "mistral":
+    if arch == "mixtral":
+        fields |= {"num_local_experts": 6, "num_experts_per_tok": 2}
+    if arch == "qwen3moe":
+        fields |= {"num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": True}
+        fields["moe_intermediate_size"] = size["inner"] // 2
+    if arch in ("mistral", "mixtral"):
         fields["sliding_window"] = None
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(CONFIGS[arch](**{**fields, **config}))
