@@ -250,6 +250,10 @@ INLINE vec multiply_add(vec total, const char *w, const char *x, size_t left, in
     return total + load(w, 0, left, bf16) * load(x, 0, left, bf16);
 }
 
+#ifndef AHEAD
+#define AHEAD 4096 /* bytes of weights to ask for before they are needed */
+#endif
+
 /* sums[r][t] = w[r] · x[t] for `rows` rows of w and `count` rows of x, both constants. */
 INLINE void tile(const char *w, const char *x, size_t columns, int rows, int count, float *sums,
                  size_t stride, int bf16) {
@@ -259,7 +263,7 @@ INLINE void tile(const char *w, const char *x, size_t columns, int rows, int cou
     for (; i + step <= columns; i += step, w += step * (bf16 ? 2 : 4), x += step * (bf16 ? 2 : 4)) {
 #pragma GCC unroll 2
         for (int r = 0; r < rows; r++) {
-            __builtin_prefetch(w + r * row + 4096);
+            __builtin_prefetch(w + r * row + AHEAD);
 #pragma GCC unroll 8
             for (int t = 0; t < count; t++)
                 totals[r][t] = multiply_add(totals[r][t], w + r * row, x + t * row, step, bf16);
@@ -407,12 +411,23 @@ static int sound(const struct attention *a) {
 
 /* Bring `count` tokens of one head from their blocks into rows of `width` floats, zero-padded. */
 INLINE void gather(const struct attention *a, const void *cache, const int64_t *blocks, size_t h,
-                   size_t which, size_t begin, size_t count, size_t width, float *to, int bf16) {
+                   size_t which, size_t begin, size_t count, size_t length, size_t width,
+                   float *to, int bf16) {
     size_t token = a->kv_heads * a->dim, half = a->block_size * token;
     for (size_t j = 0; j < count; j++, to += width) {
         size_t place = begin + j, offset = place % a->block_size;
         size_t from = blocks[place / a->block_size] * a->block_stride + which * half;
         from += offset * token + h * a->dim;
+        /* The tokens of one head lie too far apart for the processor to foresee. With a key we ask
+         * for its value, with a value for the key that is a tile further on. */
+        const char *soon = at(cache, from + half, bf16);
+        if (which) {
+            size_t later = place + TOKENS;
+            if (later >= length) later = place;
+            soon = at(cache, blocks[later / a->block_size] * a->block_stride +
+                             later % a->block_size * token + h * a->dim, bf16);
+        }
+        for (size_t i = 0; i < (size_t)a->dim * (bf16 ? 2 : 4); i += 64) __builtin_prefetch(soon + i);
         for (size_t i = 0; i < width; i += LANES) {
             size_t left = i < (size_t)a->dim ? a->dim - i : 0;
             vec x = load(cache, from + i, left, bf16);
@@ -477,7 +492,7 @@ INLINE void attend(const struct attention *a, const void *cache, size_t b, size_
     }
     for (size_t j = window && window < length ? length - window : 0; j < length; j += TOKENS) {
         size_t count = length - j < TOKENS ? length - j : TOKENS;
-        gather(a, cache, blocks, h, 0, j, count, width, tokens, bf16);
+        gather(a, cache, blocks, h, 0, j, count, length, width, tokens, bf16);
         for (size_t g = 0; g < group; g++) {
             const float *mine = q + g * width;
             for (size_t k = 0; k < count; k++) {
@@ -494,7 +509,7 @@ INLINE void attend(const struct attention *a, const void *cache, size_t b, size_
             memset(scores[g] + count, 0, (TOKENS - count) * sizeof(float));
             factor[g] = soften(a, scores[g], count, &most[g], &weight[g]);
         }
-        gather(a, cache, blocks, h, 1, j, count, width, tokens, bf16);
+        gather(a, cache, blocks, h, 1, j, count, length, width, tokens, bf16);
         for (size_t g = 0; g < group; g++)
             for (size_t i = 0; i < width; i += 4 * LANES) {
                 float *to = total + g * width + i;
