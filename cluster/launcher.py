@@ -55,6 +55,9 @@ REDIS_GRACE_S = 1.0
 LOOK_S = 0.05
 """Between two looks at the workers' records while they start."""
 WATCH_S = 0.5
+WEDGED_S = 5.0
+"""A worker without a lease is killed and replaced after so long: it is frozen, or its engine makes
+no progress."""
 PROBE_S = 60.0
 """From the last worker's readiness to the first tokens."""
 
@@ -195,6 +198,8 @@ class Launcher:
         self._redis: Supervisor | None = None
         self._workers: list[Supervisor] = []
         self._routers: list[Supervisor] = []
+        self._seen_at: dict[str, float] = {}
+        """When a worker's lease was last seen (monotonic)."""
         self._tasks: list[asyncio.Task[None]] = []
 
     async def run(self) -> int:
@@ -304,8 +309,7 @@ class Launcher:
         self._announce(proof, own_age_s())
         while True:
             await asyncio.sleep(WATCH_S)
-            if not all(supervisor.ready for supervisor in self._all()):
-                await self._look(membership)
+            await self._look(membership)
             if not all(router.ready for router in self._routers):
                 await self._look_at_routers(probe)
 
@@ -321,16 +325,28 @@ class Launcher:
         try:
             records = {record.worker_id: record for record in await membership.workers()}
         except RedisUnavailable:
+            self._seen_at.clear()  # without Redis nobody can renew
             return  # its supervisor is at work, or it is the user's and comes back
         if self._redis is not None:
             self._redis.mark_ready()
         for worker in self._workers:
             record = records.get(worker.name)
             if record is None or worker.child is None or record.pid != worker.child.pid:
+                self._end_if_wedged(worker)
                 continue
-            self._show(record)
-            if record.state is not WorkerState.LOADING:
-                worker.mark_ready()
+            self._seen_at[worker.name] = time.monotonic()
+            if not worker.ready:
+                self._show(record)
+                if record.state is not WorkerState.LOADING:
+                    worker.mark_ready()
+
+    def _end_if_wedged(self, worker: Supervisor) -> None:
+        """A worker that was ready has no lease: after a while its supervisor replaces it."""
+        now = time.monotonic()
+        if worker.ready and now - self._seen_at.setdefault(worker.name, now) > WEDGED_S:
+            del self._seen_at[worker.name]
+            self._console.say(f"{worker.name} has not renewed its lease for {WEDGED_S:g} s.")
+            worker.kill()
 
     def _show(self, record: WorkerRecord) -> None:
         if record.state is WorkerState.LOADING:

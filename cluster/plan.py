@@ -87,8 +87,8 @@ def plan_cluster(
         counts[role] += 1
         workers.append(worker_command(worker, logs, base))
     several = settings.routers > 1
-    share = several or settings.router.share_port
-    router = dataclasses.replace(settings.router, port=port, share_port=share, **common)
+    shared = several or settings.router.share_port
+    router = dataclasses.replace(settings.router, port=port, share_port=shared, **common)
     names = [f"router-{index}" for index in range(settings.routers)] if several else ["router"]
     routers = tuple(router_command(router, name, logs, base) for name in names)
     return ClusterPlan(workers=tuple(workers), routers=routers)

@@ -93,8 +93,8 @@ def route_hashes(
     parent = hashes[-1] if hashes else salt.encode()
     start = route_position(len(hashes) - 1) if hashes else 0
     while (end := route_position(len(hashes))) <= len(token_ids):
-        chunk = hashlib.blake2b(parent, digest_size=ROUTE_BYTES)
+        chunk = hashlib.sha256(parent)
         chunk.update(_ENCODE(token_ids[start:end]))
-        parent, start = chunk.digest(), end
+        parent, start = chunk.digest()[:ROUTE_BYTES], end
         hashes.append(parent)
     return hashes

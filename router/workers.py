@@ -42,7 +42,7 @@ REFRESH_S = 0.25
 """Seconds between two looks at Redis."""
 FIRST_BACKOFF_S = 0.05
 LAST_BACKOFF_S = 2.0
-SILENCE_S = 3.0
+SILENCE_S = 2.0
 """A worker without a lease is given up after so many seconds without a frame."""
 CONNECT_TIMEOUT_S = 5.0
 

@@ -14,8 +14,9 @@ from pdserve.cluster.records import WorkerRecord
 
 log = logging.getLogger(__name__)
 
-LEASE_S = 3.0
-RENEW_S = 1.0
+LEASE_S = 2.5
+"""A worker that stops renewing is out within 3 s, the routers' looking included."""
+RENEW_S = 0.8
 
 
 class Presence:

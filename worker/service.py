@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 STATUS_INTERVAL_S = 0.1
 """Routers that got nothing in a step hear of the load at most this often."""
+HEARTBEAT_S = 0.5
+"""And at least this often even if nothing has changed: so they know that the worker lives."""
 
 
 class RouterService:
@@ -42,6 +44,7 @@ class RouterService:
         self._step = 0
         self._status: WorkerStatus | None = None
         self._status_timer: asyncio.TimerHandle | None = None
+        self._beat_at = 0.0
 
     @property
     def status(self) -> WorkerStatus | None:
@@ -104,16 +107,27 @@ class RouterService:
             self._note(self._status, outcome.news)
 
     def _schedule_status(self) -> None:
+        soon = self._loop.time() + STATUS_INTERVAL_S
+        if self._status_timer is not None and self._status_timer.when() > soon:
+            self._status_timer.cancel()
+            self._status_timer = None
         if self._status_timer is None:
             self._status_timer = self._loop.call_later(STATUS_INTERVAL_S, self._send_status)
 
     def _send_status(self) -> None:
+        """To whoever has not heard of the last step, or, as a heartbeat, to all."""
+        now = self._loop.time()
+        beat = now - self._beat_at >= HEARTBEAT_S
+        if beat:
+            self._beat_at = now
         self._status_timer = None
+        if self._channels:
+            self._status_timer = self._loop.call_later(HEARTBEAT_S, self._send_status)
         self._moved = self._traffic()
         if self._status is not None:
             self._status = self._with_traffic(self._status)
         for channel, told in list(self._channels.items()):
-            if told is not self._status:
+            if beat or told is not self._status:
                 self._send(channel, [])
 
     def _with_traffic(self, status: WorkerStatus) -> WorkerStatus:

@@ -157,6 +157,19 @@ def test_ctrl_c_before_it_is_ready(tmp_path: Path) -> None:
         assert not up.leftovers()
 
 
+def test_a_frozen_worker_is_replaced(tmp_path: Path) -> None:
+    with running(tmp_path) as up:
+        up.until("ready http")
+        before = up.workers()["decode-0"]
+        psutil.Process(before["pid"]).suspend()
+        up.until("decode-0 has not renewed its lease for 5 s")
+        up.until("decode-0 died (killed by SIGKILL)")
+        up.until("decode-0 is back.")
+        assert up.workers()["decode-0"]["epoch"] > before["epoch"]
+        up.process.terminate()
+        assert up.end()[0] == 0
+
+
 @pytest.mark.parametrize("name", ["decode-0", "router", "redis"])
 def test_what_dies_is_reported_and_started_again(tmp_path: Path, name: str) -> None:
     with running(tmp_path) as up:

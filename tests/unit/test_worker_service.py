@@ -117,6 +117,15 @@ async def test_a_router_that_leaves_takes_its_requests_along_and_only_its_own() 
         await second.close()
 
 
+async def test_an_idle_worker_shows_that_it_lives() -> None:
+    async with worker() as (_, server):
+        channel = await router(server)
+        began = asyncio.get_running_loop().time()
+        await frames_until(channel, lambda frames: len(frames) == 4)
+        assert asyncio.get_running_loop().time() - began < 5
+        await channel.close()
+
+
 async def test_idle_routers_hear_of_the_load() -> None:
     async with worker() as (_, server):
         busy, idle = await router(server), await router(server)
