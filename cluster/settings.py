@@ -195,6 +195,11 @@ class RouterSettings(CommonSettings):
         "auto reads it off the template",
         choices=("auto", "string", "openai"),
     )
+    enable_scale_out: bool = option(
+        False,
+        "Serve tokens in, tokens out (/inference/v1), and rendering (/v1/.../render); without "
+        "it they answer 403",
+    )
     trust_request_chat_template: bool = option(
         False, "Let requests bring their own chat template (it runs in a sandbox)"
     )

@@ -8,6 +8,8 @@ A request's way through the files:
                                    └─► *_writer                 text to a protocol's JSON
 
 Each protocol is a parser into `GenerateRequest` and a `Writer` out of it: openai_writer for
-completions and chat, messages (by way of chat) and messages_writer for Anthropic's.
+completions and chat, messages (by way of chat) and messages_writer for Anthropic's,
+tokens_writer for tokens in and out.
+
 Workers never see text, this process never loads torch.
 """

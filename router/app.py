@@ -7,9 +7,9 @@ import random
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -46,6 +46,7 @@ from pdserve.router.openai_writer import OpenAIWriter
 from pdserve.router.openapi import body_of
 from pdserve.router.placement import Policy
 from pdserve.router.requests import GenerateRequest, RequestParser
+from pdserve.router.scale_out import add_scale_out_routes
 from pdserve.router.schemas import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -69,8 +70,10 @@ class GenerationResponse(Response):
 
     background = None
 
-    def __init__(self, launch: Callable[[], Generation], stream: bool) -> None:
-        """`launch` sends the request to workers; from then on this response must see to its end."""
+    def __init__(
+        self, launch: Callable[[], AbstractContextManager[Generation]], stream: bool
+    ) -> None:
+        """`launch` sends the request to workers; leaving its context ends what still runs."""
         self._launch = launch
         self._stream = stream
 
@@ -112,6 +115,8 @@ class Router:
         )
         self._placement = Placement(settings.redis, settings.cluster, timeout_s=ANSWER_S)
         self._dispatcher: Dispatcher | None = None
+        self._running: dict[str, list[Generation]] = {}
+        """Requests in flight by the ids of their answers, which clients may choose alike."""
 
     @property
     def dispatcher(self) -> Dispatcher:
@@ -176,12 +181,27 @@ class Router:
             answers = tuple(replace(spec, session=session) for spec in parsed.answers)
             parsed = replace(parsed, answers=answers)
 
-        def launch() -> Generation:
-            return Generation(
+        @contextmanager
+        def launch() -> Iterator[Generation]:
+            with Generation(
                 parsed, self.model, self.dispatcher, self.metrics, received, timings, write
-            )
+            ) as generation:
+                same_id = self._running.setdefault(parsed.response_id, [])
+                same_id.append(generation)
+                try:
+                    yield generation
+                finally:
+                    same_id.remove(generation)
+                    if not same_id:
+                        del self._running[parsed.response_id]
 
         return GenerationResponse(launch, parsed.stream)
+
+    def abort(self, response_ids: Iterable[str]) -> None:
+        """End requests as they are; ids that are not in flight here are ignored."""
+        for response_id in response_ids:
+            for generation in self._running.get(response_id, ()):
+                generation.abort()
 
     def model_card(self, name: str) -> Json:
         """One entry of /v1/models."""
@@ -240,6 +260,7 @@ def create_app(settings: RouterSettings) -> FastAPI:
     _add_error_handlers(app)
     _add_generation_routes(app, router)
     add_messages_routes(app, router)
+    add_scale_out_routes(app, router)
     _add_model_routes(app, router)
     _add_text_routes(app, router)
     _add_status_routes(app, router)
@@ -273,7 +294,10 @@ def _add_generation_routes(app: FastAPI, router: Router) -> None:
     async def chat_completions(request: Request) -> Response:
         received = time.monotonic()
         router.admit(1)
-        body = parse(ChatCompletionRequest, await router.read(request))
+        return await _chat(request, await router.read(request), received)
+
+    async def _chat(request: Request, content: Any, received: float) -> Response:
+        body = parse(ChatCompletionRequest, content)
         parsed = await router.parser.chat(body, request.scope["pdserve.request_id"])
         return router.respond(request, parsed, received)
 
@@ -286,9 +310,28 @@ def _add_generation_routes(app: FastAPI, router: Router) -> None:
     async def completions(request: Request) -> Response:
         received = time.monotonic()
         router.admit(1)
-        body = parse(CompletionRequest, await router.read(request))
+        return await _completion(request, await router.read(request), received)
+
+    async def _completion(request: Request, content: Any, received: float) -> Response:
+        body = parse(CompletionRequest, content)
         parsed = await router.parser.completion(body, request.scope["pdserve.request_id"])
         return router.respond(request, parsed, received)
+
+    @app.post(
+        "/invocations",
+        openapi_extra=body_of(ChatCompletionRequest, CompletionRequest),
+        response_class=JsonResponse,
+        summary="Either of both, by what the body holds (SageMaker)",
+    )
+    async def invocations(request: Request) -> Response:
+        received = time.monotonic()
+        router.admit(1)
+        content = await router.read(request)
+        if isinstance(content, dict):
+            content = {name: value for name, value in content.items() if name != "model"}
+            if "messages" in content:
+                return await _chat(request, content, received)
+        return await _completion(request, content, received)
 
 
 def _add_model_routes(app: FastAPI, router: Router) -> None:

@@ -35,14 +35,17 @@ from pdserve.router.schemas import (
     ChatCompletionRequest,
     ChatFields,
     CompletionRequest,
+    EngineSampling,
+    GenerateTokensRequest,
     SamplingFields,
+    parse,
 )
 from pdserve.router.served import ServedModel
 from pdserve.router.tokenizer import INLINE_CHARS
 
 COMPLETION_TOKENS = 16
 """`max_tokens` of /v1/completions without one."""
-CHAT, COMPLETION = "chatcmpl", "cmpl"
+CHAT, COMPLETION, TOKENS = "chatcmpl", "cmpl", "generate-tokens"
 """Prefixes of the ids of answers."""
 MAX_SALT = 128
 MAX_ID = 256
@@ -149,9 +152,7 @@ class RequestParser:
         kwargs = _with_reasoning(body)
         prompt = await self.render(body, kwargs, _truncation(body, self.model.max_len, asked))
         self._check_length(prompt.token_ids)
-        room = self.model.max_len - len(prompt.token_ids)
-        cap = self.model.defaults.max_new_tokens
-        tokens = asked if asked is not None else min(room, cap) if cap else room
+        tokens = self._room(prompt.token_ids) if asked is None else asked
         last = body.messages[-1]
         role = last["role"] if body.continue_final_message else "assistant"
         echo = flat_text(last.get("content")) if body.echo and last["role"] == role else None
@@ -165,6 +166,41 @@ class RequestParser:
             echo=echo or None,
             return_prompt_text=bool(body.return_prompt_text),
         )
+
+    def tokens(self, body: GenerateTokensRequest, header_id: str) -> GenerateRequest:
+        """Raises ApiError."""
+        self.model.check_name(body.model)
+        refuse(body)
+        outer = ("stream", "cache_salt", "request_id")
+        asked_for = {**body.sampling_params, **{name: getattr(body, name) for name in outer}}
+        asked_for["stream_options"] = body.stream_options if body.stream else None
+        fields = parse(EngineSampling, asked_for)
+        refuse(fields)
+        if fields.detokenize is False and (body.output_mode == "text" or stop_strings(fields)):
+            raise BadRequest(
+                "detokenize must not be false with output_mode text or stop strings.",
+                param="detokenize",
+            )
+        asked = fields.max_tokens
+        if asked is not None:
+            self._check_max_tokens("max_tokens", asked, False)
+        self._check_ids(body.token_ids, "token_ids")
+        truncation = _truncation(fields, self.model.max_len, asked)
+        ids = truncation.cut(body.token_ids) if truncation else body.token_ids
+        self._check_length(ids)
+        return self._assemble(
+            fields,
+            header_id,
+            (Prompt(token_ids=ids, text=None),),
+            self._room(ids) if asked is None else asked,
+            self._logprobs("logprobs", fields.logprobs),
+            prefix=TOKENS,
+        )
+
+    def _room(self, token_ids: Sequence[int]) -> int:
+        """Tokens of an answer whose client set no limit."""
+        room, cap = self.model.max_len - len(token_ids), self.model.defaults.max_new_tokens
+        return min(room, cap) if cap else room
 
     async def chat_prompt(self, body: ChatCompletionRequest) -> Prompt:
         """The prompt of a conversation that is not to be answered. Raises ApiError."""
@@ -299,7 +335,7 @@ class RequestParser:
             if isinstance(prompt, str):
                 ids = await self.encode(prompt, special, truncation)
             else:
-                self._check_ids(prompt)
+                self._check_ids(prompt, "prompt")
                 ids = truncation.cut(prompt) if truncation else list(prompt)
             if not ids:
                 raise BadRequest("The decoder prompt cannot be empty.", param="prompt")
@@ -325,10 +361,10 @@ class RequestParser:
         ids = await tokenizer.encode_soon(text, special, self._executor)
         return truncation.cut(ids) if truncation else ids
 
-    def _check_ids(self, token_ids: Sequence[int]) -> None:
+    def _check_ids(self, token_ids: Sequence[int], name: str) -> None:
         largest = max(token_ids, default=0)
         if largest >= self.model.vocab_size:
-            raise BadRequest(f"Token id {largest} is out of vocabulary.", param="prompt")
+            raise BadRequest(f"Token id {largest} is out of vocabulary.", param=name)
 
     # limits
 

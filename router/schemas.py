@@ -201,6 +201,49 @@ class MessagesRequest(MessagesFields):
     vllm_xargs: Any = None
 
 
+class EngineSampling(SamplingFields):
+    """`sampling_params` of /inference/v1/generate."""
+
+    logprobs: Int64 | None = None
+    detokenize: bool | None = None
+
+    # advisory
+    output_kind: Any = None
+    skip_clone: Any = None
+    skip_reading_prefix_cache: bool | None = None
+
+    # refused
+    extra_args: Any = None
+
+
+class GenerateTokensRequest(_Body):
+    model: str | None = None
+    token_ids: Annotated[list[TokenId], Field(min_length=1)]
+    sampling_params: Object
+    output_mode: Literal["tokens", "text"] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
+    request_id: str | None = None
+    cache_salt: str | None = None
+
+    # advisory
+    priority: Int64 | None = None
+    token_offsets: Any = None
+    reasoning_ended: bool | None = None
+    reasoning_parser_kwargs: Object | None = None
+
+    # refused
+    features: Any = None
+    content_parts: Any = None
+    kv_transfer_params: Any = None
+    ec_transfer_params: Any = None
+
+
+class AbortRequests(_Body):
+    request_ids: list[str]
+
+
 class TokenizeTextRequest(_Body):
     model: str | None = None
     prompt: str
@@ -222,6 +265,9 @@ BODIES: tuple[type[_Body], ...] = (
     ChatCompletionRequest,
     MessagesRequest,
     CountTokensRequest,
+    EngineSampling,
+    GenerateTokensRequest,
+    AbortRequests,
     TokenizeTextRequest,
     TokenizeChatRequest,
     DetokenizeRequest,

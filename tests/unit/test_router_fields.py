@@ -25,6 +25,8 @@ REQUIRED: dict[str, Any] = {
     "prompt": "x",
     "model": "demo",
     "max_tokens": 9,
+    "token_ids": [1],
+    "sampling_params": {},
 }
 """Enough for every body."""
 
