@@ -200,6 +200,9 @@ class RouterSettings(CommonSettings):
         "Serve tokens in, tokens out (/inference/v1), and rendering (/v1/.../render); without "
         "it they answer 403",
     )
+    enable_tokenizer_info_endpoint: bool = option(
+        False, "Serve /tokenizer_info, which shows the chat template to anybody who asks"
+    )
     trust_request_chat_template: bool = option(
         False, "Let requests bring their own chat template (it runs in a sandbox)"
     )

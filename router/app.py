@@ -263,6 +263,8 @@ def create_app(settings: RouterSettings) -> FastAPI:
     add_scale_out_routes(app, router)
     _add_model_routes(app, router)
     _add_text_routes(app, router)
+    if settings.enable_tokenizer_info_endpoint:
+        _add_tokenizer_info(app, router)
     _add_status_routes(app, router)
     app.openapi = lambda: openapi.document(app)  # type: ignore[method-assign]
     return app
@@ -395,6 +397,14 @@ def _add_text_routes(app: FastAPI, router: Router) -> None:
         router.model.check_name(body.model)
         text = router.model.tokenizer.tokens.text(body.tokens, False)
         return JsonResponse(encode_json({"prompt": text}))
+
+
+def _add_tokenizer_info(app: FastAPI, router: Router) -> None:
+    @app.get(
+        "/tokenizer_info", response_class=JsonResponse, summary="The tokenizer's configuration"
+    )
+    async def tokenizer_info() -> Response:
+        return JsonResponse(encode_json(router.model.tokenizer_info()))
 
 
 def _add_status_routes(app: FastAPI, router: Router) -> None:

@@ -67,6 +67,16 @@ class ServedModel:
         digest = hashlib.sha256(repr((self.names, self.vocab_size, self.own_max_len)).encode())
         return f"pdserve-{version()}-{digest.hexdigest()[:8]}"
 
+    def tokenizer_info(self) -> dict[str, Any]:
+        """tokenizer_config.json, with the class of the tokenizer and the template in use."""
+        path = self.folder / "tokenizer_config.json"
+        content = read_json(path) if path.is_file() else {}
+        return {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **(content if isinstance(content, dict) else {}),
+            "chat_template": self.template.source if self.template else None,
+        }
+
     def check_name(self, name: str | None) -> None:
         """Raises NotFound for a model that is not served. None and "" mean the default one."""
         if name and name not in self.names:

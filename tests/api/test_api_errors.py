@@ -280,3 +280,12 @@ def test_connections_live_on_after_errors(harness: RouterHarness) -> None:
             assert reply.status == status and reply.read()
     finally:
         connection.close()
+
+
+def test_the_tokenizer_is_shown_only_if_the_operator_wants(start: Start) -> None:
+    error_of(start().client.get("/tokenizer_info"), 404)
+    found = start(enable_tokenizer_info_endpoint=True).client.get("/tokenizer_info").json()
+    assert found["tokenizer_class"]
+    assert "<|im_start|>" in found["chat_template"]
+    replaced = start(enable_tokenizer_info_endpoint=True, chat_template="{{ 'mine' }}")
+    assert replaced.client.get("/tokenizer_info").json()["chat_template"] == "{{ 'mine' }}"

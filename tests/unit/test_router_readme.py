@@ -15,7 +15,7 @@ HELPERS = {"/docs/oauth2-redirect", "/redoc", "/openapi.json"}
 
 def served() -> set[tuple[str, str]]:
     """Every (method, path) of a router with everything switched on."""
-    app = create_app(RouterSettings(secret="x"))
+    app = create_app(RouterSettings(secret="x", enable_tokenizer_info_endpoint=True))
     found = set()
     for route in app.routes:
         path = getattr(route, "path", "")
