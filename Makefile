@@ -33,6 +33,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install -q -c constraints.txt setuptools "$(TORCH)"
 	@echo "==> installing pdserve and what it needs (versions: constraints.txt)"
 	@$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	@echo "==> compiling the CPU kernels"
+	@$(BIN)/python -P -c 'from pdserve.kernels.native import library; library()'
 	@touch $(STAMP)
 	@echo "==> installed: $(BIN)/pdserve"
 
