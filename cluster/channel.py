@@ -32,12 +32,20 @@ from pdserve.protocol.handshake import (
     prove,
     welcome,
 )
-from pdserve.protocol.wire import HEADER, FrameSplitter, MessageDecoder, body_length, encode_frame
+from pdserve.protocol.wire import (
+    HEADER,
+    MAX_FRAME_BYTES,
+    FrameSplitter,
+    MessageDecoder,
+    body_length,
+    encode_frame,
+)
 
 log = logging.getLogger(__name__)
 
-MAX_BUFFER_BYTES = 32 * 2**20
-"""A peer that leaves more than this unread is cut off; the reading side stops reading here."""
+MAX_BUFFER_BYTES = MAX_FRAME_BYTES + 32 * 2**20
+"""A peer that leaves more than this unread is cut off (the longest frame has room); the
+reading side stops reading here."""
 MAX_STRANGERS = 64
 """Connections that may be in their handshake at the same time; more are closed at once."""
 CLOSE_TIMEOUT_S = 1.0

@@ -29,6 +29,9 @@ CPU_KV_BYTES = 1 << 30
 
 log = logging.getLogger(__name__)
 
+MIN_MODEL_LEN = 16
+"""Shorter ones have no room for a prompt and an answer."""
+
 
 @dataclass(frozen=True, slots=True)
 class Built:
@@ -92,6 +95,11 @@ def resolve(config: EngineConfig, model: ModelConfig) -> EngineConfig:
     if config.load_format not in ("auto", "dummy"):
         raise ModelError(f"--load-format must be auto or dummy, not {config.load_format!r}.")
     longest = config.max_model_len or model.max_position_embeddings
+    if longest < MIN_MODEL_LEN:
+        raise ModelError(
+            f"--max-model-len must be at least {MIN_MODEL_LEN} tokens, or 0 for the model's own "
+            f"limit; given: {longest}."
+        )
     # Dynamic scaling is made for going beyond; every other kind ends where the model does.
     if longest > model.max_position_embeddings and model.rope.kind != "dynamic":
         raise ModelError(

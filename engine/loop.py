@@ -232,6 +232,9 @@ class Engine:
         )
         self._requests[request.request_id] = request
         self._scheduler.add(request)
+        if request.ticket is not None:
+            assert self._importer is not None
+            self._importer.keep(request.ticket)
 
     def _problem_with(self, message: Submit) -> str:
         """A sentence if the request can never run here, else the empty string."""
@@ -413,6 +416,9 @@ class Engine:
 
     def _finish(self, request: Request) -> None:
         request.mark(FINISHED)
+        if request.ticket is not None:
+            assert self._importer is not None
+            self._importer.drop(request.request_id)
         self._scheduler.remove(request)
         del self._requests[request.request_id]
 

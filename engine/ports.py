@@ -85,5 +85,11 @@ class Importer(Protocol):
         from any thread, at the latest soon after `deadline` (time.monotonic seconds); until then
         the targets belong to the transfer and must not be freed."""
 
+    def keep(self, ticket: KVTicket) -> None:
+        """Renew the ticket's lease until `fetch` or `drop`: its request waits for room here."""
+
+    def drop(self, request_id: str) -> None:
+        """Stop renewing: the request ended while it waited."""
+
     def cancel(self, request_id: str) -> None:
         """Make the fetch of this request end soon (its `done` is still called)."""

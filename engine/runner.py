@@ -55,11 +55,11 @@ class ModelRunner:
             results[index] = ChunkResult(*draw, prompt)
         return results
 
-    def warm_up(self) -> None:
+    def warm_up(self, max_model_len: int) -> None:
         """Run a small prompt and a token through everything, so that the first request does not
         pay for what libraries set up on first use. Writes into the pool's first blocks, so it must
         come before any request owns them."""
-        length = min(_WARM_UP_TOKENS, self._num_blocks * self._block_size - 1)
+        length = min(_WARM_UP_TOKENS, self._num_blocks * self._block_size - 1, max_model_len - 1)
         request = Request(
             request_id="warm-up",
             token_ids=[0] * (length + 1),

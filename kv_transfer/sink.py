@@ -86,6 +86,14 @@ class SinkCounters:
     """Bytes asked for and not yet received."""
 
 
+@dataclass(slots=True, eq=False)
+class _Kept:
+    """A ticket whose request has no room yet."""
+
+    ticket: KVTicket
+    renew_at: float
+
+
 class TransferSink:
     """Fetches into `memory` until `close`. Satisfies the engine's Importer.
 
@@ -128,6 +136,7 @@ class TransferSink:
         self._lines = LinePool(secret=secret, name=f"{name}#{secrets.token_hex(4)}")
         self._lock = threading.Lock()
         self._jobs: dict[str, Job] = {}
+        self._kept: dict[str, _Kept] = {}
         self._unfit: dict[tuple[str, int, str], float] = {}
         """(source, epoch, transport) → when it may be tried again."""
         self._bytes_in = 0
@@ -173,6 +182,7 @@ class TransferSink:
             if ticket.request_id in self._jobs:
                 raise ValueError(f"The request {ticket.request_id} is being fetched already.")
             closing = self._closing
+            self._kept.pop(ticket.request_id, None)
             self._jobs[ticket.request_id] = job
         if closing:
             self._report(job, job.wanted, "The transfer is closed.")
@@ -192,6 +202,17 @@ class TransferSink:
             raise ValueError("Two blocks cannot go into the same target.")
         if any(not 0 <= target < self._pool.num_blocks for target in targets):
             raise ValueError(f"A target lies outside the pool of {self._pool.num_blocks} blocks.")
+
+    def keep(self, ticket: KVTicket) -> None:
+        """Renew the ticket's lease until `fetch` or `drop`: its request waits for room here."""
+        with self._lock:
+            self._kept[ticket.request_id] = _Kept(ticket, time.monotonic() + ticket.lease_s / 3)
+        self._wake.set()
+
+    def drop(self, request_id: str) -> None:
+        """Stop renewing: the request ended while it waited. The lease runs out by itself."""
+        with self._lock:
+            self._kept.pop(request_id, None)
 
     def cancel(self, request_id: str) -> None:
         """Make the fetch of this request end soon; its `done` is still called, from another
@@ -475,14 +496,18 @@ class TransferSink:
             idle_lines = self._lines.sweep(IDLE_S)
             with self._lock:
                 jobs = list(self._jobs.values())
+                kept = list(self._kept.values())
             now = time.monotonic()
+            for one in kept:
+                if now >= one.renew_at and not self._renew_kept(one):
+                    self.drop(one.ticket.request_id)  # the fetch will find out why
             for job in jobs:
                 if (job.stopped or now >= job.deadline) and job.take():
                     reason = job.stopped or "The request's deadline passed in the queue."
                     self._report(job, job.wanted, reason)
                 elif now >= job.renew_at:
                     self._renew(job)
-            times = [job.renew_at for job in jobs]
+            times = [held.renew_at for held in (*jobs, *kept)]
             times += [job.deadline for job in jobs if not job.taken]
             if idle_lines or jobs:
                 times.append(now + SWEEP_S)
@@ -490,6 +515,19 @@ class TransferSink:
             left = self._next_look - time.monotonic()
             self._wake.wait(max(0.0, left) if times else None)
             self._wake.clear()
+
+    def _renew_kept(self, kept: _Kept) -> bool:
+        """Renew the lease of a ticket that waits; whether that makes sense again."""
+        ticket = kept.ticket
+        kept.renew_at = time.monotonic() + ticket.lease_s / 3
+        message = Renew(ticket_id=ticket.ticket_id, epoch=ticket.epoch)
+        try:
+            return self._settle(ticket, message, time.monotonic() + RENEW_TIMEOUT_S)
+        except EpochChanged:
+            return False
+        except (OSError, ProtocolError) as error:
+            log.info("Renewing the lease of %s failed: %s", ticket.request_id, error)
+            return True
 
     def _renew(self, job: Job) -> None:
         job.renew_at = time.monotonic() + job.ticket.lease_s / 3

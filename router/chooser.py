@@ -157,6 +157,9 @@ class Chooser:
             log.warning("%s Choosing over the own view for a while.", error)
             self._away_until = time.monotonic() + PAUSE_S
             verdicts = [self._own_view(one.candidates, one.need) for one in batch]
+        except Exception:  # whatever it is, nobody may wait for a choice for ever
+            log.exception("Choosing in Redis failed; choosing over the own view.")
+            verdicts = [self._own_view(one.candidates, one.need) for one in batch]
         for one, verdict in zip(batch, verdicts, strict=True):
             try:
                 one.done(verdict)

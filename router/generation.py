@@ -35,6 +35,23 @@ SSE_HEADERS = [
 ]
 
 
+STALL_S = 60.0
+"""A client that takes nothing from its connection for so long is treated as gone."""
+
+
+def _impatient(send: Send) -> Send:
+    """`send` that raises ClientGone if the client does not read."""
+
+    async def bounded(message: Message) -> None:
+        try:
+            async with asyncio.timeout(STALL_S):
+                await send(message)
+        except TimeoutError:
+            raise ClientGone from None
+
+    return bounded
+
+
 class ClientGone(Exception):
     """The client has left: everything is aborted, nobody listens any more."""
 
@@ -180,6 +197,7 @@ class Generation:
         Raises ApiError only while nothing has been sent; ClientGone.
         """
         writer, progress = self._writer, self._progress
+        send = _impatient(send)
         started = False
         try:
             while progress.open:

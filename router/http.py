@@ -82,17 +82,13 @@ async def read_body(request: Request, limit: int) -> bytes:
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > limit:
         raise _too_long(limit)
-    message = await request.receive()
-    body: bytes = message.get("body", b"")
-    if not message.get("more_body"):
-        if len(body) > limit:
-            raise _too_long(limit)
-        return body
-    parts, size = [body], len(body)
+    parts: list[bytes] = []
+    size, more = 0, True
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
-            while message.get("more_body"):
+            while more:
                 message = await request.receive()
+                more = message.get("more_body", False)
                 parts.append(message.get("body", b""))
                 size += len(parts[-1])
                 if size > limit:

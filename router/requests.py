@@ -228,6 +228,8 @@ class RequestParser:
             wanted = max(logprobs, prompt_logprobs or 0)
             if score_only and prompt_logprobs is None:
                 prompt_logprobs = logprobs
+        if wanted is not None:
+            _bound_prompt_logprobs(wanted, prompts)
         seed = self._rng.getrandbits(64)
         params = [
             sampling_params(
@@ -422,6 +424,20 @@ class RequestParser:
                 param="prompt_logprobs",
             )
         return self._logprobs("prompt_logprobs", value)
+
+
+MAX_PROMPT_LOGPROBS = 500_000
+"""Most entries of one answer's prompt log-probabilities: some 10 MB on the way to the router."""
+
+
+def _bound_prompt_logprobs(top: int, prompts: Sequence[Prompt]) -> None:
+    entries = max(len(prompt.token_ids) for prompt in prompts) * (top + 1)
+    if entries > MAX_PROMPT_LOGPROBS:
+        raise BadRequest(
+            f"prompt_logprobs asks for {entries} entries; prompt tokens × (prompt_logprobs + 1) "
+            f"must be at most {MAX_PROMPT_LOGPROBS} (parameter=prompt_logprobs, value={top}).",
+            param="prompt_logprobs",
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,5 +79,5 @@ def load(context: Context) -> Loaded:
     context.progress(0.0, "loading weights")
     built = build_runner(folder, config, lambda share: context.progress(share, "loading weights"))
     context.progress(1.0, "warming up")
-    built.runner.warm_up()
+    built.runner.warm_up(built.config.max_model_len)
     return Loaded(built)

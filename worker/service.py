@@ -10,7 +10,7 @@ import msgspec
 
 from pdserve.cluster.channel import Channel
 from pdserve.engine.loop import Engine, StepOutcome
-from pdserve.protocol.errors import ErrorCode, WorkerError
+from pdserve.protocol.errors import ErrorCode, ProtocolError, WorkerError
 from pdserve.protocol.messages import (
     Abort,
     FinishReason,
@@ -81,19 +81,11 @@ class RouterService:
         if message.epoch != self._epoch:
             if isinstance(message, Submit):
                 text = f"The request is for epoch {message.epoch}; this worker is {self._epoch}."
-                self._refuse(channel, message, ErrorCode.STALE_EPOCH, text)
+                self._send(channel, [_failed(message.request_id, ErrorCode.STALE_EPOCH, text)])
         elif isinstance(message, Abort):
             self._engine.abort(message.request_id)
         else:
             self._engine.submit(message, channel)
-
-    def _refuse(self, channel: Channel, message: Submit, code: ErrorCode, text: str) -> None:
-        output = Output(
-            request_id=message.request_id,
-            finish_reason=FinishReason.ERROR,
-            error=WorkerError(code=code, message=text),
-        )
-        self._send(channel, [output])
 
     def _deliver(self, outcome: StepOutcome) -> None:
         self._step = outcome.step
@@ -141,3 +133,24 @@ class RouterService:
             channel.send(frame)
         except ConnectionError as error:
             log.warning("Router %s: %s", channel.peer, error)
+        except ProtocolError as error:
+            self._split(channel, outputs, error)
+
+    def _split(self, channel: Channel, outputs: list[Output], error: ProtocolError) -> None:
+        """The frame is too long: send each output by itself, and an error for the one at fault."""
+        if len(outputs) > 1:
+            for output in outputs:
+                self._send(channel, [output])
+        elif outputs:
+            assert self._engine is not None
+            log.error("%s: %s", outputs[0].request_id, error)
+            self._engine.abort(outputs[0].request_id)
+            self._send(channel, [_failed(outputs[0].request_id, ErrorCode.INTERNAL, str(error))])
+
+
+def _failed(request_id: str, code: ErrorCode, text: str) -> Output:
+    return Output(
+        request_id=request_id,
+        finish_reason=FinishReason.ERROR,
+        error=WorkerError(code=code, message=text),
+    )

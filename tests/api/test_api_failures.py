@@ -401,6 +401,34 @@ def test_a_slow_reader_stalls_nobody(cluster: Cluster) -> None:
     harness.until_idle()
 
 
+def test_a_client_that_reads_nothing_gives_its_place_back(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pdserve.router.generation.STALL_S", 0.5)
+    harness, (worker,) = cluster("c")
+    body = json.dumps(LONG | {"max_tokens": 4000, "n": 8, "temperature": 1}).encode()
+    host, port = harness.url.removeprefix("http://").split(":")
+    with socket.socket() as lazy:
+        lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        lazy.connect((host, int(port)))
+        head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        lazy.sendall(head.encode() + f"content-length: {len(body)}\r\n\r\n".encode() + body)
+        harness.wait(lambda: worker.running >= 8)
+        harness.until_idle()  # though the client never leaves
+
+
+def test_a_body_that_never_begins_is_timed_out(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pdserve.router.http.BODY_TIMEOUT_S", 0.2)
+    harness, _ = cluster("c")
+    host, port = harness.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as silent:
+        head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        silent.sendall(f"{head}content-length: 100\r\n\r\n".encode())
+        assert silent.recv(4096).startswith(b"HTTP/1.1 408")
+
+
 def test_a_worker_without_lease_and_voice_is_given_up(cluster: Cluster) -> None:
     """As if stopped: its connection stands, but it neither renews its lease nor says anything."""
     harness, (worker,) = cluster("c")

@@ -94,6 +94,10 @@ def test_max_model_len_beyond_the_model(model: Path) -> None:
     assert_refused(up("--model", model, "--max-model-len", 10**6), "--max-model-len", "1000000")
 
 
+def test_max_model_len_too_short_to_be_of_use(model: Path) -> None:
+    assert_refused(up("--model", model, "--max-model-len", 3), "--max-model-len", "16")
+
+
 def test_contradicting_limits(model: Path) -> None:
     done = up("--model", model, "--max-num-seqs", 64, "--max-num-batched-tokens", 32)
     assert_refused(done, "max_num_batched_tokens", "32", "64")

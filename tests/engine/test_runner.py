@@ -147,7 +147,7 @@ def test_warm_up_leaves_the_runner_as_it_was(make_model: MakeModel, build: Build
     stepper = Stepper(build(folder))
     (cold,) = stepper.run([stepper.add(text(20))], 5)
     warm = build(folder)
-    warm.runner.warm_up()
+    warm.runner.warm_up(warm.config.max_model_len)
     stepper = Stepper(warm)
     assert stepper.run([stepper.add(text(20))], 5) == [cold]
 

@@ -128,6 +128,13 @@ class FakeInbox:
         self.source, self.outbox, self.target = source, outbox, target
         self.pending: dict[str, Callable[..., None]] = {}
         self.cancelled: list[str] = []
+        self.kept: set[str] = set()
+
+    def keep(self, ticket: KVTicket) -> None:
+        self.kept.add(ticket.request_id)
+
+    def drop(self, request_id: str) -> None:
+        self.kept.remove(request_id)
 
     def fetch(
         self,
@@ -138,6 +145,7 @@ class FakeInbox:
         done: Callable[[FetchReport], None],
     ) -> None:
         assert len(wanted) == len(targets)
+        self.kept.remove(ticket.request_id)
 
         def finish(failed: tuple[int, ...] = ()) -> None:
             if ticket.ticket_id in self.outbox.tickets:
@@ -247,6 +255,7 @@ class Bench:
         """Nothing waits, nothing runs, every block is free or evictable."""
         self.engine.step()
         self.engine.check_integrity()
+        assert not (self.inbox and self.inbox.kept), "leases are renewed for nobody"
         status = self.engine.status()
         assert (status.waiting, status.running, status.fetching, status.blocks_held) == (0,) * 4
         assert status.blocks_free + status.blocks_cached == status.blocks_total

@@ -153,6 +153,27 @@ def test_a_failed_fetch_is_computed_again(failed: tuple[int, ...]) -> None:
     decode.assert_clean()
 
 
+def test_leases_are_renewed_while_a_request_waits_for_room() -> None:
+    prefill, decode = pair(max_num_seqs=1)
+    decode.submit("busy", prompt(3, 9), max_tokens=4)
+    decode.engine.step()
+    first = run_prefill(prefill, "a", prompt(10))
+    aborted = run_prefill(prefill, "b", prompt(5))
+    for name, output, length in (("a", first, 10), ("b", aborted, 5)):
+        decode.submit(name, prompt(length), output=output.token_ids, ticket=output.ticket)
+    decode.engine.step()
+    assert decode.inbox.kept == {"a", "b"}
+    decode.engine.abort("b")
+    prefill.engine.abort("b")
+    decode.run()
+    assert decode.inbox.kept == set(), "a fetch renews by itself"
+    decode.inbox.deliver("a")
+    decode.run()
+    assert first.token_ids + decode.tokens("a") == continuation(prompt(10), 8)
+    prefill.assert_clean()
+    decode.assert_clean()
+
+
 def test_the_first_token_may_end_it_without_a_ticket() -> None:
     prefill, _ = pair()
     output = run_prefill(prefill, "a", prompt(5), max_tokens=1)
