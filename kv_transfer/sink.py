@@ -507,7 +507,7 @@ class TransferSink:
                     self._report(job, job.wanted, reason)
                 elif now >= job.renew_at:
                     self._renew(job)
-            times = [held.renew_at for held in (*jobs, *kept)]
+            times = [job.renew_at for job in jobs] + [one.renew_at for one in kept]
             times += [job.deadline for job in jobs if not job.taken]
             if idle_lines or jobs:
                 times.append(now + SWEEP_S)
