@@ -16,7 +16,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from pdserve.cluster.membership import Membership
@@ -345,7 +345,9 @@ def _add_model_routes(app: FastAPI, router: Router) -> None:
         )
 
     @app.get("/v1/models/{name:path}", response_class=JsonResponse, summary="One model")
-    async def model(name: str) -> Response:
+    async def model(request: Request, name: str) -> Response:
+        if not name:
+            return RedirectResponse(request.url_for("models"), status_code=307)
         if name not in router.model.names:
             raise NotFound(f"The model `{name:.200}` does not exist.", param="model")
         if not router.ready:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pdserve.router.errors import SchemaError, schema_error
 
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
-TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1, strict=True)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 MAX_STOPS = 4

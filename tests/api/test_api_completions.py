@@ -149,6 +149,7 @@ def test_what_a_worker_gets(client: OpenAI, harness: RouterHarness) -> None:
         ({}, "Either prompt or prompt_embeds must be provided and non-empty"),
         ({"prompt": []}, "You must pass at least one prompt"),
         ({"prompt": [[]]}, "The decoder prompt cannot be empty"),
+        ({"prompt": [True, 2]}, "prompt"),
         ({"prompt": [99999]}, "Token id 99999 is out of vocabulary"),
         ({"prompt": ["x"] * 1025}, "at most 1024 prompts"),
         ({"prompt": "x", "suffix": ""}, "suffix"),
