@@ -1,10 +1,10 @@
 """The sink: the engine's importer, which fetches tickets' blocks into the own pool.
 
 A fetch waits in a queue until one of a few threads takes it. That thread asks for the wanted
-blocks in pieces, the next piece before it has received the last, verifies each block, asks once
-more (over the next transport, if there is one) for blocks that did not arrive intact, releases the
-ticket and reports. One more thread keeps the leases of all fetches alive, waiting ones included,
-ends those that time out in the queue and closes connections that nobody needs.
+blocks over the best transport (`attempt.py`), once more (over the next transport, if there is one,
+`routes.py`) for blocks that did not arrive intact, releases the ticket (`leases.py`) and reports.
+One more thread keeps the leases of all fetches alive, waiting ones included, ends those that time
+out in the queue and closes connections that nobody needs.
 
     QUEUED ──► ACTIVE ──► DONE      done(report) is called on entering DONE, exactly once;
        └─────────────────►          the targets belong to the transfer until then
@@ -12,60 +12,36 @@ ends those that time out in the queue and closes connections that nobody needs.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 import queue
 import secrets
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
+from pdserve.kv_transfer.attempt import Attempts
 from pdserve.kv_transfer.credits import Credits
 from pdserve.kv_transfer.job import Done, Ended, Job
-from pdserve.kv_transfer.line import Address, EpochChanged, Line, LinePool
-from pdserve.kv_transfer.memory import BlockMemory, Pool, as_pool, host_id
+from pdserve.kv_transfer.leases import Leases
+from pdserve.kv_transfer.line import EpochChanged, LinePool
+from pdserve.kv_transfer.memory import BlockMemory, Pool, as_pool
+from pdserve.kv_transfer.routes import Routes
 from pdserve.kv_transfer.transports import SINK_HALVES, SinkHalf, TransportUnfit
 from pdserve.protocol.errors import ProtocolError
 from pdserve.protocol.ticket import KVTicket, LayoutFingerprint
-from pdserve.protocol.transfer import (
-    Fetch,
-    FetchHeader,
-    FetchReport,
-    Outcome,
-    Refused,
-    Release,
-    Released,
-    Renew,
-    ToReader,
-)
-from pdserve.protocol.wire import MessageDecoder
+from pdserve.protocol.transfer import FetchReport, Outcome
 
 log = logging.getLogger(__name__)
 
-FIRST_PIECE_BYTES = 4 * 2**20
-LARGEST_PIECE_BYTES = 64 * 2**20
-"""Blocks are asked for in pieces, each four times the one before it: the first arrives soon, the
-source hashes one while the sink receives another (if it has not hashed them all since the offer),
-and there are few exchanges, each of which may cost the sink its core for a while."""
-ASKED_AHEAD = 2
-"""Pieces of one fetch that may be on their way."""
 TRIES = 2
 """Times that a block is asked for; a transport that turns out unfit does not count."""
-RELEASE_TIMEOUT_S = 1.0
-RENEW_TIMEOUT_S = 1.0
-UNFIT_S = 60.0
-"""A transport that did not work with a source is not tried again for so long."""
-ROUTES_KEPT = 32
-"""Sources of which the transport is remembered, for people who ask."""
 SWEEP_S = 1.0
 IDLE_S = 60.0
 """Unused connections are closed after this; well before the source would."""
-
-_TO_READER: MessageDecoder[Any] = MessageDecoder(ToReader)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +60,6 @@ class SinkCounters:
     """Source → the transport that last brought all the blocks of a fetch from it."""
     in_flight: int
     """Bytes asked for and not yet received."""
-
-
-@dataclass(slots=True, eq=False)
-class _Kept:
-    """A ticket whose request has no room yet."""
-
-    ticket: KVTicket
-    renew_at: float
 
 
 class TransferSink:
@@ -126,25 +94,29 @@ class TransferSink:
             raise ValueError(f"The transport must be one of {known}. Given: {transport!r}.")
         self._pool = as_pool(memory)
         self._fingerprint = fingerprint
-        self._halves = {
+        chosen = {
             key: make(self._pool) for key, make in halves.items() if transport in ("auto", key)
         }
         self._stall_s, self._limit_s = stall_s, limit_s
         self._credits = Credits(in_flight_per_source, in_flight)
-        self._host_id = host_id()
         # The name is made unique, so that the source never takes a restarted sink for its old self.
         self._lines = LinePool(secret=secret, name=f"{name}#{secrets.token_hex(4)}")
+        self._leases = Leases(self._lines)
+        self._routes = Routes(chosen)
+        self._attempts = Attempts(
+            self._pool,
+            fingerprint,
+            halves=chosen,
+            lines=self._lines,
+            credits=self._credits,
+            stall_s=stall_s,
+        )
         self._lock = threading.Lock()
         self._jobs: dict[str, Job] = {}
-        self._kept: dict[str, _Kept] = {}
-        self._unfit: dict[tuple[str, int, str], float] = {}
-        """(source, epoch, transport) → when it may be tried again."""
         self._bytes_in = 0
         self._fetches: Counter[str] = Counter()
         self._transports: Counter[str] = Counter()
-        self._routes: dict[str, str] = {}
         self._closing = False
-        self._release_until = float("inf")
         self._next_look = float("inf")
         """When the keeper looks again by itself."""
         self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
@@ -182,8 +154,8 @@ class TransferSink:
             if ticket.request_id in self._jobs:
                 raise ValueError(f"The request {ticket.request_id} is being fetched already.")
             closing = self._closing
-            self._kept.pop(ticket.request_id, None)
             self._jobs[ticket.request_id] = job
+        self._leases.drop(ticket.request_id)
         if closing:
             self._report(job, job.wanted, "The transfer is closed.")
             return
@@ -205,14 +177,12 @@ class TransferSink:
 
     def keep(self, ticket: KVTicket) -> None:
         """Renew the ticket's lease until `fetch` or `drop`: its request waits for room here."""
-        with self._lock:
-            self._kept[ticket.request_id] = _Kept(ticket, time.monotonic() + ticket.lease_s / 3)
+        self._leases.keep(ticket)
         self._wake.set()
 
     def drop(self, request_id: str) -> None:
         """Stop renewing: the request ended while it waited. The lease runs out by itself."""
-        with self._lock:
-            self._kept.pop(request_id, None)
+        self._leases.drop(request_id)
 
     def cancel(self, request_id: str) -> None:
         """Make the fetch of this request end soon; its `done` is still called, from another
@@ -230,7 +200,7 @@ class TransferSink:
                 bytes_in=self._bytes_in,
                 fetches=dict(self._fetches),
                 transports=dict(self._transports),
-                routes=dict(self._routes),
+                routes=self._routes.used(),
                 in_flight=self._credits.in_flight,
             )
 
@@ -239,9 +209,8 @@ class TransferSink:
         deadline = time.monotonic() + timeout_s
         with self._lock:
             self._closing = True
-            farewell = min(deadline, time.monotonic() + RELEASE_TIMEOUT_S)
-            self._release_until = min(self._release_until, farewell)
             jobs = list(self._jobs.values())
+        self._leases.close(deadline)
         for job in jobs:
             job.stop("The transfer was closed.", Outcome.ABORTED)
         for _ in self._threads:
@@ -269,11 +238,11 @@ class TransferSink:
                     job.start(self._limit_s)
                     self._run(job)
                 else:
-                    self._release(job)
+                    self._leases.release(job)
             except Exception as error:
                 log.exception("Fetching for %s failed.", job.ticket.request_id)
                 self._report(job, job.wanted, f"The transfer failed: {error}")
-                self._release(job)
+                self._leases.release(job)
 
     def _run(self, job: Job) -> None:
         try:
@@ -282,11 +251,11 @@ class TransferSink:
             job.reason = str(ended)
         if job.missing:
             self._report(job)  # first, because the source may not answer any more
-            self._release(job)
+            self._leases.release(job)
             return
         if not job.stopped:
             job.outcome = Outcome.COMMITTED
-        valid = self._release(job)
+        valid = self._leases.release(job)
         if job.borrowed and not valid:
             reason = "The source did not confirm that the lease stood until the copy was made."
             self._report(job, job.wanted, reason)
@@ -298,23 +267,23 @@ class TransferSink:
         in `job.missing` failed for `job.reason`."""
         if difference := self._fingerprint.difference(job.ticket.fingerprint):
             raise Ended(difference)
-        names = self._plan(job.ticket)
+        names = self._routes.plan(job.ticket)
         if not names:
             raise Ended(
                 f"{job.ticket.source} offers the transports {', '.join(job.ticket.transports)}; "
-                f"this worker uses {', '.join(self._halves)}."
+                f"this worker uses {', '.join(self._routes.names)}."
             )
         tries = 0
         while job.missing and tries < TRIES:
             name = names[0]
             try:
                 tries += 1
-                self._attempt(job, name)
+                self._attempts.make(job, name)
             except TransportUnfit as error:
                 tries -= 1
                 job.reason = f"The transport {name} cannot be used: {error}"
                 log.info("%s (source %s)", job.reason, job.ticket.source)
-                self._avoid(job.ticket, name)
+                self._routes.avoid(job.ticket, name)
                 if len(names) == 1:
                     return
                 names = names[1:]
@@ -328,138 +297,6 @@ class TransferSink:
                     error = TimeoutError(f"it said nothing for {self._stall_s:g} s.")
                 job.reason = f"Fetching from {job.ticket.source} over {name} failed: {error}"
             names = names[1:] or names
-
-    def _plan(self, ticket: KVTicket) -> list[str]:
-        """The transports to try, best first; those known to be unfit for this source are out,
-        unless nothing else is left."""
-        common = [name for name in self._halves if name in ticket.transports]
-        now = time.monotonic()
-        with self._lock:
-            fit = [
-                name
-                for name in common
-                if self._unfit.get((ticket.source, ticket.epoch, name), 0.0) <= now
-            ]
-        return fit or common
-
-    def _avoid(self, ticket: KVTicket, name: str) -> None:
-        """Do not try a transport with this source for a while."""
-        now = time.monotonic()
-        with self._lock:
-            self._unfit = {key: until for key, until in self._unfit.items() if until > now}
-            self._unfit[(ticket.source, ticket.epoch, name)] = now + UNFIT_S
-
-    def _attempt(self, job: Job, name: str) -> None:
-        """Ask for everything missing over one transport. Blocks whose checksum differs stay in
-        `job.missing` without an exception."""
-        half = self._halves[name]
-        job.transport = name
-        size = self._pool.block_nbytes
-        with (
-            self._line(job, job.wait(self._stall_s)) as line,
-            self._credits.account(job.ticket.source) as account,
-        ):
-            waiting = deque(_pieces(list(job.missing), size))
-            asked: deque[list[int]] = deque()
-            while waiting or asked:
-                ahead = len(asked) < ASKED_AHEAD and bool(waiting)
-                if ahead and account.take(len(waiting[0]) * size, lambda: job.wait(self._stall_s)):
-                    asked.append(waiting.popleft())
-                    self._ask(line, job, name, asked[-1])
-                    continue
-                self._receive(line, job, half, asked[0])
-                account.give(len(asked.popleft()) * size)
-
-    def _ask(self, line: Line, job: Job, name: str, piece: Sequence[int]) -> None:
-        ticket = job.ticket
-        detail = getattr(self._halves[name], "detail", None)
-        fetch = Fetch(
-            ticket_id=ticket.ticket_id,
-            request_id=ticket.request_id,
-            epoch=ticket.epoch,
-            fingerprint=self._fingerprint,
-            transport=name,
-            wanted=tuple(piece),
-            host_id=self._host_id,
-            detail=detail(ticket.source, ticket.epoch) if detail else "",
-        )
-        line.send(fetch, job.wait(self._stall_s))
-
-    def _receive(self, line: Line, job: Job, half: SinkHalf, piece: Sequence[int]) -> None:
-        header = line.receive(_TO_READER, job.wait(self._stall_s))
-        self._check_header(header, job.ticket, len(piece))
-        job.borrowed = job.borrowed or half.borrows
-        targets = [job.missing[index] for index in piece]
-        verified = 0
-        for complete in half.receive(line, header, targets, lambda: job.wait(self._stall_s)):
-            digests = self._pool.digests(targets[verified:complete])
-            expected = header.checksums[verified:complete]
-            for index, digest, right in zip(
-                piece[verified:complete], digests, expected, strict=True
-            ):
-                if digest == right:
-                    del job.missing[index]
-                else:
-                    job.reason = f"The checksum of block {index} differs."
-                    log.warning("%s (%s)", job.reason, job.ticket.request_id)
-            received = (complete - verified) * self._pool.block_nbytes
-            job.nbytes += received
-            verified = complete
-
-    def _check_header(self, header: Any, ticket: KVTicket, count: int) -> None:
-        """Raises what a wrong or refusing answer means."""
-        if isinstance(header, Refused):
-            if header.retry_other_transport:
-                raise TransportUnfit(header.reason)
-            raise Ended(header.reason)
-        if not isinstance(header, FetchHeader):
-            raise ProtocolError("The source answered a fetch with another message.")
-        if (header.ticket_id, header.epoch) != (ticket.ticket_id, ticket.epoch):
-            raise ProtocolError("The source answered for another ticket.")
-        if header.num_blocks != count or len(header.checksums) != count:
-            raise ProtocolError(f"The source announced {header.num_blocks} blocks, not {count}.")
-        if header.block_nbytes != self._pool.block_nbytes:
-            raise ProtocolError(
-                f"The source's blocks have {header.block_nbytes} bytes, the own ones "
-                f"{self._pool.block_nbytes}."
-            )
-
-    @contextlib.contextmanager
-    def _line(self, job: Job, deadline: float) -> Iterator[Line]:
-        """A line that `cancel` can interrupt. Detached before it goes back to the pool."""
-        with self._lines.line(Address.of(job.ticket), deadline, job.attach) as line:
-            try:
-                yield line
-            finally:
-                job.attach(None)
-
-    def _release(self, job: Job) -> bool:
-        """Tell the source that the fetch is over; True if the lease stood until now. Asked again
-        on a new connection if the first one fails, since the answer decides about a borrowed copy.
-        """
-        if not job.releasable:
-            return False
-        message = Release(
-            ticket_id=job.ticket.ticket_id, epoch=job.ticket.epoch, outcome=job.outcome
-        )
-        deadline = min(time.monotonic() + RELEASE_TIMEOUT_S, self._release_until)
-        for _ in range(2):
-            try:
-                return self._settle(job.ticket, message, deadline)
-            except EpochChanged:
-                return False
-            except (OSError, ProtocolError) as error:
-                log.info("Releasing %s failed: %s", job.ticket.request_id, error)
-        return False
-
-    def _settle(self, ticket: KVTicket, message: Release | Renew, deadline: float) -> bool:
-        """Send a message about a ticket's lease; whether it stands."""
-        with self._lines.line(Address.of(ticket), deadline, _nobody) as line:
-            line.send(message, deadline)
-            answer = line.receive(_TO_READER, deadline)
-            if not isinstance(answer, Released) or answer.ticket_id != ticket.ticket_id:
-                raise ProtocolError("The source answered a release with another message.")
-        return answer.valid
 
     def _report(self, job: Job, failed: Sequence[int] | None = None, reason: str = "") -> None:
         """Call `done`, unless somebody has. By default what is missing has failed."""
@@ -479,11 +316,8 @@ class TransferSink:
             self._bytes_in += report.nbytes
             self._fetches["ok" if report.ok else "failed"] += 1
             self._transports[report.transport] += 1
-            if report.ok and report.nbytes:
-                self._routes.pop(job.ticket.source, None)
-                self._routes[job.ticket.source] = report.transport
-                if len(self._routes) > ROUTES_KEPT:
-                    del self._routes[next(iter(self._routes))]
+        if report.ok and report.nbytes:
+            self._routes.note(job.ticket.source, report.transport)
         try:
             job.done(report)
         except Exception:
@@ -494,63 +328,21 @@ class TransferSink:
     def _keep(self) -> None:
         while not self._closing:
             idle_lines = self._lines.sweep(IDLE_S)
+            kept_until = self._leases.renew_kept()
             with self._lock:
                 jobs = list(self._jobs.values())
-                kept = list(self._kept.values())
             now = time.monotonic()
-            for one in kept:
-                if now >= one.renew_at and not self._renew_kept(one):
-                    self.drop(one.ticket.request_id)  # the fetch will find out why
             for job in jobs:
                 if (job.stopped or now >= job.deadline) and job.take():
                     reason = job.stopped or "The request's deadline passed in the queue."
                     self._report(job, job.wanted, reason)
                 elif now >= job.renew_at:
-                    self._renew(job)
-            times = [job.renew_at for job in jobs] + [one.renew_at for one in kept]
+                    self._leases.renew(job)
+            times = [kept_until, *(job.renew_at for job in jobs)]
             times += [job.deadline for job in jobs if not job.taken]
             if idle_lines or jobs:
                 times.append(now + SWEEP_S)
-            self._next_look = min(times, default=float("inf"))
+            self._next_look = min(times)
             left = self._next_look - time.monotonic()
-            self._wake.wait(max(0.0, left) if times else None)
+            self._wake.wait(max(0.0, left) if self._next_look < float("inf") else None)
             self._wake.clear()
-
-    def _renew_kept(self, kept: _Kept) -> bool:
-        """Renew the lease of a ticket that waits; whether that makes sense again."""
-        ticket = kept.ticket
-        kept.renew_at = time.monotonic() + ticket.lease_s / 3
-        message = Renew(ticket_id=ticket.ticket_id, epoch=ticket.epoch)
-        try:
-            return self._settle(ticket, message, time.monotonic() + RENEW_TIMEOUT_S)
-        except EpochChanged:
-            return False
-        except (OSError, ProtocolError) as error:
-            log.info("Renewing the lease of %s failed: %s", ticket.request_id, error)
-            return True
-
-    def _renew(self, job: Job) -> None:
-        job.renew_at = time.monotonic() + job.ticket.lease_s / 3
-        message = Renew(ticket_id=job.ticket.ticket_id, epoch=job.ticket.epoch)
-        try:
-            valid = self._settle(job.ticket, message, time.monotonic() + RENEW_TIMEOUT_S)
-        except (OSError, ProtocolError) as error:
-            log.info("Renewing the lease of %s failed: %s", job.ticket.request_id, error)
-            return  # the fetch itself finds out what that means
-        if not valid:
-            job.stop("The lease ended before all KV blocks had arrived.", Outcome.FAILED)
-
-
-def _nobody(line: Line) -> None:
-    """Short exchanges are not interrupted: they have a short deadline."""
-
-
-def _pieces(indices: list[int], block_nbytes: int) -> list[list[int]]:
-    """`indices` cut into growing pieces."""
-    pieces, start, nbytes = [], 0, FIRST_PIECE_BYTES
-    while start < len(indices):
-        length = max(1, nbytes // block_nbytes)
-        pieces.append(indices[start : start + length])
-        start += length
-        nbytes = min(4 * nbytes, LARGEST_PIECE_BYTES)
-    return pieces

@@ -149,7 +149,7 @@ def test_after_the_quarantine_a_new_session_is_made(ends: Ends) -> None:
     ends.fake.misbehaviour.failing = True
     ends.fetch("tcp")
     ends.fake.misbehaviour.failing = False
-    ends.sink._unfit.clear()
+    ends.sink._routes._unfit.clear()
     ends.fetch("nccl")
     assert ends.sessions == 2
 
@@ -164,7 +164,7 @@ def test_a_stuck_join_is_bounded_and_its_thread_replaced(ends: Ends) -> None:
         assert time.monotonic() < end
         time.sleep(0.01)
     ends.fake.misbehaviour.stuck_joins = False
-    ends.sink._unfit.clear()
+    ends.sink._routes._unfit.clear()
     ends.fetch("nccl")
 
 

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from transfer_rig import Flipping, Gate, Reports, Rig, is_poison, poison, pools_held, scramble
 
-from pdserve.kv_transfer import sink as sink_module
+from pdserve.kv_transfer import attempt as attempt_module
 from pdserve.kv_transfer.memory import HostMemory
 from pdserve.kv_transfer.transports import SINK_HALVES, SinkHalf
 
@@ -83,7 +83,7 @@ def test_the_next_transport_repairs_what_the_first_one_broke(rig: Rig) -> None:
 
 
 def test_another_host_falls_back_to_tcp(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sink_module, "host_id", lambda: "another host")
+    monkeypatch.setattr(attempt_module, "host_id", lambda: "another host")
     source = rig.source()
     sink = rig.sink()
     for number in range(2):

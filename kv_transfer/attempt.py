@@ -1,0 +1,149 @@
+"""One attempt: everything that a fetch still misses is asked for over one transport.
+
+The thread asks for the blocks in pieces, the next piece before it has received the last, and
+verifies each block before it counts as arrived.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pdserve.kv_transfer.credits import Credits
+from pdserve.kv_transfer.job import Ended, Job
+from pdserve.kv_transfer.line import Address, Line, LinePool
+from pdserve.kv_transfer.memory import Pool, host_id
+from pdserve.kv_transfer.transports import SinkHalf, TransportUnfit
+from pdserve.protocol.errors import ProtocolError
+from pdserve.protocol.ticket import KVTicket, LayoutFingerprint
+from pdserve.protocol.transfer import Fetch, FetchHeader, Refused, ToReader
+from pdserve.protocol.wire import MessageDecoder
+
+log = logging.getLogger(__name__)
+
+FIRST_PIECE_BYTES = 4 * 2**20
+LARGEST_PIECE_BYTES = 64 * 2**20
+"""Blocks are asked for in pieces, each four times the one before it: the first arrives soon, the
+source hashes one while the sink receives another (if it has not hashed them all since the offer),
+and there are few exchanges, each of which may cost the sink its core for a while."""
+ASKED_AHEAD = 2
+"""Pieces of one fetch that may be on their way."""
+
+_TO_READER: MessageDecoder[Any] = MessageDecoder(ToReader)
+
+
+class Attempts:
+    """Makes attempts; shared by the sink's threads."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        fingerprint: LayoutFingerprint,
+        *,
+        halves: Mapping[str, SinkHalf],
+        lines: LinePool,
+        credits: Credits,
+        stall_s: float,
+    ) -> None:
+        self._pool, self._fingerprint = pool, fingerprint
+        self._halves, self._lines, self._credits = halves, lines, credits
+        self._stall_s = stall_s
+        self._host_id = host_id()
+
+    def make(self, job: Job, name: str) -> None:
+        """Ask for everything missing over one transport. Blocks whose checksum differs stay in
+        `job.missing` without an exception. Raises TransportUnfit, Ended, OSError, ProtocolError."""
+        half = self._halves[name]
+        job.transport = name
+        size = self._pool.block_nbytes
+        with (
+            self._line(job, job.wait(self._stall_s)) as line,
+            self._credits.account(job.ticket.source) as account,
+        ):
+            waiting = deque(_pieces(list(job.missing), size))
+            asked: deque[list[int]] = deque()
+            while waiting or asked:
+                ahead = len(asked) < ASKED_AHEAD and bool(waiting)
+                if ahead and account.take(len(waiting[0]) * size, lambda: job.wait(self._stall_s)):
+                    asked.append(waiting.popleft())
+                    self._ask(line, job, name, asked[-1])
+                    continue
+                self._receive(line, job, half, asked[0])
+                account.give(len(asked.popleft()) * size)
+
+    def _ask(self, line: Line, job: Job, name: str, piece: Sequence[int]) -> None:
+        ticket = job.ticket
+        detail = getattr(self._halves[name], "detail", None)
+        fetch = Fetch(
+            ticket_id=ticket.ticket_id,
+            request_id=ticket.request_id,
+            epoch=ticket.epoch,
+            fingerprint=self._fingerprint,
+            transport=name,
+            wanted=tuple(piece),
+            host_id=self._host_id,
+            detail=detail(ticket.source, ticket.epoch) if detail else "",
+        )
+        line.send(fetch, job.wait(self._stall_s))
+
+    def _receive(self, line: Line, job: Job, half: SinkHalf, piece: Sequence[int]) -> None:
+        header = line.receive(_TO_READER, job.wait(self._stall_s))
+        self._check_header(header, job.ticket, len(piece))
+        job.borrowed = job.borrowed or half.borrows
+        targets = [job.missing[index] for index in piece]
+        verified = 0
+        for complete in half.receive(line, header, targets, lambda: job.wait(self._stall_s)):
+            digests = self._pool.digests(targets[verified:complete])
+            expected = header.checksums[verified:complete]
+            for index, digest, right in zip(
+                piece[verified:complete], digests, expected, strict=True
+            ):
+                if digest == right:
+                    del job.missing[index]
+                else:
+                    job.reason = f"The checksum of block {index} differs."
+                    log.warning("%s (%s)", job.reason, job.ticket.request_id)
+            received = (complete - verified) * self._pool.block_nbytes
+            job.nbytes += received
+            verified = complete
+
+    def _check_header(self, header: Any, ticket: KVTicket, count: int) -> None:
+        """Raises what a wrong or refusing answer means."""
+        if isinstance(header, Refused):
+            if header.retry_other_transport:
+                raise TransportUnfit(header.reason)
+            raise Ended(header.reason)
+        if not isinstance(header, FetchHeader):
+            raise ProtocolError("The source answered a fetch with another message.")
+        if (header.ticket_id, header.epoch) != (ticket.ticket_id, ticket.epoch):
+            raise ProtocolError("The source answered for another ticket.")
+        if header.num_blocks != count or len(header.checksums) != count:
+            raise ProtocolError(f"The source announced {header.num_blocks} blocks, not {count}.")
+        if header.block_nbytes != self._pool.block_nbytes:
+            raise ProtocolError(
+                f"The source's blocks have {header.block_nbytes} bytes, the own ones "
+                f"{self._pool.block_nbytes}."
+            )
+
+    @contextlib.contextmanager
+    def _line(self, job: Job, deadline: float) -> Iterator[Line]:
+        """A line that `cancel` can interrupt. Detached before it goes back to the pool."""
+        with self._lines.line(Address.of(job.ticket), deadline, job.attach) as line:
+            try:
+                yield line
+            finally:
+                job.attach(None)
+
+
+def _pieces(indices: list[int], block_nbytes: int) -> list[list[int]]:
+    """`indices` cut into growing pieces."""
+    pieces, start, nbytes = [], 0, FIRST_PIECE_BYTES
+    while start < len(indices):
+        length = max(1, nbytes // block_nbytes)
+        pieces.append(indices[start : start + length])
+        start += length
+        nbytes = min(4 * nbytes, LARGEST_PIECE_BYTES)
+    return pieces
