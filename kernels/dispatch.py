@@ -1,12 +1,14 @@
 """Which implementation of an operation runs: decided once per process, logged once.
 
 A public function checks its arguments, asks `implementation`, and calls what it gets, or goes on
-with its own plain-torch reference for None. On the CPU that is always the reference, and Triton is
-never imported; on a CUDA device it is Triton. `PDSERVE_KERNELS` overrides: a word for everything,
+with its own plain-torch reference for None. On the CPU that is always the reference, and neither
+Triton nor CuPy is imported. On a CUDA device it is Triton, or CUDA C++ compiled through CuPy where
+there is only that or where a measurement at the start preferred it (`settle`), and the reference
+for element types that the GPU is too old for. `PDSERVE_KERNELS` overrides: a word for everything,
 or comma-separated operation=word pairs, or both, the later ones winning:
 
     PDSERVE_KERNELS=reference
-    PDSERVE_KERNELS=triton,attention_decode=reference
+    PDSERVE_KERNELS=triton,attention_decode=reference,gather_blocks=cuda
 
 "triton" for tensors of the CPU needs Triton's interpreter (TRITON_INTERPRET=1): slow, for tests.
 """
@@ -15,9 +17,11 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import logging
 import os
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,7 +31,7 @@ from pdserve.kernels.checks import KernelError
 log = logging.getLogger(__name__)
 
 ENVIRONMENT = "PDSERVE_KERNELS"
-WORDS = ("reference", "triton")
+WORDS = ("reference", "triton", "cuda")
 MODULES: dict[str, dict[str, str]] = {
     "rms_norm": {"triton": "triton_norm"},
     "fused_add_rms_norm": {"triton": "triton_norm"},
@@ -45,49 +49,91 @@ MODULES: dict[str, dict[str, str]] = {
     "sample": {"triton": "triton_sampling"},
     "log_probabilities": {"triton": "triton_sampling"},
 }
-"""Operation → word → module of this package that holds a function of the operation's name."""
+"""Operation → word → module of this package that holds a function of the operation's name; the
+first word is the one that runs unless something says otherwise."""
 MINIMUM_CAPABILITY = (8, 0)
 """Below it (before Ampere) there is no bfloat16 arithmetic and the references run."""
+CAPABILITIES = {torch.float8_e4m3fn: (8, 9)}
+"""Element types that need a newer GPU than that."""
 
 
-def implementation(operation: str, tensor: torch.Tensor) -> Callable[..., Any] | None:
-    """The function that computes `operation` where `tensor` lies; None: the reference."""
-    return _resolved(operation, tensor.device.type)
+def implementation(operation: str, *tensors: torch.Tensor) -> Callable[..., Any] | None:
+    """The function that computes `operation` where `tensors` lie; None: the reference.
+
+    tensors: those whose element types matter, all on one device."""
+    dtypes = frozenset(tensor.dtype for tensor in tensors if tensor.dtype in CAPABILITIES)
+    return _resolved(operation, tensors[0].device.type, dtypes)
 
 
-@functools.cache
 def choices(device: str) -> Mapping[str, str]:
     """Operation → word for tensors on `device` ("cpu", "cuda"). Raises KernelError for an override
-    that names what does not exist."""
-    if device == "cuda" and torch.cuda.get_device_capability() >= MINIMUM_CAPABILITY:
-        chosen = dict.fromkeys(MODULES, "triton")
-    else:
-        chosen = dict.fromkeys(MODULES, "reference")
-    chosen |= _override(os.environ.get(ENVIRONMENT, ""))
-    if device == "cpu":
-        _check_interpreter(chosen)
-    words = sorted(set(chosen.values()))
-    summary = "; ".join(
-        f"{word}: {', '.join(name for name in chosen if chosen[name] == word)}" for word in words
-    )
-    log.info("kernels on %s: %s", device, words[0] if len(words) == 1 else summary)
-    return chosen
+    that names what does not exist or cannot run here."""
+    return MappingProxyType(_chosen(device))
+
+
+def settle(operation: str, word: str) -> bool:
+    """Let `word` compute `operation` on CUDA from now on, because it was measured to be faster;
+    for the start of a process. False, and nothing changes, where PDSERVE_KERNELS has a say."""
+    if operation in _override(os.environ.get(ENVIRONMENT, "")):
+        return False
+    if word not in MODULES[operation]:
+        raise KernelError(f"{operation} has no implementation {word!r}.")
+    _chosen("cuda")[operation] = word
+    _resolved.cache_clear()
+    return True
 
 
 def forget() -> None:
     """Decide again at the next call: for tests that change the environment."""
-    choices.cache_clear()
+    _chosen.cache_clear()
     _resolved.cache_clear()
 
 
 @functools.cache
-def _resolved(operation: str, device: str) -> Callable[..., Any] | None:
-    word = choices(device)[operation]
+def _chosen(device: str) -> dict[str, str]:
+    if device == "cuda" and torch.cuda.get_device_capability() >= MINIMUM_CAPABILITY:
+        chosen = {
+            name: next(filter(_is_installed, words), "reference") for name, words in MODULES.items()
+        }
+        where = "cuda, {}, sm_{}{}".format(
+            torch.cuda.get_device_name(), *torch.cuda.get_device_capability()
+        )
+    else:
+        chosen, where = dict.fromkeys(MODULES, "reference"), device
+    override = _override(os.environ.get(ENVIRONMENT, ""))
+    _check_override(override, device)
+    chosen |= override
+    words = sorted(set(chosen.values()))
+    summary = "; ".join(
+        f"{word}: {', '.join(name for name in chosen if chosen[name] == word)}" for word in words
+    )
+    log.info("kernels on %s: %s", where, words[0] if len(words) == 1 else summary)
+    return chosen
+
+
+@functools.cache
+def _resolved(
+    operation: str, device: str, dtypes: frozenset[torch.dtype]
+) -> Callable[..., Any] | None:
+    word = _chosen(device)[operation]
     if word == "reference":
         return None
+    for dtype in dtypes:
+        if device == "cuda" and torch.cuda.get_device_capability() < CAPABILITIES[dtype]:
+            log.info(
+                "%s of %s runs as its reference: this GPU is below sm_%d%d",
+                operation,
+                str(dtype)[6:],
+                *CAPABILITIES[dtype],
+            )
+            return None
     module = importlib.import_module(f"pdserve.kernels.{MODULES[operation][word]}")
     function: Callable[..., Any] = getattr(module, operation)
     return function
+
+
+def _is_installed(word: str) -> bool:
+    return importlib.util.find_spec("triton" if word == "triton" else "cupy") is not None
 
 
 def _override(text: str) -> dict[str, str]:
@@ -116,10 +162,18 @@ def _override(text: str) -> dict[str, str]:
     return chosen
 
 
-def _check_interpreter(chosen: Mapping[str, str]) -> None:
-    for operation, word in chosen.items():
-        if word == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+def _check_override(override: Mapping[str, str], device: str) -> None:
+    for operation, word in override.items():
+        asked = f"{ENVIRONMENT} asks for {operation}={word}, but"
+        if word != "reference" and not _is_installed(word):
             raise KernelError(
-                f"{ENVIRONMENT} asks for {operation}={word}, but the tensors are on the CPU: use "
-                "reference, or triton with TRITON_INTERPRET=1 (slow, for tests)."
+                f"{asked} {'Triton' if word == 'triton' else 'CuPy'} is not installed: install "
+                "it, or ask for another implementation."
+            )
+        if device == "cpu" and word == "cuda":
+            raise KernelError(f"{asked} the tensors are on the CPU: use reference.")
+        if device == "cpu" and word == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise KernelError(
+                f"{asked} the tensors are on the CPU: use reference, or triton with "
+                "TRITON_INTERPRET=1 (slow, for tests)."
             )
