@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from pdserve.kernels import checks, dispatch
+from pdserve.kernels import wire as formats
 
 
 def gather_blocks(
@@ -19,6 +20,7 @@ def gather_blocks(
     *,
     heads: tuple[int, int] | None = None,
     block_size: int | None = None,
+    wire: str | None = None,
 ) -> torch.Tensor:
     """Copy blocks into one contiguous buffer: out[i] = pool[block_ids[i]].
 
@@ -26,8 +28,12 @@ def gather_blocks(
     With `heads` (first, count) or `block_size` the pool is [N, L, 2, S, H, D] and the result
     [⌈n S / S'⌉, L, 2, S', count, D]: token t of the list, in pool block block_ids[t // S] at t % S,
     lies in buffer block t // S' at t % S'; what the last block has beyond n S tokens is zero.
+    With `wire` "int8" or "fp8" the buffer holds such blocks packed, [.., nbytes] uint8: for the
+    layout and the error see `pdserve.kernels.wire`.
     """
-    shape = _buffer_shape(pool, block_ids, heads, block_size)
+    shape = _buffer_shape(pool, block_ids, heads, block_size, wire)
+    if wire is not None:
+        return _pack(pool, block_ids, out, shape, heads, block_size, wire)
     if out is None:
         out = torch.empty(shape, dtype=pool.dtype, device=pool.device)
     _check_buffer("out", out, shape, pool)
@@ -53,12 +59,18 @@ def scatter_blocks(
     *,
     heads: tuple[int, int] | None = None,
     block_size: int | None = None,
+    wire: str | None = None,
 ) -> None:
     """The inverse of `gather_blocks`: pool[block_ids[i]] = buffer[i]; no block twice.
 
     Arguments as there; `block_size` is the buffer's. Heads that do not travel keep their values.
+    Packed blocks (`wire`) may come from a pool of another dtype.
     """
-    _check_buffer("buffer", buffer, _buffer_shape(pool, block_ids, heads, block_size), pool)
+    shape = _buffer_shape(pool, block_ids, heads, block_size, wire)
+    if wire is not None:
+        _unpack(buffer, pool, block_ids, shape, heads, block_size, wire)
+        return
+    _check_buffer("buffer", buffer, shape, pool)
     fast = dispatch.implementation("scatter_blocks", pool)
     if fast is not None:
         fast(buffer, pool, block_ids, heads=heads)
@@ -71,11 +83,59 @@ def scatter_blocks(
         pool[..., first : first + count, :].index_copy_(0, block_ids.long(), blocks)
 
 
+def _pack(
+    pool: torch.Tensor,
+    block_ids: torch.Tensor,
+    out: torch.Tensor | None,
+    shape: list[int],
+    heads: tuple[int, int] | None,
+    block_size: int | None,
+    wire: str,
+) -> torch.Tensor:
+    count, block = shape[0], shape[1:]
+    if out is None:
+        size = formats.packed_nbytes(block)
+        out = torch.empty((count, size), dtype=torch.uint8, device=pool.device)
+    formats.check("out", out, count, block)
+    checks.same_device("out", out, "pool", pool)
+    data, scales = formats.sections(out, block, wire)
+    fast = dispatch.implementation("pack_blocks", pool, data)
+    if fast is not None:
+        fast(pool, block_ids, data, scales, heads=heads)
+        return out
+    plain = gather_blocks(pool, block_ids, heads=heads, block_size=block_size)
+    packed, found = formats.encode(plain, data.dtype)
+    data.view(torch.uint8).copy_(packed.view(torch.uint8))
+    scales.copy_(found)
+    return out
+
+
+def _unpack(
+    buffer: torch.Tensor,
+    pool: torch.Tensor,
+    block_ids: torch.Tensor,
+    shape: list[int],
+    heads: tuple[int, int] | None,
+    block_size: int | None,
+    wire: str,
+) -> None:
+    formats.check("buffer", buffer, shape[0], shape[1:])
+    checks.same_device("buffer", buffer, "pool", pool)
+    data, scales = formats.sections(buffer, shape[1:], wire)
+    fast = dispatch.implementation("unpack_blocks", pool, data)
+    if fast is not None:
+        fast(data, scales, pool, block_ids, heads=heads)
+        return
+    plain = formats.decode(data, scales, pool.dtype)
+    scatter_blocks(plain, pool, block_ids, heads=heads, block_size=block_size)
+
+
 def _buffer_shape(
     pool: torch.Tensor,
     block_ids: torch.Tensor,
     heads: tuple[int, int] | None,
     block_size: int | None,
+    wire: str | None,
 ) -> list[int]:
     checks.shape("block_ids", block_ids, [None])
     checks.dtype("block_ids", block_ids, checks.INDICES)
@@ -86,7 +146,13 @@ def _buffer_shape(
             f"{list(pool.shape)}."
         )
     count = block_ids.shape[0]
-    if heads is None and block_size is None:
+    if wire is not None:
+        if wire not in formats.DTYPES:
+            raise checks.KernelError(
+                f"wire must be None, {' or '.join(map(repr, formats.DTYPES))}, not {wire!r}."
+            )
+        checks.dtype("pool", pool, checks.FLOATS)
+    elif heads is None and block_size is None:
         return [count, *pool.shape[1:]]
     checks.shape("pool", pool, [None, None, 2, None, None, None])
     _, layers, kinds, size, kv_heads, dim = pool.shape

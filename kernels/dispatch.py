@@ -44,6 +44,8 @@ MODULES: dict[str, dict[str, str]] = {
     "attention_decode": {"triton": "triton_decode"},
     "gather_blocks": {"triton": "triton_blocks"},
     "scatter_blocks": {"triton": "triton_blocks"},
+    "pack_blocks": {"triton": "triton_wire"},
+    "unpack_blocks": {"triton": "triton_wire"},
     "apply_penalties": {"triton": "triton_sampling"},
     "apply_bitmask": {"triton": "triton_sampling"},
     "sample": {"triton": "triton_sampling"},

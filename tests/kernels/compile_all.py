@@ -21,6 +21,7 @@ from pdserve.kernels import (
     triton_norm,
     triton_prefill,
     triton_sampling,
+    triton_wire,
 )
 
 SCALARS = {
@@ -60,6 +61,7 @@ POINTERS = {
     "pool_ptr": "*i32",
     "buffer_ptr": "*i32",
     "id_ptr": "*i64",
+    "scale_ptr": "*fp32",
 }
 """Types of pointers; all others have the dtype under test."""
 
@@ -143,6 +145,30 @@ CASES: list[tuple[Any, dict[str, Any], dict[str, str]]] = [
             {},
         )
         for other, taken, gathers in [(16, 512, True), (16, 256, False), (32, 512, True)]
+    ],
+    *[
+        (
+            triton_wire.wire_kernel,
+            {
+                "LOTS": 72,
+                "SIZE": 16,
+                "OTHER": 16,
+                "POOL_HEADS": 8,
+                "FIRST": 0,
+                "HEADS": 8,
+                "DIM": 128,
+                "DIM_PAD": 128,
+                "ROWS": 64,
+                "DATA_BLOCK": 1216512,
+                "SCALE_BLOCK": 304128,
+                "LARGEST": 127.0 if rounds else 448.0,
+                "ROUNDS": rounds,
+                "PACKS": packs,
+            },
+            {"pool_ptr": "model", "data_ptr": "*i8" if rounds else "*fp8e4nv"},
+        )
+        for rounds in (True, False)
+        for packs in (True, False)
     ],
     (triton_sampling.penalties_kernel, {"BLOCK": 256}, {}),
     (triton_sampling.bitmask_kernel, {"CHUNK": 4096}, {}),
