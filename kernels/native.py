@@ -1,6 +1,6 @@
-"""The decode step on the CPU in C: `native.c`, compiled for this machine when first needed.
+"""The decode step on the CPU in C: `native_*.c`, compiled for this machine when first needed.
 
-The library lies in the user's cache folder under a name that follows from the source, the flags
+The library lies in the user's cache folder under a name that follows from the sources, the flags
 and the processor, so it is made once per machine and never out of date. Without a C compiler, or
 with "reference" in PDSERVE_KERNELS, everything runs through torch; the log says so once.
 
@@ -31,13 +31,18 @@ from pdserve.kernels.checks import KernelError
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("native.c")
-FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC", "-pthread", "-fno-math-errno", "-Wno-psabi")
+HEADER = "native.h"
+SOURCES = ("native_threads.c", "native_products.c", "native_attention.c", "native_step.c")
+"""Compiled together, in this folder."""
+FLAGS = (
+    *("-O3", "-std=gnu11", "-shared", "-fPIC", "-pthread"),
+    *("-fvisibility=hidden", "-fno-math-errno", "-Wno-psabi"),
+)
 MACHINE_FLAGS = ("-march=native",)
 COMPILE_TIMEOUT_S = 120.0
 DTYPES = (torch.float32, torch.bfloat16)
 MOST_TOKENS = 64
-"""Most rows of a call (MOST_TOKENS in native.c)."""
+"""Most rows of a call (MOST_TOKENS in native.h)."""
 MOST_DIM = 256
 """Largest head size."""
 MOST_GROUP = 32
@@ -91,9 +96,8 @@ def library() -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None) or b""
         log.warning(
-            "The CPU kernels run through torch, which is slower at decoding: %s cannot be "
+            "The CPU kernels run through torch, which is slower at decoding: those in C cannot be "
             "compiled (%s). %s",
-            SOURCE.name,
             error,
             output.decode(errors="replace")[:500],
         )
@@ -116,7 +120,8 @@ def compiled(machine_flags: Sequence[str] = MACHINE_FLAGS, folder: Path | None =
     cache) yet. Raises OSError or CalledProcessError. Several processes may call this at once."""
     compiler = [*shlex.split(os.environ.get("CC", "cc")), *FLAGS, *machine_flags]
     digest = hashlib.blake2b(digest_size=12)
-    for part in (SOURCE.read_bytes(), repr(compiler).encode(), _processor()):
+    texts = [Path(__file__).with_name(name).read_bytes() for name in (HEADER, *SOURCES)]
+    for part in (*texts, repr(compiler).encode(), _processor()):
         digest.update(len(part).to_bytes(8, "little") + part)
     if folder is None:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pdserve"
@@ -135,10 +140,11 @@ def compiled(machine_flags: Sequence[str] = MACHINE_FLAGS, folder: Path | None =
 
 def _compile(compiler: Sequence[str], path: Path) -> None:
     """Under a temporary name first, so that what lies under the final name is always whole."""
+    sources = [str(Path(__file__).with_name(name)) for name in SOURCES]
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         target = Path(scratch) / path.name
         subprocess.run(
-            [*compiler, str(SOURCE), "-o", str(target), "-lm"],
+            [*compiler, *sources, "-o", str(target), "-lm"],
             check=True,
             capture_output=True,
             timeout=COMPILE_TIMEOUT_S,

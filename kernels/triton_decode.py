@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pdserve.kernels.triton_prefill import fold_tile, load_tile, scores_of
+from pdserve.kernels.triton_attention import fold_tiles
 
 SPLIT = 256
 """Tokens per piece of a sequence, until there are MOST_SPLITS of them."""
@@ -154,8 +154,7 @@ def decode_kernel(
             other=0.0,
         )
         position = context - QUERIES + token
-        key_base = cache_ptr + head * DIM
-        value_base = key_base + cache_kind
+        base = cache_ptr + head * DIM
         table = table_ptr + sequence * table_row
         acc = tl.zeros([ROWS, DIM_PAD], dtype=tl.float32)
         top = tl.full([ROWS], float("-inf"), dtype=tl.float32)
@@ -163,37 +162,31 @@ def decode_kernel(
         begin = low
         if WINDOW > 0:  # whole tiles before the window are skipped, whatever the pieces are
             begin = tl.maximum(low, (context - QUERIES - WINDOW + 1) // KEYS * KEYS)
-        for start in range(begin, high, KEYS):
-            column = start + tl.arange(0, KEYS)
-            key = load_tile(
-                key_base,
-                table,
-                table_entry,
-                column[None, :],
-                high,
-                dim[:, None],
-                cache_block,
-                KV_HEADS,
-                DIM,
-                SIZE,
-            )
-            value = load_tile(
-                value_base,
-                table,
-                table_entry,
-                column[:, None],
-                high,
-                dim[None, :],
-                cache_block,
-                KV_HEADS,
-                DIM,
-                SIZE,
-            )
-            visible = (column[None, :] <= position[:, None]) & (column < high)[None, :]
-            if WINDOW > 0:
-                visible = visible & (position[:, None] - column[None, :] < WINDOW)
-            scores = scores_of(query, key, scale, soft_cap, CAPPED)
-            acc, top, total = fold_tile(acc, top, total, scores, visible, value, True)
+        acc, top, total = fold_tiles(
+            acc,
+            top,
+            total,
+            query,
+            position,
+            base,
+            table,
+            table_entry,
+            begin,
+            high,
+            high,
+            scale,
+            soft_cap,
+            cache_block,
+            cache_kind,
+            KV_HEADS,
+            DIM,
+            DIM_PAD,
+            SIZE,
+            KEYS,
+            WINDOW,
+            CAPPED,
+            True,
+        )
         place = query_row * splits + split
         tl.store(
             piece_ptr + place[:, None] * DIM + dim[None, :],

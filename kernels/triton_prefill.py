@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pdserve.kernels.triton_activation import tanh_of
+from pdserve.kernels.triton_attention import fold_tiles
 
 
 def attention_prefill(
@@ -83,55 +83,6 @@ def _tile(dim: int, dtype: torch.dtype, group: int) -> tuple[int, int, int, int]
 
 
 @triton.jit
-def scores_of(query, key, scale, soft_cap, CAPPED: tl.constexpr):
-    """Scaled and capped scores, in units of ln 2 for exp2. float32 products are not rounded to
-    tf32."""
-    scores = tl.dot(query, key, input_precision="ieee")
-    if CAPPED:
-        scores = soft_cap * tanh_of(scores * scale / soft_cap) * 1.4426950408889634
-    else:
-        scores = scores * (scale * 1.4426950408889634)
-    return scores
-
-
-@triton.jit
-def load_tile(
-    base_ptr,
-    table_ptr,
-    table_entry,
-    token,
-    context,
-    dim,
-    cache_block,
-    KV_HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    SIZE: tl.constexpr,
-):
-    """K or V of the tokens `token`, zero past the context: base_ptr is at the head and the kind.
-
-    token and dim are a column and a row or the other way around, and so is the tile."""
-    block = tl.load(table_ptr + (token // SIZE) * table_entry, mask=token < context, other=0)
-    offset = block.to(tl.int64) * cache_block + (token % SIZE) * (KV_HEADS * DIM)
-    return tl.load(base_ptr + offset + dim, mask=(token < context) & (dim < DIM), other=0.0)
-
-
-@triton.jit
-def fold_tile(acc, top, total, scores, visible, value, MASKED: tl.constexpr):
-    """One step of the online softmax: the state with a tile of scores and values added."""
-    if MASKED:
-        scores = tl.where(visible, scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, axis=1))
-    # A row that has seen nothing yet stays at -inf, which must not be subtracted from itself.
-    base = tl.where(new_top == float("-inf"), 0.0, new_top)
-    weights = tl.exp2(scores - base[:, None])
-    shrink = tl.exp2(top - base)
-    total = total * shrink + tl.sum(weights, axis=1)
-    acc = acc * shrink[:, None]
-    acc = tl.dot(weights.to(value.dtype), value, acc, input_precision="ieee")
-    return acc, new_top, total
-
-
-@triton.jit
 def sequence_of(query_start_ptr, batch, tile, TOKENS: tl.constexpr):
     """The sequence that `tile` belongs to: the last b with query_start[b] // TOKENS + b ≤ tile."""
     low = 0
@@ -199,8 +150,7 @@ def prefill_kernel(
             other=0.0,
         )
         position = context - length + token
-        key_base = cache_ptr + head * DIM
-        value_base = key_base + cache_kind
+        base = cache_ptr + head * DIM
         table = table_ptr + sequence.to(tl.int64) * table_row
         acc = tl.zeros([ROWS, DIM_PAD], dtype=tl.float32)
         top = tl.full([ROWS], float("-inf"), dtype=tl.float32)
@@ -213,66 +163,56 @@ def prefill_kernel(
         if WINDOW > 0:
             low = tl.maximum(oldest - WINDOW + 1, 0) // KEYS * KEYS
             clear = low
-        step = tl.arange(0, KEYS).to(tl.int64)
-        for start in range(low, clear, KEYS):
-            column = start + step
-            key = load_tile(
-                key_base,
-                table,
-                table_entry,
-                column[None, :],
-                context,
-                dim[:, None],
-                cache_block,
-                KV_HEADS,
-                DIM,
-                SIZE,
-            )
-            value = load_tile(
-                value_base,
-                table,
-                table_entry,
-                column[:, None],
-                context,
-                dim[None, :],
-                cache_block,
-                KV_HEADS,
-                DIM,
-                SIZE,
-            )
-            scores = scores_of(query, key, scale, soft_cap, CAPPED)
-            acc, top, total = fold_tile(acc, top, total, scores, scores, value, False)
-        for start in range(clear, newest, KEYS):
-            column = start + step
-            key = load_tile(
-                key_base,
-                table,
-                table_entry,
-                column[None, :],
-                context,
-                dim[:, None],
-                cache_block,
-                KV_HEADS,
-                DIM,
-                SIZE,
-            )
-            value = load_tile(
-                value_base,
-                table,
-                table_entry,
-                column[:, None],
-                context,
-                dim[None, :],
-                cache_block,
-                KV_HEADS,
-                DIM,
-                SIZE,
-            )
-            visible = column[None, :] <= position[:, None]
-            if WINDOW > 0:
-                visible = visible & (position[:, None] - column[None, :] < WINDOW)
-            scores = scores_of(query, key, scale, soft_cap, CAPPED)
-            acc, top, total = fold_tile(acc, top, total, scores, visible, value, True)
+        acc, top, total = fold_tiles(
+            acc,
+            top,
+            total,
+            query,
+            position,
+            base,
+            table,
+            table_entry,
+            low,
+            clear,
+            context,
+            scale,
+            soft_cap,
+            cache_block,
+            cache_kind,
+            KV_HEADS,
+            DIM,
+            DIM_PAD,
+            SIZE,
+            KEYS,
+            WINDOW,
+            CAPPED,
+            False,
+        )
+        acc, top, total = fold_tiles(
+            acc,
+            top,
+            total,
+            query,
+            position,
+            base,
+            table,
+            table_entry,
+            clear,
+            newest,
+            context,
+            scale,
+            soft_cap,
+            cache_block,
+            cache_kind,
+            KV_HEADS,
+            DIM,
+            DIM_PAD,
+            SIZE,
+            KEYS,
+            WINDOW,
+            CAPPED,
+            True,
+        )
         result = acc / tl.where(total > 0, total, 1.0)[:, None]
         tl.store(
             out_ptr + (((begin + token) * HEADS + query_head_id) * DIM)[:, None] + dim[None, :],

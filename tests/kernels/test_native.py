@@ -354,3 +354,41 @@ def test_a_step_refuses_slots_and_positions_outside() -> None:
                 context_lens=torch.tensor([3]),
                 block_table=table,
             )
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_rows_of_padding_are_neither_stored_nor_read(dtype: torch.dtype) -> None:
+    """Slot -1 and a context of 0, before, between and behind the others: those have the same bits
+    as without, and the cache differs nowhere else."""
+    layers = [layer(dtype, True, None), layer(dtype, True, 3)]
+    lens = [5, 9, 17]
+    cache, table = pool(dtype, lens, 2, 24, 8)
+    plain = [cache.clone(memory_format=torch.contiguous_format) for _ in layers]
+    padded = [tensor.clone() for tensor in plain]
+    positions = torch.tensor(lens) - 1
+    slots = table[torch.arange(3), positions // 8] * 8 + positions % 8
+    cos, sin = rope_table(default_frequencies(24, 100.0), torch.arange(80))
+    step = kernels.DecodeStep(layers, cos=cos, sin=sin, eps=1e-5)
+    hidden = torch.randn(3, 72).to(dtype)
+    rows = torch.tensor([1, 3, 4])
+    wide = torch.full((6, 72), math.nan, dtype=dtype)  # whatever padding holds stays in its row
+    wide[rows] = hidden
+    columns = {
+        "positions": torch.zeros(6, dtype=torch.int64).index_put((rows,), positions),
+        "slots": torch.full((6,), -1).index_put((rows,), slots),
+        "context_lens": torch.zeros(6, dtype=torch.int64).index_put((rows,), torch.tensor(lens)),
+        "block_table": torch.full((6, table.shape[1]), -7).index_put((rows,), table),
+    }
+    step(
+        hidden,
+        plain,
+        positions=positions,
+        slots=slots,
+        context_lens=torch.tensor(lens),
+        block_table=table,
+    )
+    step(wide, padded, **columns)
+    assert torch.equal(wide[rows], hidden)
+    for mine, other in zip(padded, plain, strict=True):
+        assert torch.equal(mine.nan_to_num(7.0), other.nan_to_num(7.0))
+        assert torch.equal(mine.isnan(), other.isnan())

@@ -1,0 +1,183 @@
+/* The decode step on a CPU: few rows through a whole decoder, straight from the checkpoint's pages.
+ *
+ * Compiled for the machine that it runs on (native.py), so the vector width and the bfloat16
+ * instructions are chosen by the preprocessor; without any of them it is plain C on GCC's vectors.
+ *
+ * A decode step reads every weight once and computes little, so what counts is the speed of memory.
+ * Weights are read as they lie in the file, [out, in] row by row; two rows at a time meet up to
+ * ROWS rows of activations in registers. Activations have the model's element type, sums are
+ * float32. Every sum runs over one row in one order that depends on its own length alone: results
+ * have the same bits in any batch and with any number of threads.
+ *
+ * Legend: T tokens (one per sequence), E hidden size, I inner size, Hq and H query and KV heads,
+ * D head size, S tokens per block, M blocks per row of the block table.
+ */
+#pragma once
+#include <math.h>
+#include <stdatomic.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define PUBLIC __attribute__((visibility("default"))) /* called from native.py */
+
+/* Vectors of floats, as wide as the machine's registers ---------------------------------------- */
+
+#if defined(__AVX512F__)
+#define LANES 16
+#define ROWS 8
+#elif defined(__AVX2__)
+#define LANES 8
+#define ROWS 4
+#else
+#define LANES 4
+#define ROWS 4
+#endif
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
+typedef uint16_t hvec __attribute__((vector_size(2 * LANES)));
+
+INLINE vec splat(float x) { return x - (vec){0}; }
+
+INLINE vec choose(ivec where, vec a, vec b) { return (vec)((where & (ivec)a) | (~where & (ivec)b)); }
+
+/* Up to LANES elements from the i-th on, of which `left` exist: zeros stand for the others. */
+INLINE vec load(const void *from, size_t i, size_t left, int bf16) {
+    if (bf16) {
+        hvec half = {0};
+        memcpy(&half, (const uint16_t *)from + i, left < LANES ? 2 * left : sizeof half);
+        return (vec)(__builtin_convertvector(half, uvec) << 16);
+    }
+    vec whole = {0};
+    memcpy(&whole, (const float *)from + i, left < LANES ? 4 * left : sizeof whole);
+    return whole;
+}
+
+/* To the nearest bfloat16, ties to even; a NaN stays one. */
+INLINE vec rounded(vec x, int bf16) {
+    if (!bf16) return x;
+    uvec bits = (uvec)x, odd = (bits >> 16) & 1;
+    uvec near = (bits + 0x7fff + odd) & 0xffff0000u;
+    return choose(x == x, (vec)near, (vec)(bits | 0x400000));
+}
+
+INLINE void store(void *to, size_t i, size_t left, vec x, int bf16) {
+    if (bf16) {
+        hvec half = __builtin_convertvector((uvec)rounded(x, 1) >> 16, hvec);
+        memcpy((uint16_t *)to + i, &half, left < LANES ? 2 * left : sizeof half);
+    } else {
+        memcpy((float *)to + i, &x, left < LANES ? 4 * left : sizeof x);
+    }
+}
+
+INLINE float get(const void *from, size_t i, int bf16) { return load(from, i, 1, bf16)[0]; }
+INLINE void put(void *to, size_t i, float x, int bf16) { store(to, i, 1, splat(x), bf16); }
+INLINE const char *at(const void *from, size_t i, int bf16) {
+    return (const char *)from + i * (bf16 ? 2 : 4);
+}
+
+INLINE float sum(vec x) {
+#if LANES == 16
+    return _mm512_reduce_add_ps((__m512)x);
+#else
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) x[i] += x[i + half];
+    return x[0];
+#endif
+}
+
+/* e^x by Cody and Waite's reduction and Cephes' polynomial: 2 ulp; below -87 it is zero. */
+INLINE vec exponential(vec x) {
+    ivec tiny = x < -87.0f;
+    x = choose(x > 88.0f, splat(88.0f), choose(tiny, splat(-87.0f), x));
+    vec n = (x * 1.44269504088896341f + 12582912.0f) - 12582912.0f; /* to the nearest integer */
+    vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    ivec power = (__builtin_convertvector(n, ivec) + 127) << 23;
+    return choose(tiny, (vec){0}, p * (vec)power);
+}
+
+/* Threads (native_threads.c) ---------------------------------------------------------------------
+ *
+ * One team for the process: the caller and helpers that wait for the next round, first spinning,
+ * then asleep. All run the same body; its phases share out units and end in a barrier. A caller
+ * that finds the team busy computes alone.
+ */
+struct job {
+    void (*body)(struct job *);
+    _Alignas(64) atomic_size_t next; /* first unit of the phase that nobody has taken */
+    _Alignas(64) atomic_int arrived;
+    atomic_uint turn;
+    int members;
+};
+
+/* Run body(job) on `threads` threads, this one included. A body must end with a barrier. */
+void run(struct job *job, int threads);
+void barrier(struct job *job);
+
+/* The next `grain` units of `units`, from *first up to *last; false when there are none left. */
+INLINE int take(struct job *job, size_t units, size_t grain, size_t *first, size_t *last) {
+    *first = atomic_fetch_add_explicit(&job->next, grain, memory_order_relaxed);
+    *last = *first + grain < units ? *first + grain : units;
+    return *first < units;
+}
+
+/* Products (native_products.c) ----------------------------------------------------------------- */
+
+enum { MOST_TOKENS = 64 };
+
+struct matrix { /* y = x Wᵀ + b: weight [rows, columns], bias [rows] or NULL */
+    const void *weight, *bias;
+    int64_t rows;
+};
+
+/* Rows `row` and, if it exists below `last`, `row` + 1 of the product with x [tokens, columns]:
+ * sums[r][t]. Returns how many rows. */
+size_t product_f32(const struct matrix *m, size_t row, size_t last, const void *x, size_t columns,
+                   size_t tokens, float *sums);
+size_t product_bf16(const struct matrix *m, size_t row, size_t last, const void *x, size_t columns,
+                    size_t tokens, float *sums);
+
+#define PRODUCT(bf16) ((bf16) ? product_bf16 : product_f32)
+
+/* Rows of a matrix that one thread takes at a time: even, and about 32 KiB of weights. */
+INLINE size_t grain(size_t columns, int bf16) {
+    size_t rows = 32768 / (columns * (bf16 ? 2 : 4));
+    return rows < 2 ? 2 : rows & ~(size_t)1;
+}
+
+/* out [tokens, m->rows] = x Wᵀ + b, or out += that, rounded before it is added. A phase of a job. */
+void multiply(struct job *job, const struct matrix *m, const void *x, size_t columns, size_t tokens,
+              void *out, int add, int bf16);
+
+/* Attention of one token per sequence (native_attention.c) ------------------------------------- */
+
+enum { MOST_DIM = 256, MOST_GROUP = 32, TOKENS = 32 };
+
+struct attention {
+    int64_t sequences, heads, kv_heads, dim;
+    int64_t num_blocks, block_size, block_stride; /* the stride in elements, of [N, 2, S, H, D] */
+    int64_t table_width;
+    const int64_t *lens; /* [B] cached tokens, the query's own included */
+    const int64_t *table; /* [B, M] */
+    float scale, soft_cap; /* soft_cap 0: none */
+};
+
+/* Whether every length and every block that will be read lies where it must. */
+int sound(const struct attention *a);
+/* The query heads of KV head h of sequence b: out[g] = softmax(cap(scale q[g]·k)) v over the last
+ * `window` tokens (0: all). query and out: [group, D]. Nothing cached: zeros, and nothing is read. */
+void attend(const struct attention *a, const void *cache, size_t b, size_t h, size_t window,
+            const void *query, void *out, int bf16);
