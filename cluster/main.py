@@ -21,6 +21,7 @@ LLM serving with separate prefill and decode workers.
   decode      run one decode worker (--accept-prompts: a colocated one)
   colocated   run one worker that does both
   status      print who is in a cluster
+  bench       load on a server: TTFT, ITL, goodput (pdserve bench --help)
   demo        start a cluster with the demo model, ask a few questions, stop
   version     print the version
 
@@ -34,6 +35,7 @@ MODULES = {
     "prefill": ("pdserve.prefill_worker",),
     "decode": ("pdserve.decode_worker",),
     "colocated": ("pdserve.decode_worker", "--accept-prompts"),
+    "bench": ("pdserve.bench",),
     "demo": ("pdserve.demo.show",),
 }
 """Commands that become another process: this package may not import what they run."""

@@ -1,0 +1,38 @@
+"""`pdserve bench`: one word chooses the measurement, the rest are its options."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from pdserve.bench import check, serve
+
+HELP = """\
+usage: pdserve bench COMMAND [OPTION ...]
+
+  serve URL   load on any OpenAI-compatible server, and what came of it
+  check       whether the load generator tells the truth on this machine
+
+`pdserve bench COMMAND --help` lists the options of a command with their units and defaults.
+"""
+COMMANDS = {"serve": serve.main, "check": check.main}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    command, options = (words[0], words[1:]) if words else ("", [])
+    if command in ("", "-h", "--help", "help"):
+        print(HELP, end="")
+        return 0 if command else serve.EXIT_USAGE
+    if command not in COMMANDS:
+        known = ", ".join(COMMANDS)
+        print(
+            f"pdserve bench: error: unknown command {command!r}; one of {known}.", file=sys.stderr
+        )
+        return serve.EXIT_USAGE
+    return COMMANDS[command](options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
