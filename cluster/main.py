@@ -22,6 +22,7 @@ LLM serving with separate prefill and decode workers.
   colocated   run one worker that does both
   status      print who is in a cluster
   bench       load on a server: TTFT, ITL, goodput (pdserve bench --help)
+  explain     print where a request went, why, and where its time went
   demo        start a cluster with the demo model, ask a few questions, stop
   version     print the version
 
@@ -78,7 +79,17 @@ def _status(options: Sequence[str]) -> int:
     return status(options)
 
 
-_HERE: dict[str, Callable[[Sequence[str]], int]] = {"up": _up, "status": _status}
+def _explain(options: Sequence[str]) -> int:
+    from pdserve.cluster.explain import explain
+
+    return explain(options)
+
+
+_HERE: dict[str, Callable[[Sequence[str]], int]] = {
+    "up": _up,
+    "status": _status,
+    "explain": _explain,
+}
 """Each imports what it needs when it is chosen."""
 
 

@@ -40,7 +40,7 @@ class StatusSettings:
         parse=integer(0),
         shown="the only one that runs",
     )
-    json: bool = option(False, "Print everything that the workers say, as JSON")
+    json: bool = option(False, "Print everything that is known, as JSON")
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,17 +69,34 @@ def status(argv: Sequence[str]) -> int:
     return 0
 
 
+@dataclass(frozen=True, slots=True)
+class MeetingPlace:
+    """Where a cluster meets."""
+
+    url: str
+    """Of the router, if `pdserve up` runs on this machine."""
+    redis: str
+    cluster: str
+
+
+def meeting_place(settings: StatusSettings) -> MeetingPlace:
+    """The cluster that is meant. Raises PdserveError if that is none or not clear."""
+    if settings.redis:
+        return MeetingPlace("", settings.redis, settings.cluster)
+    note = _choose(running(), settings.pid)
+    return MeetingPlace(note.url, note.redis, note.cluster)
+
+
 async def _ask(settings: StatusSettings) -> Snapshot:
-    url, redis, cluster = "", settings.redis, settings.cluster
-    if not redis:
-        note = _choose(running(), settings.pid)
-        url, redis, cluster = note.url, note.redis, note.cluster
-    membership = Membership(redis, cluster)
+    place = meeting_place(settings)
+    membership = Membership(place.redis, place.cluster)
     try:
         workers = await membership.workers()
     finally:
         await membership.close()
-    return Snapshot(cluster=cluster, url=url, redis=masked(redis), workers=workers)
+    return Snapshot(
+        cluster=place.cluster, url=place.url, redis=masked(place.redis), workers=workers
+    )
 
 
 def _choose(notes: list[RunNote], pid: int) -> RunNote:

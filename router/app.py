@@ -19,6 +19,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import RedirectResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from pdserve.cluster.journal import Journal
 from pdserve.cluster.membership import Membership
 from pdserve.cluster.placement import Placement
 from pdserve.cluster.records import ROUTER_HEADER
@@ -37,7 +38,7 @@ from pdserve.router.errors import (
     from_exception,
 )
 from pdserve.router.fields import refuse
-from pdserve.router.generation import ClientGone, Generation
+from pdserve.router.generation import EXPLAIN_HEADER, ClientGone, Generation, Inquiry
 from pdserve.router.http import Gate, JsonResponse, error_response, http_error, read_json
 from pdserve.router.messages_api import add_messages_routes
 from pdserve.router.metrics import RouterMetrics
@@ -45,6 +46,7 @@ from pdserve.router.openai import Json, encode_json
 from pdserve.router.openai_writer import OpenAIWriter
 from pdserve.router.openapi import body_of
 from pdserve.router.placement import Policy
+from pdserve.router.recorder import Recorder
 from pdserve.router.requests import GenerateRequest, RequestParser
 from pdserve.router.scale_out import add_scale_out_routes
 from pdserve.router.schemas import (
@@ -84,7 +86,8 @@ class GenerationResponse(Response):
                 if self._stream:
                     await generation.stream(send)
                     return
-                answer: Response = JsonResponse(encode_json(await generation.body()))
+                body = encode_json(await generation.body())
+                answer: Response = JsonResponse(body, headers=generation.explain_headers())
         except ClientGone:
             return
         except PdserveError as error:
@@ -114,6 +117,9 @@ class Router:
             rng=rng,
         )
         self._placement = Placement(settings.redis, settings.cluster, timeout_s=ANSWER_S)
+        self.recorder = Recorder(
+            Journal(settings.redis, settings.cluster), self.metrics.story_dropped
+        )
         self._dispatcher: Dispatcher | None = None
         self._running: dict[str, list[Generation]] = {}
         """Requests in flight by the ids of their answers, which clients may choose alike."""
@@ -137,8 +143,10 @@ class Router:
         )
         self.metrics.follow(self.pool, self._dispatcher)
         self.pool.start()
+        self.recorder.start()
 
     async def close(self) -> None:
+        await self.recorder.close()
         await self.pool.close()
         await self.dispatcher.chooser.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
@@ -175,7 +183,11 @@ class Router:
     ) -> Response:
         """The answer to a request. Raises ApiError if it cannot be taken on."""
         self.admit(len(parsed.answers))
-        timings = request.headers.get(TIMINGS_HEADER) == "1"
+        inquiry = Inquiry(
+            request_id=request.scope["pdserve.shown_id"],
+            timings=request.headers.get(TIMINGS_HEADER) == "1",
+            explain=request.headers.get(EXPLAIN_HEADER) == "1",
+        )
         session = request.headers.get(SESSION_HEADER, "")
         if session:
             answers = tuple(replace(spec, session=session) for spec in parsed.answers)
@@ -184,8 +196,9 @@ class Router:
         @contextmanager
         def launch() -> Iterator[Generation]:
             with Generation(
-                parsed, self.model, self.dispatcher, self.metrics, received, timings, write
-            ) as generation:
+                parsed, self.model, self.dispatcher, self.metrics, self.recorder, received,
+                inquiry, write,
+            ) as generation:  # fmt: skip
                 same_id = self._running.setdefault(parsed.response_id, [])
                 same_id.append(generation)
                 try:

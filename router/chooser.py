@@ -54,8 +54,11 @@ class Verdict:
     candidate: Candidate
     how: str
     """"redis", "own view", "only one", or the policy's name."""
-    scores: tuple[tuple[str, Score], ...] = ()
-    """By worker, if Redis chose."""
+    tokens: int = 0
+    """What was to be placed."""
+    among: Sequence[Candidate] = ()
+    scores: Sequence[Score] = ()
+    """One for each of `among`, if Redis chose."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +92,14 @@ class Chooser:
     ) -> None:
         """Choose one of the candidates (at least one); `done` hears of it, now or later."""
         if len(candidates) == 1:
-            done(Verdict(candidates[0], "only one"))
+            done(Verdict(candidates[0], "only one", need.tokens, candidates))
         elif self._policy is Policy.ROUND_ROBIN:
             index = by_turn(candidates, need.tokens, self._turn)
             self._turn += 1
-            done(Verdict(candidates[index or 0], self._policy))
+            done(Verdict(candidates[index or 0], self._policy, need.tokens, candidates))
         elif self._policy is Policy.SESSION and need.session:
             index = by_session(candidates, need.tokens, need.session)
-            done(Verdict(candidates[index or 0], self._policy))
+            done(Verdict(candidates[index or 0], self._policy, need.tokens, candidates))
         elif self._placement is None or time.monotonic() < self._away_until:
             done(self._own_view(candidates, need))
         else:
@@ -108,7 +111,7 @@ class Chooser:
     def _own_view(self, candidates: Sequence[Candidate], need: Need) -> Verdict:
         cost = FETCH_COST if need.fetches else 1.0
         index = by_cost(candidates, need.tokens, self._rng.getrandbits(30), cost)
-        return Verdict(candidates[index or 0], "own view")
+        return Verdict(candidates[index or 0], "own view", need.tokens, candidates)
 
     def _question(self, candidates: Sequence[Candidate], need: Need) -> Ask:
         options = tuple(
@@ -146,10 +149,9 @@ class Chooser:
                 Verdict(
                     one.candidates[choice.index],
                     "redis",
-                    tuple(
-                        (candidate.worker.worker_id, score)
-                        for candidate, score in zip(one.candidates, choice.scores, strict=True)
-                    ),
+                    one.need.tokens,
+                    one.candidates,
+                    choice.scores,
                 )
                 for one, choice in zip(batch, choices, strict=True)
             ]

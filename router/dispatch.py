@@ -114,6 +114,8 @@ class AnswerLeg:
     events: tuple[LifeEvent, ...] = ()
     answered: bool = False
     """The worker has brought at least one output."""
+    error: WorkerError | None = None
+    """Why it ended badly."""
 
     def receive(self, output: Output) -> None:
         self.answered = True
@@ -315,6 +317,7 @@ class Answer:
         """A leg ended badly: go on elsewhere if that can help."""
         if self.done or leg is not self._running:
             return
+        leg.error = error
         self._running = None
         self._drop_held()
         if error.code not in RETRYABLE or self._moves >= MAX_MOVES:

@@ -17,13 +17,16 @@ from typing import Self
 
 from starlette.types import Message, Receive, Send
 
+from pdserve.cluster.journal import Record
 from pdserve.protocol.messages import FinishReason, Output
 from pdserve.router.dispatch import Dispatcher, Flight
 from pdserve.router.errors import ApiError, from_code, from_exception
 from pdserve.router.metrics import RouterMetrics
 from pdserve.router.output import AnswerText
+from pdserve.router.recorder import Recorder
 from pdserve.router.requests import GenerateRequest
 from pdserve.router.served import ServedModel
+from pdserve.router.story import MAX_ANSWERS, answer_story, header
 from pdserve.router.writer import PING_S, Json, Progress, WriterOf
 
 log = logging.getLogger(__name__)
@@ -67,6 +70,21 @@ class Clock:
     last_token: float = 0.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inquiry:
+    """What a client wants to know besides the answer."""
+
+    request_id: str
+    """x-request-id of the response."""
+    timings: bool = False
+    """The `pdserve` member of the answer."""
+    explain: bool = False
+    """The header EXPLAIN_HEADER of the response."""
+
+
+EXPLAIN_HEADER = "x-pdserve-explain"
+
+
 def _piece(body: bytes, more: bool) -> Message:
     return {"type": "http.response.body", "body": body, "more_body": more}
 
@@ -80,14 +98,17 @@ class Generation:
         model: ServedModel,
         dispatcher: Dispatcher,
         metrics: RouterMetrics,
+        recorder: Recorder,
         received: float,
-        timings: bool,
+        inquiry: Inquiry,
         write: WriterOf,
     ) -> None:
-        """`timings`: the client asked for the `pdserve` member. `write` makes the writer."""
+        """`write` makes the writer."""
         self.request = request
         self._metrics = metrics
-        self._timings = timings
+        self._recorder = recorder
+        self._inquiry = inquiry
+        self._router = dispatcher.pool.name
         self._clock = Clock(received, tokenized=time.monotonic())
         tokens = model.tokenizer.tokens
         self._answers = [
@@ -109,7 +130,9 @@ class Generation:
         """When something was last heard of the answers, or said to break the silence."""
         self._ping: asyncio.TimerHandle | None = None
         self._failed = False
+        self._state = "running"
         self._watcher: asyncio.Task[None] | None = None
+        recorder.begin(self)
 
     def __enter__(self) -> Self:
         return self
@@ -120,9 +143,14 @@ class Generation:
                 scheduled.cancel()
         self._flight.__exit__()
         if kind is None and not self._failed:
-            self._record()
+            self._state = "finished"
+            self._count()
         elif kind is not ClientGone:
+            self._state = "failed"
             self._metrics.finished("error")
+        else:
+            self._state = "client left"
+        self._recorder.end(self)
 
     def watch(self, receive: Receive) -> None:
         """Abort everything as soon as the client leaves."""
@@ -209,9 +237,8 @@ class Generation:
                     frames += writer.closing()
                 if not started:
                     started = True
-                    await send(
-                        {"type": "http.response.start", "status": 200, "headers": SSE_HEADERS}
-                    )
+                    headers = [*SSE_HEADERS, *self._explain_raw()]
+                    await send({"type": "http.response.start", "status": 200, "headers": headers})
                     self._expect_silence()
                 if not grown and writer.keep_alive:
                     frames.append(writer.keep_alive)
@@ -244,7 +271,7 @@ class Generation:
 
     def _extras(self) -> Json:
         """The `pdserve` member for those who asked for timings: seconds since the request came."""
-        if not self._timings:
+        if not self._inquiry.timings:
             return {}
         clock, start = self._clock, self._clock.received
         return {
@@ -276,7 +303,45 @@ class Generation:
             }
         }
 
-    def _record(self) -> None:
+    def explain_headers(self) -> dict[str, str]:
+        """The choices so far, for those who asked."""
+        if not self._inquiry.explain:
+            return {}
+        received = self._clock.received
+        legs = [answer.legs for answer in self._flight.answers]
+        return {EXPLAIN_HEADER: header([answer_story(one, 0, "", received) for one in legs])}
+
+    def _explain_raw(self) -> list[tuple[bytes, bytes]]:
+        return [(name.encode(), text.encode()) for name, text in self.explain_headers().items()]
+
+    def progress_mark(self) -> object:
+        """Changes with every leg that begins, answers or fails."""
+        legs = [leg for answer in self._flight.answers for leg in answer.legs]
+        return len(legs), sum(leg.answered for leg in legs), sum(bool(leg.error) for leg in legs)
+
+    def record(self) -> Record:
+        """The request's story so far."""
+        clock, now, start = self._clock, time.monotonic(), self._clock.received
+        told = list(zip(self._flight.answers, self._answers, strict=True))[:MAX_ANSWERS]
+        return Record(
+            id=self.request.response_id,
+            request_id=self._inquiry.request_id,
+            router=self._router,
+            state=self._state,
+            received=time.time() - (now - start),
+            elapsed_s=now - start,
+            tokenized_s=clock.tokenized - start,
+            submitted_s=max(0.0, clock.submitted - start),
+            first_token_s=max(0.0, clock.first_token - start),
+            prompt_tokens=sum(len(prompt.token_ids) for prompt in self.request.prompts),
+            answers=[
+                answer_story(answer.legs, text.count, text.finish_reason, start)
+                for answer, text in told
+            ],
+            more_answers=len(self._answers) - len(told),
+        )
+
+    def _count(self) -> None:
         """Metrics of a request that was served."""
         clock = self._clock
         self._metrics.request(

@@ -125,7 +125,8 @@ class Gate:
         given = _header(scope, b"x-request-id")
         known = given if REQUEST_ID.fullmatch(given) else ""
         scope["pdserve.request_id"] = known
-        shown = (known or secrets.token_hex(16)).encode()
+        scope["pdserve.shown_id"] = known or secrets.token_hex(16)
+        shown = scope["pdserve.shown_id"].encode()
         names = (b"x-request-id", b"request-id") if speaks_anthropic(scope) else (b"x-request-id",)
         status = 0
 

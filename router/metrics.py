@@ -177,6 +177,11 @@ class RouterMetrics:
             ["kind", "reason"],
             registry=self.registry,
         )
+        self._dropped = Counter(
+            "pdserve:explain_dropped",
+            "Records for `pdserve explain` that could not be written.",
+            registry=self.registry,
+        )
         self._phases = Histogram(
             "pdserve:phase_seconds",
             "Phases of legs, from the workers' life events.",
@@ -235,6 +240,9 @@ class RouterMetrics:
 
     def retried(self, kind: str, code: ErrorCode) -> None:
         self._moves.labels(kind, code.value).inc()
+
+    def story_dropped(self, count: int) -> None:
+        self._dropped.inc(count)
 
     def finished(self, reason: str) -> None:
         self._finish(reason).inc()

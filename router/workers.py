@@ -208,7 +208,8 @@ class WorkerPool:
     ) -> None:
         self._membership = membership
         self._secret = secret
-        self._name = name
+        self.name = name
+        """Of this router."""
         self._refresh_s = refresh_s
         self._silence_s = silence_s
         self._records: dict[str, WorkerRecord] = {}
@@ -328,7 +329,7 @@ class WorkerPool:
                     record.host,
                     record.port,
                     secret=self._secret,
-                    name=self._name,
+                    name=self.name,
                     receives=ToRouter,
                     timeout_s=CONNECT_TIMEOUT_S,
                 )

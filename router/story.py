@@ -1,0 +1,175 @@
+"""A request's story for `pdserve explain`: from its legs to a `Record`. Pure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from pdserve.cluster.journal import MAX_BYTES, AnswerStory, Chosen, Considered, LegStory, Record
+from pdserve.router.chooser import Verdict
+from pdserve.router.dispatch import AnswerLeg
+from pdserve.router.placement import Candidate, rank
+
+MAX_CANDIDATES = 16
+"""Told of per choice, the best ones."""
+MAX_ANSWERS = 8
+MAX_LEGS = 10
+"""The last ones of an answer."""
+MAX_HEADER = 4096
+"""Longest value of the response header, in characters."""
+
+
+def considered(verdict: Verdict) -> list[Considered]:
+    """The candidates with their numbers, least cost first, the chosen one in any case."""
+    found = [
+        _considered(verdict, place, candidate) for place, candidate in enumerate(verdict.among)
+    ]
+    chosen = verdict.candidate.worker.worker_id
+    found.sort(key=lambda one: (one.full, one.cost or 0, one.worker != chosen))
+    return [
+        one for place, one in enumerate(found) if place < MAX_CANDIDATES or one.worker == chosen
+    ]
+
+
+def _considered(verdict: Verdict, place: int, candidate: Candidate) -> Considered:
+    worker = candidate.worker
+    if verdict.scores:
+        score = verdict.scores[place]
+        return Considered(
+            worker=worker.worker_id,
+            hand_off=candidate.hand_off,
+            cached_tokens=score.cached_tokens,
+            queued_tokens=score.queued_tokens,
+            requests=score.requests,
+            free_tokens=score.free_tokens if score.free_tokens >= 0 else None,
+            floor=candidate.floor,
+            cost=score.cost,
+            full=score.full,
+        )
+    full, cost = rank(candidate, verdict.tokens)
+    return Considered(
+        worker=worker.worker_id,
+        hand_off=candidate.hand_off,
+        cached_tokens=worker.cached_tokens,
+        queued_tokens=worker.queued_tokens,
+        requests=worker.requests,
+        free_tokens=worker.free_tokens,
+        floor=candidate.floor,
+        cost=cost if verdict.how == "own view" else None,
+        full=bool(full),
+    )
+
+
+def why(kind: str, candidates: Sequence[Considered], chosen: str) -> str:
+    """Why the prompt is computed at one worker and handed over, or is not, as a sentence."""
+    if kind == "decode":
+        return "the prompt's blocks are computed and fetched from there"
+    if kind == "moved":
+        return "prompt and tokens so far are computed again"
+    pairs = [one for one in candidates if one.hand_off]
+    alone = [one for one in candidates if not one.hand_off]
+    if kind == "prefill" and not alone:
+        return "handed over: nobody may prefill and decode"
+    if kind == "full" and not pairs:
+        return "not handed over: no prefill worker with a decode worker behind it may be chosen"
+    other = min(alone if kind == "prefill" else pairs, key=lambda one: one.cost or 0)
+    mine = next((one for one in candidates if one.worker == chosen), other)
+    verb = "handed over" if kind == "prefill" else "not handed over"
+    if mine.cost is None or other.cost is None:
+        return f"{verb}: the policy does not count costs"
+    return f"{verb}: costs {mine.cost}, otherwise {other.cost} (on {other.worker})"
+
+
+def chosen_of(leg: AnswerLeg) -> Chosen:
+    verdict = leg.verdict
+    candidates = considered(verdict)
+    return Chosen(
+        how=verdict.how,
+        worker=leg.link.worker_id,
+        tokens=verdict.tokens,
+        among=len(verdict.among),
+        candidates=candidates,
+        why=why(leg.kind, candidates, leg.link.worker_id),
+    )
+
+
+def leg_story(leg: AnswerLeg, received: float) -> LegStory:
+    """`received`: when the request came, as `leg.submitted_at` counts."""
+    error = leg.error
+    return LegStory(
+        kind=leg.kind,
+        worker=leg.link.worker_id,
+        epoch=leg.link.epoch,
+        role=leg.link.role.value,
+        submitted_s=round(leg.submitted_at - received, 6),
+        chosen=chosen_of(leg),
+        answered=leg.answered,
+        error=f"{error.code.value}: {error.message}" if error else "",
+        events=leg.events,
+    )
+
+
+def encoded(record: Record) -> bytes | None:
+    """As JSON of at most MAX_BYTES: if need be without the candidates; None if even so too long."""
+    text = msgspec.json.encode(record)
+    if len(text) > MAX_BYTES:
+        text = msgspec.json.encode(_without_candidates(record))
+    return text if len(text) <= MAX_BYTES else None
+
+
+def _without_candidates(record: Record) -> Record:
+    def leg(story: LegStory) -> LegStory:
+        chosen = msgspec.structs.replace(story.chosen, candidates=[])
+        return msgspec.structs.replace(story, chosen=chosen)
+
+    answers = [
+        msgspec.structs.replace(answer, legs=[leg(story) for story in answer.legs])
+        for answer in record.answers
+    ]
+    return msgspec.structs.replace(record, answers=answers)
+
+
+def header(answers: Sequence[AnswerStory]) -> str:
+    """The choices as compact ASCII JSON of at most MAX_HEADER characters, whole choices only."""
+    listed: list[dict[str, Any]] = []
+    size = 2
+    for index, answer in enumerate(answers):
+        for leg in answer.legs:
+            one = _compact(index, leg)
+            size += len(json.dumps(one, separators=(",", ":"))) + 1
+            if size > MAX_HEADER:
+                break
+            listed.append(one)
+    return json.dumps(listed, separators=(",", ":"))
+
+
+def _compact(index: int, leg: LegStory) -> dict[str, Any]:
+    mine = next((one for one in leg.chosen.candidates if one.worker == leg.worker), None)
+    return {
+        "answer": index,
+        "kind": leg.kind,
+        "worker": leg.worker,
+        "how": leg.chosen.how,
+        "among": leg.chosen.among,
+        "tokens": leg.chosen.tokens,
+        "cached_tokens": mine.cached_tokens if mine else 0,
+        "queued_tokens": mine.queued_tokens if mine else 0,
+        "requests": mine.requests if mine else 0,
+        "cost": mine.cost if mine else None,
+        "submitted_ms": round(leg.submitted_s * 1000, 3),
+        "why": leg.chosen.why,
+        **({"error": leg.error} if leg.error else {}),
+    }
+
+
+def answer_story(
+    legs: Sequence[AnswerLeg], tokens: int, finish_reason: str, received: float
+) -> AnswerStory:
+    return AnswerStory(
+        tokens=tokens,
+        finish_reason=finish_reason,
+        legs=[leg_story(leg, received) for leg in legs[-MAX_LEGS:]],
+    )
