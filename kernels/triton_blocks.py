@@ -6,32 +6,15 @@ moves 16 bytes at a time where the rows allow it. See `pdserve.kernels.blocks` f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
+from pdserve.kernels.block_geometry import geometry
+
 TILE = 2048
 """Words per program."""
 WORDS = {4: torch.int32, 2: torch.int16, 1: torch.int8}
-
-
-@dataclass(frozen=True, slots=True)
-class Geometry:
-    """How one block is cut into rows of words; the same on both sides but for the block size.
-
-    A block is [lots, size, width] words in the pool, of which the columns [first, first + taken)
-    travel; in the buffer it is [lots, other, taken].
-    """
-
-    word: torch.dtype
-    lots: int
-    size: int
-    other: int
-    width: int
-    first: int
-    taken: int
 
 
 def gather_blocks(
@@ -57,23 +40,6 @@ def scatter_blocks(
     _launch(pool, buffer, block_ids, heads, False)
 
 
-def geometry(pool: torch.Tensor, buffer: torch.Tensor, heads: tuple[int, int] | None) -> Geometry:
-    """The widest words in which the blocks of both sides can be moved."""
-    item = pool.element_size()
-    if heads is None and pool.shape[1:] == buffer.shape[1:]:
-        nbytes = pool[0].numel() * item if pool.shape[0] else 0
-        lots, size, other, width, first, taken = 1, 1, 1, nbytes, 0, nbytes
-    else:
-        _, layers, kinds, size, kv_heads, dim = pool.shape
-        begin, count = heads or (0, kv_heads)
-        lots, other = layers * kinds, buffer.shape[3]
-        width, first, taken = kv_heads * dim * item, begin * dim * item, count * dim * item
-    step = max(
-        nbytes for nbytes in WORDS if all(part % nbytes == 0 for part in (width, first, taken))
-    )
-    return Geometry(WORDS[step], lots, size, other, width // step, first // step, taken // step)
-
-
 def _launch(
     pool: torch.Tensor,
     buffer: torch.Tensor,
@@ -83,11 +49,12 @@ def _launch(
 ) -> None:
     if buffer.numel() == 0:
         return
-    shape = geometry(pool, buffer, heads)
+    shape = geometry(pool, buffer, heads, tuple(WORDS))
+    word = WORDS[shape.word_nbytes]
     words = shape.lots * shape.other * shape.taken
     copy_blocks_kernel[(buffer.shape[0], triton.cdiv(words, TILE))](
-        pool.view(-1).view(shape.word),
-        buffer.view(-1).view(shape.word),
+        pool.view(-1).view(word),
+        buffer.view(-1).view(word),
         block_ids,
         block_ids.shape[0] * shape.size,
         LOTS=shape.lots,
