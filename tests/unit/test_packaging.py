@@ -70,7 +70,9 @@ def test_the_wheel_holds_every_module_and_the_demo_model(wheel: Path) -> None:
     for package in packages():
         folder = ROOT.joinpath(*package.split(".")[1:])
         inside = package.replace(".", "/")
-        for path in (path for ending in ("py", "c", "cu", "h") for path in folder.glob("*." + ending)):
+        for path in (
+            path for ending in ("py", "c", "cu", "h") for path in folder.glob("*." + ending)
+        ):
             assert f"{inside}/{path.name}" in names
     for path in (ROOT / "demo" / "model").iterdir():
         assert f"pdserve/demo/model/{path.name}" in names
