@@ -120,6 +120,11 @@ class WorkerSettings(CommonSettings):
         "auto reads the checkpoint's safetensors; dummy makes random weights from config.json",
         choices=("auto", "dummy"),
     )
+    batch_invariant: bool = option(
+        False,
+        "Give a token the same bits in any batch, any chunk and on any worker, so that an answer "
+        "does not depend on what else is served, nor on a worker that died; slower",
+    )
     kv_cache_memory: int = option(
         0,
         "Memory for the KV cache of each worker",

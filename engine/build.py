@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from pdserve import kernels
 from pdserve.engine import weights as loading
 from pdserve.engine.config import (
     DTYPES,
@@ -72,10 +73,11 @@ def build_runner(
         config.num_blocks * pool.block_nbytes >> 20,
         config.max_model_len,
     )
-    fingerprint = layout_fingerprint(model, digest, config.dtype, config.block_size)
+    fingerprint = layout_fingerprint(
+        model, digest, config.dtype, config.block_size, config.batch_invariant
+    )
     runner = ModelRunner(decoder, pool, config.device)
-    # A mixture of experts asks the host which experts are needed, which cannot be recorded.
-    if config.device == "cuda" and config.cuda_graphs and model.experts is None:
+    if config.cuda_graphs and kernels.records(config.device):
         runner.record(config.max_num_seqs, config.max_model_len, cuda_capture())
     return Built(runner, pool, model, config, fingerprint)
 
@@ -151,4 +153,7 @@ def _load(
             folder, shapes, dtype=dtype, device=config.device, optional=tied, progress=progress
         )
         digest = loading.weights_digest(folder)
-    return Decoder(model, tensors, config.max_model_len, config.device), digest
+    decoder = Decoder(
+        model, tensors, config.max_model_len, config.device, invariant=config.batch_invariant
+    )
+    return decoder, digest

@@ -147,6 +147,8 @@ class EngineConfig:
     """"cpu", "cuda", or "auto": cuda if there is one."""
     load_format: str = "auto"
     """"auto": safetensors files; "dummy": random weights made from the configuration."""
+    batch_invariant: bool = False
+    """A token's KV and logits have the same bits in any batch and any chunk."""
     cuda_graphs: bool = True
     """Record decode steps when the model is loaded (CUDA only)."""
     seed: int = 0
@@ -222,7 +224,11 @@ def model_config(raw: dict[str, Any], source: str = "config.json") -> ModelConfi
 
 
 def layout_fingerprint(
-    model: ModelConfig, weights_digest: str, dtype: str, block_size: int
+    model: ModelConfig,
+    weights_digest: str,
+    dtype: str,
+    block_size: int,
+    batch_invariant: bool = False,
 ) -> LayoutFingerprint:
     """What a pool of this model's KV blocks must share with another one. dtype: a key of DTYPES."""
     return LayoutFingerprint(
@@ -233,6 +239,7 @@ def layout_fingerprint(
         num_kv_heads=model.num_kv_heads,
         head_dim=model.head_dim,
         block_size=block_size,
+        batch_invariant=batch_invariant,
     )
 
 

@@ -5,12 +5,13 @@ The reference is the specification and the CPU backend; on CUDA devices Triton c
 no memory of their own: a function checks its arguments, computes, and returns.
 """
 
-from pdserve.kernels.activation import gelu_and_mul, silu_and_mul
+from pdserve.kernels.activation import GATES, gelu_and_mul, silu_and_mul
 from pdserve.kernels.attention import attention_decode, attention_prefill
 from pdserve.kernels.blocks import gather_blocks, scatter_blocks
 from pdserve.kernels.cache import rope_and_store_kv, store_kv
 from pdserve.kernels.checks import KernelError
-from pdserve.kernels.experts import mixture, route
+from pdserve.kernels.dispatch import records
+from pdserve.kernels.experts import ExpertWeights, expert_weights, mixture, route
 from pdserve.kernels.linear import linear
 from pdserve.kernels.native import DecodeStep, LayerTensors
 from pdserve.kernels.norm import fused_add_rms_norm, rms_norm
@@ -25,7 +26,9 @@ from pdserve.kernels.sampling import (
 )
 
 __all__ = [
+    "GATES",
     "DecodeStep",
+    "ExpertWeights",
     "KernelError",
     "LayerTensors",
     "apply_bias",
@@ -33,6 +36,7 @@ __all__ = [
     "apply_penalties",
     "attention_decode",
     "attention_prefill",
+    "expert_weights",
     "fused_add_rms_norm",
     "gather_blocks",
     "gelu_and_mul",
@@ -40,6 +44,7 @@ __all__ = [
     "linear",
     "log_probabilities",
     "mixture",
+    "records",
     "rms_norm",
     "rope",
     "rope_and_store_kv",

@@ -10,7 +10,8 @@ For a query at position i of its sequence, over the keys j that it sees:
     cap(s) = soft_cap · tanh(s / soft_cap), or s without one.
 
 Scores and the softmax are float32 whatever the dtype. Sequences are computed one by one, so a
-sequence's result depends on its own data and its own split into queries, never on the batch.
+sequence's result depends on its own data and its own split into queries, never on the batch; with
+`invariant`, not on the split either.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def attention_prefill(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    invariant: bool = False,
 ) -> torch.Tensor:
     """Causal attention of a ragged batch of chunks, each over everything cached before it too.
 
@@ -41,6 +43,10 @@ def attention_prefill(
     query_start: [B + 1], sequence b's queries are rows query_start[b] .. query_start[b + 1] - 1;
     context_lens: [B], tokens of b in the cache, this chunk included: its queries are the last
     ones; block_table: [B, M]. The three are int32 or int64. Returns [T, Hq, D].
+
+    invariant: a query has the same bits in whatever chunk it comes, alone too, and a sequence with
+    one query and a context of 0 is padding, which comes out as zeros. The CPU then computes token
+    by token, which is slow for long prompts.
     """
     _check(query, cache, context_lens, block_table, window, soft_cap)
     checks.shape("query_start", query_start, [context_lens.shape[0] + 1])
@@ -55,8 +61,22 @@ def attention_prefill(
             scale=scale,
             window=window,
             soft_cap=soft_cap,
+            invariant=invariant,
         )
         return result
+    if invariant:
+        lengths = query_start.diff()
+        rows = torch.arange(len(lengths), device=query.device).repeat_interleave(lengths)
+        place = torch.arange(query.shape[0], device=query.device) - query_start[1:][rows]
+        return attention_decode(
+            query,
+            cache,
+            (context_lens[rows] + place + 1).clamp_(min=0),
+            block_table[rows],
+            scale=scale,
+            window=window,
+            soft_cap=soft_cap,
+        )
     out = torch.empty_like(query)
     starts = query_start.tolist()
     for row, length in enumerate(context_lens.tolist()):

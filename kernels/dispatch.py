@@ -37,6 +37,9 @@ MODULES: dict[str, dict[str, str]] = {
     "fused_add_rms_norm": {"triton": "triton_norm"},
     "silu_and_mul": {"triton": "triton_activation"},
     "gelu_and_mul": {"triton": "triton_activation"},
+    "linear": {"triton": "triton_matmul"},
+    "route": {"triton": "triton_experts"},
+    "mixture": {"triton": "triton_experts"},
     "rope": {"triton": "triton_cache"},
     "store_kv": {"triton": "triton_cache"},
     "rope_and_store_kv": {"triton": "triton_cache"},
@@ -53,6 +56,8 @@ MODULES: dict[str, dict[str, str]] = {
 }
 """Operation → word → module of this package that holds a function of the operation's name; the
 first word is the one that runs unless something says otherwise."""
+ASKING = ("store_kv", "rope_and_store_kv", "attention_prefill", "attention_decode", "mixture")
+"""Operations of a decode step whose references ask the host for numbers."""
 MINIMUM_CAPABILITY = (8, 0)
 """Below it (before Ampere) there is no bfloat16 arithmetic and the references run."""
 CAPABILITIES = {torch.float8_e4m3fn: (8, 9)}
@@ -83,6 +88,11 @@ def settle(operation: str, word: str) -> bool:
     _chosen("cuda")[operation] = word
     _resolved.cache_clear()
     return True
+
+
+def records(device: str) -> bool:
+    """Whether a decode step on `device` can be recorded as a CUDA graph."""
+    return device == "cuda" and all(choices(device)[name] != "reference" for name in ASKING)
 
 
 def forget() -> None:

@@ -42,7 +42,7 @@ MACHINE_FLAGS = ("-march=native",)
 COMPILE_TIMEOUT_S = 120.0
 DTYPES = (torch.float32, torch.bfloat16)
 MOST_TOKENS = 64
-"""Most rows of a call (MOST_TOKENS in native.h)."""
+"""Most rows of a call into C (MOST_TOKENS in native.h)."""
 MOST_DIM = 256
 """Largest head size."""
 MOST_GROUP = 32
@@ -168,20 +168,23 @@ def serves(tensor: torch.Tensor) -> bool:
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x Wᵀ + b for at most MOST_TOKENS rows; see `pdserve.kernels.linear`, which has checked it."""
+    """x Wᵀ + b; see `pdserve.kernels.linear`, which has checked it. A row has the same bits in any
+    batch."""
     loaded = _loaded()
     x = x.contiguous()
     out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
-    loaded.pdserve_linear(
-        x.dtype is torch.bfloat16,
-        x.data_ptr(),
-        weight.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        x.shape[0],
-        *weight.shape,
-        torch.get_num_threads(),
-    )
+    for first in range(0, x.shape[0], MOST_TOKENS):
+        rows = x[first : first + MOST_TOKENS]
+        loaded.pdserve_linear(
+            x.dtype is torch.bfloat16,
+            rows.data_ptr(),
+            weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            out[first:].data_ptr(),
+            rows.shape[0],
+            *weight.shape,
+            torch.get_num_threads(),
+        )
     return out
 
 

@@ -37,8 +37,9 @@ def rope(
     first, second = source[..., one], source[..., two]
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     turned = torch.empty_like(source)
-    turned[..., one] = torch.mul(first, cos).addcmul_(second, sin, value=-1)
-    turned[..., two] = torch.mul(second, cos).addcmul_(first, sin)
+    # Each product is rounded: fused ones differ between torch's vectors and what is left over.
+    turned[..., one] = torch.mul(first, cos).sub_(second * sin)
+    turned[..., two] = torch.mul(second, cos).add_(first * sin)
     return turned.to(x.dtype)
 
 

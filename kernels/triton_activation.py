@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 
 BLOCK = 1024
+KINDS = {"silu": "silu", "gelu": "erf", "gelu_pytorch_tanh": "tanh"}
+"""What `activated` calls the activations of `pdserve.kernels.activation.GATES`."""
 
 
 def silu_and_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -48,6 +50,19 @@ def tanh_of(x):
 
 
 @triton.jit
+def activated(x, KIND: tl.constexpr):
+    """The activation of float32 x: "silu", gelu's "erf", or its "tanh"."""
+    if KIND == "silu":
+        y = x / (1.0 + tl.exp(-x))
+    elif KIND == "erf":
+        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    else:
+        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        y = 0.5 * x * (1.0 + tanh_of(inner))
+    return y
+
+
+@triton.jit
 def gated_kernel(
     gate_ptr,
     up_ptr,
@@ -64,11 +79,5 @@ def gated_kernel(
     mask = column < width
     x = tl.load(gate_ptr + row * gate_stride + column, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)
-    if KIND == "silu":
-        y = x / (1.0 + tl.exp(-x))
-    elif KIND == "erf":
-        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    else:
-        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-        y = 0.5 * x * (1.0 + tanh_of(inner))
-    tl.store(out_ptr + row * width + column, (y * up).to(out_ptr.dtype.element_ty), mask=mask)
+    y = activated(x, KIND) * up
+    tl.store(out_ptr + row * width + column, y.to(out_ptr.dtype.element_ty), mask=mask)

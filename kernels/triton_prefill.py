@@ -24,6 +24,7 @@ def attention_prefill(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    invariant: bool = False,
 ) -> torch.Tensor:
     """See `pdserve.kernels.attention_prefill`. The lengths stay on the device: that a sequence has
     at least as many cached tokens as queries is not checked here."""
@@ -66,6 +67,7 @@ def attention_prefill(
         KEYS=keys,
         WINDOW=window or 0,
         CAPPED=soft_cap is not None,
+        UNIFORM=invariant,
         num_warps=warps,
         num_stages=stages,
     )
@@ -126,8 +128,12 @@ def prefill_kernel(
     KEYS: tl.constexpr,
     WINDOW: tl.constexpr,
     CAPPED: tl.constexpr,
+    UNIFORM: tl.constexpr,
 ):
-    """TOKENS queries of one sequence, all heads of one KV head: rows are (token, head) pairs."""
+    """TOKENS queries of one sequence, all heads of one KV head: rows are (token, head) pairs.
+
+    UNIFORM: every tile is masked. Then a row's bits do not depend on its chunk: tiles that it does
+    not see add exact zeros, but the compiler may fuse other operations where nothing is masked."""
     tile = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     sequence = sequence_of(query_start_ptr, batch, tile, TOKENS)
@@ -162,6 +168,8 @@ def prefill_kernel(
         clear = (oldest + 1) // KEYS * KEYS
         if WINDOW > 0:
             low = tl.maximum(oldest - WINDOW + 1, 0) // KEYS * KEYS
+            clear = low
+        if UNIFORM:
             clear = low
         acc, top, total = fold_tiles(
             acc,

@@ -25,6 +25,8 @@ class LayoutFingerprint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     head_dim: int
     block_size: int
     """Tokens per block."""
+    batch_invariant: bool = False
+    """Whether K and V have the bits that --batch-invariant promises."""
     tp_rank: int = 0
     tp_size: int = 1
     protocol_version: int = PROTOCOL_VERSION

@@ -72,6 +72,7 @@ def load(context: Context) -> Loaded:
         dtype=settings.dtype,
         device=settings.device,
         load_format=settings.load_format,
+        batch_invariant=settings.batch_invariant,
         seed=settings.seed,
         threads=settings.threads or len(os.sched_getaffinity(0)),
     )

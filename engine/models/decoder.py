@@ -7,7 +7,7 @@ E hidden size, D head size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -94,23 +94,18 @@ def weight_shapes(config: ModelConfig) -> Shapes:
     return shapes
 
 
-GATES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "silu": kernels.silu_and_mul,
-    "gelu": kernels.gelu_and_mul,
-    "gelu_pytorch_tanh": partial(kernels.gelu_and_mul, tanh=True),
-}
-"""The gated activation by its name in config.json."""
-
-
 class Linear:
-    """y = x Wᵀ + b for x [T, columns], W [rows, columns]."""
+    """y = x Wᵀ + b for x [T, columns], W [rows, columns].
 
-    def __init__(self, weights: Weights, name: str) -> None:
+    invariant, here and below: a row has the same bits in any batch and any chunk."""
+
+    def __init__(self, weights: Weights, name: str, invariant: bool) -> None:
         self.weight = weights[name + ".weight"]
         self.bias = weights.get(name + ".bias")
+        self.invariant = invariant
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return kernels.linear(x, self.weight, self.bias)
+        return kernels.linear(x, self.weight, self.bias, invariant=self.invariant)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -125,12 +120,13 @@ class Attention:
     50 µs of the 1 ms of a layer (8 rows, bfloat16, hidden size 512; nothing at 256 rows).
     """
 
-    def __init__(self, config: ModelConfig, weights: Weights, layer: int) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, layer: int, invariant: bool) -> None:
         prefix = f"model.layers.{layer}.self_attn."
-        self.query = Linear(weights, prefix + "q_proj")
-        self.key = Linear(weights, prefix + "k_proj")
-        self.value = Linear(weights, prefix + "v_proj")
-        self.output = Linear(weights, prefix + "o_proj")
+        self.query = Linear(weights, prefix + "q_proj", invariant)
+        self.key = Linear(weights, prefix + "k_proj", invariant)
+        self.value = Linear(weights, prefix + "v_proj", invariant)
+        self.output = Linear(weights, prefix + "o_proj", invariant)
+        self.invariant = invariant
         self.norms: tuple[torch.Tensor, torch.Tensor] | None = None
         if config.qk_norm:
             self.norms = (weights[prefix + "q_norm.weight"], weights[prefix + "k_norm.weight"])
@@ -153,7 +149,9 @@ class Attention:
         return self.output(self._attend(query, cache, batch).flatten(1))
 
     def _attend(self, query: torch.Tensor, cache: torch.Tensor, batch: Batch) -> torch.Tensor:
-        decodes, lens, table = batch.num_decodes, batch.context_lens, batch.block_table
+        # Invariant: one kernel for single tokens and chunks, so that both leave the same bits.
+        decodes = 0 if self.invariant else batch.num_decodes
+        lens, table = batch.context_lens, batch.block_table
         parts = []
         if decodes:
             parts.append(
@@ -176,6 +174,7 @@ class Attention:
                     table[decodes:],
                     scale=self.scale,
                     window=self.window,
+                    invariant=self.invariant,
                 )
             )
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -184,12 +183,12 @@ class Attention:
 class FeedForward:
     """down(act(gate(x)) · up(x)): [T, E] → [T, E]."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, layer: int) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, layer: int, invariant: bool) -> None:
         prefix = f"model.layers.{layer}.mlp."
-        self.gate = Linear(weights, prefix + "gate_proj")
-        self.up = Linear(weights, prefix + "up_proj")
-        self.down = Linear(weights, prefix + "down_proj")
-        self.activate = GATES[config.activation]
+        self.gate = Linear(weights, prefix + "gate_proj", invariant)
+        self.up = Linear(weights, prefix + "up_proj", invariant)
+        self.down = Linear(weights, prefix + "down_proj", invariant)
+        self.activate = partial(kernels.GATES[config.activation], invariant=invariant)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.down(self.activate(self.gate(x), self.up(x)))
@@ -199,39 +198,46 @@ class Experts:
     """A mixture of feed-forward experts, a few of them for each token: [T, E] → [T, E]."""
 
     def __init__(
-        self, config: ModelConfig, experts: ExpertsConfig, weights: Weights, layer: int
+        self,
+        config: ModelConfig,
+        experts: ExpertsConfig,
+        weights: Weights,
+        layer: int,
+        invariant: bool,
     ) -> None:
         block, names = NAMES[experts.naming]
         prefix = f"model.layers.{layer}.{block}."
-        self.router = Linear(weights, prefix + "gate")
-        self.matrices = []
+        self.router = Linear(weights, prefix + "gate", invariant)
+        matrices = []
         for expert in range(experts.count):
             one = f"{prefix}experts.{expert}."
             gate, up, down = (weights[f"{one}{name}.weight"] for name in names)
-            self.matrices.append((gate, up, down))
+            matrices.append((gate, up, down))
+        self.matrices = kernels.expert_weights(matrices)
         self.active = experts.active
         self.renormalise = experts.renormalise
-        self.activate = GATES[config.activation]
+        self.activation = config.activation
+        self.invariant = invariant
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         routed = kernels.route(self.router(x), self.active, renormalise=self.renormalise)
-        return kernels.mixture(x, *routed, self.matrices, self.activate)
+        return kernels.mixture(x, *routed, self.matrices, self.activation, invariant=self.invariant)
 
 
 class Layer:
     """One decoder layer: norm, attention, norm, feed-forward, with the residual beside."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, layer: int) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, layer: int, invariant: bool) -> None:
         prefix = f"model.layers.{layer}."
         self.before_attention = weights[prefix + "input_layernorm.weight"]
         self.before_mlp = weights[prefix + "post_attention_layernorm.weight"]
-        self.attention = Attention(config, weights, layer)
+        self.attention = Attention(config, weights, layer, invariant)
         experts = config.experts
         self.mlp: FeedForward | Experts
         if experts is not None and experts.layers[layer]:
-            self.mlp = Experts(config, experts, weights, layer)
+            self.mlp = Experts(config, experts, weights, layer, invariant)
         else:
-            self.mlp = FeedForward(config, weights, layer)
+            self.mlp = FeedForward(config, weights, layer, invariant)
         self.eps = config.rms_norm_eps
 
     def __call__(
@@ -276,22 +282,33 @@ class Decoder:
     """A causal language model over a paged KV cache. Holds weights, never state."""
 
     def __init__(
-        self, config: ModelConfig, weights: Weights, max_model_len: int, device: str
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        max_model_len: int,
+        device: str,
+        *,
+        invariant: bool = False,
     ) -> None:
-        """weights: the tensors of `weight_shapes(config)`, on `device`."""
+        """weights: the tensors of `weight_shapes(config)`, on `device`. invariant: a token's KV and
+        logits have the same bits in whatever batch and chunk it is computed, alone too."""
         self.config = config
+        self.invariant = invariant
         self.embedding = weights[EMBEDDING]
         self.output = weights[EMBEDDING if config.tie_word_embeddings else OUTPUT]
         self.norm = weights["model.norm.weight"]
-        self.layers = [Layer(config, weights, index) for index in range(config.num_layers)]
+        self.layers = [
+            Layer(config, weights, index, invariant) for index in range(config.num_layers)
+        ]
         cos, sin = config.rope.table(config.head_dim, max_model_len)
         self.cos, self.sin = cos.to(device), sin.to(device)
         self.decode: kernels.DecodeStep | None = None
-        """A step of single tokens in one call, where there is a kernel for it (CPU only)."""
+        """A step of single tokens in one call, where there is a kernel for it (CPU only). It rounds
+        in other places than the kernels of longer chunks do, so it is not invariant."""
         found = [layer.tensors() for layer in self.layers]
         tensors = [layer for layer in found if layer is not None]
         whole = config.activation == "silu" and len(tensors) == len(found)
-        if whole and kernels.DecodeStep.fits(tensors, config.head_dim):
+        if whole and not invariant and kernels.DecodeStep.fits(tensors, config.head_dim):
             self.decode = kernels.DecodeStep(
                 tensors, cos=self.cos, sin=self.sin, eps=config.rms_norm_eps
             )
@@ -321,4 +338,4 @@ class Decoder:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Rows of `forward`'s result → [rows, V] float32."""
         normed = kernels.rms_norm(hidden, self.norm, self.config.rms_norm_eps)
-        return kernels.linear(normed, self.output).float()
+        return kernels.linear(normed, self.output, invariant=self.invariant).float()

@@ -18,6 +18,8 @@ from pdserve.kernels import (
     triton_blocks,
     triton_cache,
     triton_decode,
+    triton_experts,
+    triton_matmul,
     triton_norm,
     triton_prefill,
     triton_sampling,
@@ -42,6 +44,10 @@ POINTERS = {
     "sum_ptr": "*fp32",
     "above_ptr": "*i64",
     "logit_ptr": "*fp32",
+    "expert_ptr": "*i64",
+    "matrix_ptr": "*i64",
+    "order_ptr": "*i64",
+    "offset_ptr": "*i64",
     "row_ptr": "*i64",
     "token_ptr": "*i64",
     "count_ptr": "*i64",
@@ -66,6 +72,7 @@ POINTERS = {
 """Types of pointers; all others have the dtype under test."""
 
 SHAPE = {"HEADS": 32, "DIM": 128, "DIM_PAD": 128, "SIZE": 16, "KV_HEADS": 8}
+MATMUL = {"ROWS": 64, "COLUMNS": 64, "DEPTH": 128}
 DECODE = {**SHAPE, "QUERIES": 1, "WINDOW": 0, "SPLIT": 256, "MOST_SPLITS": 32}
 CASES: list[tuple[Any, dict[str, Any], dict[str, str]]] = [
     (triton_norm.rms_norm_kernel, {"WIDTH": 4096, "BLOCK": 4096, "ROWS": 1, "ADDS": True}, {}),
@@ -108,10 +115,11 @@ CASES: list[tuple[Any, dict[str, Any], dict[str, str]]] = [
                 "KEYS": 64,
                 "WINDOW": window,
                 "CAPPED": capped,
+                "UNIFORM": uniform,
             },
             {},
         )
-        for window, capped in [(0, False), (100, True)]
+        for window, capped, uniform in [(0, False, False), (0, False, True), (100, True, False)]
     ],
     *[
         (
@@ -170,6 +178,17 @@ CASES: list[tuple[Any, dict[str, Any], dict[str, str]]] = [
         for rounds in (True, False)
         for packs in (True, False)
     ],
+    *[(triton_matmul.linear_kernel, {**MATMUL, "BIASED": biased}, {}) for biased in (False, True)],
+    *[
+        (triton_experts.grouped_kernel, {**MATMUL, "KIND": kind}, {})
+        for kind in ("silu", "erf", "")
+    ],
+    (
+        triton_experts.route_kernel,
+        {"COUNT_PAD": 128, "ACTIVE": 8, "ACTIVE_PAD": 8, "RENORMALISE": True},
+        {"logit_ptr": "model"},
+    ),
+    (triton_experts.combine_kernel, {"ACTIVE": 8, "BLOCK": 1024}, {}),
     (triton_sampling.penalties_kernel, {"BLOCK": 256}, {}),
     (triton_sampling.bitmask_kernel, {"CHUNK": 4096}, {}),
     (triton_sampling.statistics_kernel, {"CHUNK": 4096}, {}),
