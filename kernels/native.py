@@ -32,7 +32,10 @@ from pdserve.kernels.checks import KernelError
 log = logging.getLogger(__name__)
 
 HEADER = "native.h"
-SOURCES = ("native_threads.c", "native_products.c", "native_attention.c", "native_step.c")
+SOURCES = (
+    *("native_threads.c", "native_products.c", "native_attention.c", "native_step.c"),
+    "native_digest.c",
+)
 """Compiled together, in this folder."""
 FLAGS = (
     *("-O3", "-std=gnu11", "-shared", "-fPIC", "-pthread"),
@@ -111,6 +114,11 @@ def library() -> ctypes.CDLL | None:
     ]  # fmt: skip
     loaded.pdserve_decode.argtypes = [
         ctypes.c_int, ctypes.POINTER(_Step), ctypes.POINTER(_Layer), ctypes.c_int
+    ]  # fmt: skip
+    loaded.pdserve_digest.argtypes = [_Pointer, _Long, _Pointer, _Long, _Long, _Pointer]
+    loaded.pdserve_copy.argtypes = [
+        *(_Pointer, _Long, _Pointer, _Pointer, _Long, _Pointer), _Long, _Long, ctypes.c_int,
+        _Pointer,
     ]  # fmt: skip
     return loaded
 

@@ -95,8 +95,8 @@ class Attempts:
         job.borrowed = job.borrowed or half.borrows
         targets = [job.missing[index] for index in piece]
         verified = 0
-        for complete in half.receive(line, header, targets, lambda: job.wait(self._stall_s)):
-            digests = self._pool.digests(targets[verified:complete])
+        for digests in half.receive(line, header, targets, lambda: job.wait(self._stall_s)):
+            complete = verified + len(digests)
             expected = header.checksums[verified:complete]
             for index, digest, right in zip(
                 piece[verified:complete], digests, expected, strict=True

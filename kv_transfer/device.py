@@ -16,9 +16,9 @@ import threading
 from collections.abc import Iterator, Sequence
 
 import torch
-import xxhash
 
-from pdserve.kv_transfer.memory import Bytes, Pool
+from pdserve.kernels.digest import Bytes, digest_blocks
+from pdserve.kv_transfer.memory import Pool, runs
 
 STAGING_BYTES = 1 * 2**20
 """Of one thread's buffer; more if a single block is larger."""
@@ -82,11 +82,11 @@ class DeviceMemory(Pool):
         with self._stream():
             blocks.copy_(buffer, non_blocking=True)
 
-    def digest(self, block_id: int) -> int:
-        return xxhash.xxh3_64_intdigest(self.read(block_id).data)
-
     def digests(self, block_ids: Sequence[int]) -> list[int]:
-        return [self.digest(block) for block in block_ids]
+        sums: list[int] = []
+        for first, count in runs(block_ids, self._longest):
+            sums += digest_blocks(self.read(first, count), range(count), self.block_nbytes)
+        return sums
 
     def _part(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(blocks first .. first + count - 1, as much of the thread's buffer), [count, bytes]."""

@@ -25,8 +25,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
+from pdserve.kernels.digest import Bytes
 from pdserve.kv_transfer.line import Line
-from pdserve.kv_transfer.memory import Bytes, Pool
+from pdserve.kv_transfer.memory import Pool
 from pdserve.kv_transfer.transports import SinkHalf, SourceHalf, Wait
 from pdserve.protocol.errors import PdserveError, ProtocolError
 from pdserve.protocol.transfer import Fetch, FetchHeader
@@ -143,7 +144,7 @@ class FaultySink:
 
     def receive(
         self, line: Line, header: FetchHeader, targets: Sequence[int], wait: Wait
-    ) -> Iterator[int]:
+    ) -> Iterator[list[int]]:
         drawn = self._dice.draw("delay", "drop", "truncate", "flip")
         if len(targets) > 1:
             drawn |= self._dice.draw(*MANY_BLOCKS)
@@ -152,15 +153,16 @@ class FaultySink:
         if "drop" in drawn:
             raise InjectedLoss("The connection was dropped on purpose.")
         end = self._dice.below(len(targets)) if "truncate" in drawn else len(targets)
-        complete = 0
-        for complete in self._inner.receive(line, header, targets, wait):
+        complete, spoils = 0, bool(drawn.intersection((*MANY_BLOCKS, "flip")))
+        for sums in self._inner.receive(line, header, targets, wait):
+            complete += len(sums)
             if complete > end:
                 raise ProtocolError("The blocks were cut short on purpose.")
-            if not drawn.intersection((*MANY_BLOCKS, "flip")):
-                yield complete
-        # Unless they were yielded, nobody has looked at the blocks yet.
-        self._spoil(drawn, targets)
-        yield complete
+            if not spoils:
+                yield sums
+        if spoils:
+            self._spoil(drawn, targets)
+            yield self._pool.digests(targets)
 
     def _spoil(self, drawn: set[str], targets: Sequence[int]) -> None:
         if "duplicate" in drawn:

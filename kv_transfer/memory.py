@@ -18,18 +18,15 @@ import secrets
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 import numpy as np
-import xxhash
 
+from pdserve.kernels.digest import Bytes, digest_blocks
 from pdserve.protocol.errors import PdserveError
 
 NONCE_BYTES = 16
 """The last bytes of a pool's file: random, so that a path that names another file is noticed."""
-
-Bytes: TypeAlias = np.ndarray[tuple[int], np.dtype[np.uint8]]
-"""A contiguous run of bytes, shape [n], uint8."""
 
 _POOL_PATH = re.compile(r"/proc/[0-9]+/fd/[0-9]+")
 
@@ -84,7 +81,7 @@ class Pool(Protocol):
     def in_place(self) -> bool:
         """Whether `read` and `write` give the blocks themselves, valid as long as the pool. If
         not, they give a copy that is valid until the thread's next call of `read`, `write` or
-        `digest`, and `count` may be at most `longest`."""
+        `digests`, and `count` may be at most `longest`."""
 
     @property
     def longest(self) -> int:
@@ -96,11 +93,8 @@ class Pool(Protocol):
     def write(self, first: int, count: int = 1) -> AbstractContextManager[Bytes]:
         """Where to put such blocks' bytes; they are in the pool when the block ends normally."""
 
-    def digest(self, block_id: int) -> int:
-        """xxh3-64 of one block of the pool."""
-
     def digests(self, block_ids: Sequence[int]) -> list[int]:
-        """xxh3-64 of each of the blocks."""
+        """xxh3-64 of each of the blocks, as they lie in the pool."""
 
 
 class HostMemory:
@@ -151,7 +145,6 @@ class Spans(Pool):
         self._all: Bytes = np.lib.stride_tricks.as_strided(
             first, shape=(self.num_blocks * self.block_nbytes,), strides=(1,)
         )
-        self._flat = self._all.data
 
     def span(self, first: int, count: int = 1) -> Bytes:
         """Blocks first .. first + count - 1. Raises IndexError outside the pool."""
@@ -192,13 +185,8 @@ class Spans(Pool):
     def write(self, first: int, count: int = 1) -> AbstractContextManager[Bytes]:
         return nullcontext(self.span(first, count))
 
-    def digest(self, block_id: int) -> int:
-        start = block_id * self._block_nbytes
-        return xxhash.xxh3_64_intdigest(self._flat[start : start + self._block_nbytes])
-
     def digests(self, block_ids: Sequence[int]) -> list[int]:
-        flat, size, digest = self._flat, self._block_nbytes, xxhash.xxh3_64_intdigest
-        return [digest(flat[block * size : (block + 1) * size]) for block in block_ids]
+        return digest_blocks(self._all, block_ids, self._block_nbytes)
 
 
 def as_pool(memory: BlockMemory | Pool) -> Pool:
@@ -226,6 +214,11 @@ class MappedPool:
             os.close(descriptor)
         if len(nonce) != NONCE_BYTES or self._all[-NONCE_BYTES:].tobytes() != nonce:
             raise PoolError(f"{path} is not the pool that was meant: its nonce differs.")
+
+    @property
+    def all(self) -> Bytes:
+        """All blocks, back to back, read-only."""
+        return self._all[:-NONCE_BYTES]
 
     def span(self, first: int, count: int = 1) -> Bytes:
         """Blocks first .. first + count - 1, read-only. Raises PoolError outside the pool."""

@@ -245,7 +245,7 @@ class _End:
     """What both ends do: keep pairs, join, wait, give up."""
 
     def __init__(self, pool: DeviceMemory, owner: Owner, rank: int) -> None:
-        self._blocks, self._owner, self._rank = pool.blocks, owner, rank
+        self._pool, self._blocks, self._owner, self._rank = pool, pool.blocks, owner, rank
         self._room = max(1, STAGING_BYTES // pool.block_nbytes)
         self._lock = threading.Lock()
         self._places: dict[tuple[str, int], _Place] = {}
@@ -408,7 +408,7 @@ class NcclSink(_End):
 
     def receive(
         self, line: Line, header: FetchHeader, targets: Sequence[int], wait: Wait
-    ) -> Iterator[int]:
+    ) -> Iterator[list[int]]:
         try:
             yield from self._receive(line, (line.peer, header.epoch), targets, wait)
         except (OSError, ProtocolError, PdserveError) as error:
@@ -417,7 +417,7 @@ class NcclSink(_End):
 
     def _receive(
         self, line: Line, peer: tuple[str, int], targets: Sequence[int], wait: Wait
-    ) -> Iterator[int]:
+    ) -> Iterator[list[int]]:
         ready = line.receive(_TO_READER, wait())
         if not isinstance(ready, Ready) or not 1 <= ready.blocks_per_send <= self._room:
             raise ProtocolError("The source did not say how it is going to send.")
@@ -431,7 +431,7 @@ class NcclSink(_End):
             for start in range(0, len(targets), ready.blocks_per_send):
                 chunk = targets[start : start + ready.blocks_per_send]
                 self._receive_chunk(place.pair, chunk, wait)
-                yield start + len(chunk)
+                yield self._pool.digests(chunk)
 
     def _receive_chunk(self, pair: _Pair, targets: Sequence[int], wait: Wait) -> None:
         part, address, nbytes = self._of(pair.staging, len(targets))

@@ -206,7 +206,7 @@ class TransferSource:
         with contextlib.suppress(OSError):  # a matter of taste, not of correctness
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), SUMMING_NICENESS)
         while (ticket_id := self._fresh.get()) is not None:
-            self.outbox.sum_ahead(ticket_id, self._pool.digest)
+            self.outbox.sum_ahead(ticket_id, self._sum)
 
     def _accept(self) -> None:
         while not self._closing.is_set():
@@ -309,7 +309,10 @@ class TransferSource:
 
     def _checksum(self, read: Read, block: int) -> int:
         self._patience(read)
-        return self._pool.digest(block)
+        return self._sum(block)
+
+    def _sum(self, block: int) -> int:
+        return self._pool.digests([block])[0]
 
     def _refuse(
         self, line: Line, fetch: Fetch, reason: str, retry_other_transport: bool = False

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import msgspec
-import numpy as np
 
+from pdserve.kernels.digest import copy_blocks, digest_blocks
 from pdserve.kv_transfer.line import Line
 from pdserve.kv_transfer.memory import (
     BlockMemory,
@@ -28,8 +28,12 @@ from pdserve.protocol.errors import PdserveError
 from pdserve.protocol.transfer import Fetch, FetchHeader
 
 CHUNK_BYTES = 512 * 2**10
-"""Copied, then hashed, at once: small enough to be hashed from the cache, large enough that the
+"""Received, then summed, at once: small enough to be summed from the cache, large enough that the
 calls do not count and the interpreter lock is seldom touched."""
+COPIED_BYTES = 16 * 2**20
+"""Copied out of shared memory by one call, a few milliseconds: nothing can stop it meanwhile."""
+STREAMED_BYTES = 4 * 2**20
+"""A piece that large goes past the caches: it would only drive out what the engine has in them."""
 
 Wait = Callable[[], float]
 """Gives the deadline (time.monotonic seconds) of the next wait; raises to stop the transfer."""
@@ -66,9 +70,10 @@ class SinkHalf(Protocol):
 
     def receive(
         self, line: Line, header: FetchHeader, targets: Sequence[int], wait: Wait
-    ) -> Iterator[int]:
-        """Fill the target blocks in order; yields how many are complete, ascending, after every
-        few, the last time len(targets). Raises TransportUnfit, OSError or ProtocolError."""
+    ) -> Iterator[list[int]]:
+        """Fill the target blocks in order; yields, after every few, the xxh3-64 of the next ones
+        that are complete, as they lie in the pool. Raises TransportUnfit, OSError or
+        ProtocolError."""
 
 
 class TcpSource:
@@ -101,13 +106,12 @@ class TcpSink:
 
     def receive(
         self, line: Line, header: FetchHeader, targets: Sequence[int], wait: Wait
-    ) -> Iterator[int]:
-        complete = 0
-        for first, count in runs(targets, _chunk(self._pool)):
+    ) -> Iterator[list[int]]:
+        for first, count in runs(targets, _chunk(self._pool, CHUNK_BYTES)):
             with self._pool.write(first, count) as part:
                 line.receive_into(part.data, wait)
-            complete += count
-            yield complete
+                sums = digest_blocks(part, range(count), self._pool.block_nbytes)
+            yield sums
 
 
 class ShmSource:
@@ -141,8 +145,8 @@ class ShmSink:
 
     borrows = True
 
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
+    def __init__(self, pool: Pool, copied_bytes: int = COPIED_BYTES) -> None:
+        self._pool, self._copied_bytes = pool, copied_bytes
         self._lock = threading.Lock()
         self._mapped: weakref.WeakValueDictionary[tuple[str, bytes], MappedPool] = (
             weakref.WeakValueDictionary()
@@ -150,28 +154,35 @@ class ShmSink:
 
     def receive(
         self, line: Line, header: FetchHeader, targets: Sequence[int], wait: Wait
-    ) -> Iterator[int]:
+    ) -> Iterator[list[int]]:
         if len(header.pool_blocks) != len(targets):
             raise TransportUnfit("The source named another number of blocks than were wanted.")
         try:
             theirs = self._map(line, header)
             yield from self._copy(theirs, header.pool_blocks, targets, wait)
-        except PoolError as error:
+        except (PoolError, IndexError) as error:
             raise TransportUnfit(str(error)) from None
 
     def _copy(
         self, theirs: MappedPool, blocks: Sequence[int], targets: Sequence[int], wait: Wait
-    ) -> Iterator[int]:
+    ) -> Iterator[list[int]]:
+        pool, size = self._pool, self._pool.block_nbytes
+        if pool.in_place:
+            mine, chunk = pool.read(0, pool.num_blocks), _chunk(pool, self._copied_bytes)
+            streamed = len(targets) * size >= STREAMED_BYTES
+            for start in range(0, len(targets), chunk):
+                wait()
+                here, there = targets[start : start + chunk], blocks[start : start + chunk]
+                yield copy_blocks(theirs.all, there, mine, here, size, streamed=streamed)
+            return
         complete = 0
-        longest = _chunk(self._pool)
-        for first, count in runs(blocks, longest):
+        for first, count in runs(targets, pool.longest):
             wait()
-            for target, length in runs(targets[complete : complete + count], longest):
-                with self._pool.write(target, length) as mine:
-                    np.copyto(mine, theirs.span(first, length))
-                first += length
-                complete += length
-                yield complete
+            with pool.write(first, count) as part:
+                there = blocks[complete : complete + count]
+                sums = copy_blocks(theirs.all, there, part, range(count), size)
+            complete += count
+            yield sums
 
     def _map(self, line: Line, header: FetchHeader) -> MappedPool:
         key = (header.pool_path, header.pool_nonce)
@@ -184,9 +195,9 @@ class ShmSink:
         return pool
 
 
-def _chunk(pool: Pool) -> int:
+def _chunk(pool: Pool, nbytes: int) -> int:
     """Blocks to receive at once."""
-    return min(pool.longest, max(1, CHUNK_BYTES // pool.block_nbytes))
+    return min(pool.longest, max(1, nbytes // pool.block_nbytes))
 
 
 SOURCE_HALVES: dict[str, Callable[[Pool], SourceHalf]] = {"shm": ShmSource, "tcp": TcpSource}

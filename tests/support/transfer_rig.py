@@ -20,7 +20,7 @@ from pdserve.kv_transfer.line import Line
 from pdserve.kv_transfer.memory import HostMemory, Spans
 from pdserve.kv_transfer.sink import TransferSink
 from pdserve.kv_transfer.source import TransferSource
-from pdserve.kv_transfer.transports import SINK_HALVES, SinkHalf
+from pdserve.kv_transfer.transports import SINK_HALVES, ShmSink, SinkHalf
 from pdserve.protocol.ticket import KVTicket, LayoutFingerprint
 from pdserve.protocol.transfer import FetchHeader, FetchReport
 
@@ -187,14 +187,20 @@ def transfer_threads() -> list[str]:
 
 
 class Gate:
-    """Holds every transfer over the wrapped transport after its first blocks, until opened."""
+    """Holds every transfer over the wrapped transport after its first blocks, until opened. Out of
+    shared memory `copied_bytes` are copied at once, but at least one block."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, copied_bytes: int = 1) -> None:
+        self.name, self.copied_bytes = name, copied_bytes
         self.reached, self.opened = threading.Event(), threading.Event()
 
     def halves(self) -> dict[str, Callable[[Spans], SinkHalf]]:
-        return {self.name: lambda pool: _Gated(SINK_HALVES[self.name](pool), self)}
+        def make(pool: Spans) -> SinkHalf:
+            if self.name == "shm":
+                return ShmSink(pool, self.copied_bytes)
+            return SINK_HALVES[self.name](pool)
+
+        return {self.name: lambda pool: _Gated(make(pool), self)}
 
 
 class _Gated:
@@ -204,9 +210,9 @@ class _Gated:
 
     def receive(
         self, line: Line, header: FetchHeader, targets: Sequence[int], wait: Callable[[], float]
-    ) -> Iterator[int]:
-        for complete in self._inner.receive(line, header, targets, wait):
-            yield complete
+    ) -> Iterator[list[int]]:
+        for sums in self._inner.receive(line, header, targets, wait):
+            yield sums
             self._gate.reached.set()
             assert self._gate.opened.wait(PATIENCE_S)
 
@@ -224,14 +230,16 @@ class Flipping:
 
     def receive(
         self, line: Line, header: FetchHeader, targets: Sequence[int], wait: Callable[[], float]
-    ) -> Iterator[int]:
+    ) -> Iterator[list[int]]:
         before = 0
-        for complete in self._inner.receive(line, header, targets, wait):
-            if self.target in targets[before:complete] and self.times:
+        for sums in self._inner.receive(line, header, targets, wait):
+            part = targets[before : before + len(sums)]
+            before += len(sums)
+            if self.target in part and self.times:
                 self.times -= 1
                 self._pool.span(self.target)[-1] ^= 0x10
-            before = complete
-            yield complete
+                sums = self._pool.digests(part)
+            yield sums
 
 
 class Child:

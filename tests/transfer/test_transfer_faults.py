@@ -13,7 +13,7 @@ from transfer_rig import Flipping, Gate, Reports, Rig, is_poison, poison, pools_
 
 from pdserve.kv_transfer import attempt as attempt_module
 from pdserve.kv_transfer.memory import HostMemory
-from pdserve.kv_transfer.transports import SINK_HALVES, SinkHalf
+from pdserve.kv_transfer.transports import COPIED_BYTES, SINK_HALVES, SinkHalf
 
 BIG = 8 * 2**20
 """More than the sockets' buffers hold, so that a sender must wait for a reader."""
@@ -127,7 +127,7 @@ def test_withdrawn_while_copied_from_shared_memory(rig: Rig) -> None:
     """The source sees no reader and reuses the blocks; the reader must find out and report all."""
     theirs, ours = rig.memory(4), rig.memory(4)
     scramble(theirs)
-    gate = Gate("shm")
+    gate = Gate("shm", COPIED_BYTES)
     source, sink = rig.source(theirs), rig.sink(ours, halves=gate.halves())
     reports = rig.fetch(sink, rig.ticket(source, "r", [0, 1]), range(2), range(2))
     assert gate.reached.wait(10)
@@ -324,7 +324,7 @@ def test_a_fault_in_a_transport_is_reported(rig: Rig) -> None:
     class Broken:
         borrows = False
 
-        def receive(self, *_: object) -> Iterator[int]:
+        def receive(self, *_: object) -> Iterator[list[int]]:
             raise ZeroDivisionError("a bug")
 
     def make(pool: object) -> SinkHalf:
