@@ -20,7 +20,8 @@ from pdserve.cluster.journal import (
     Record,
 )
 from pdserve.cluster.options import EXIT_USAGE, load, options_of
-from pdserve.cluster.status import StatusSettings, meeting_place
+from pdserve.cluster.status import StatusSettings
+from pdserve.cluster.target import find_target
 from pdserve.protocol import events
 from pdserve.protocol.errors import PdserveError
 
@@ -85,7 +86,7 @@ def _printable(line: str) -> str:
 
 
 async def _find(name: str, settings: StatusSettings) -> Record:
-    place = meeting_place(settings)
+    place = find_target(settings)
     journal = Journal(place.redis, place.cluster)
     try:
         for prefix in PREFIXES:

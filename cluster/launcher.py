@@ -186,11 +186,12 @@ class Launcher:
         if not settings.redis:
             self._private = private_redis(scene.folder, scene.logs / "redis.log")
         self._redis_url = self._private.url if self._private else settings.redis
+        self._secret = cluster_secret(settings)
         self._plan = make_plan(
             settings,
             divide(own_cores(), len(roles_of(settings)), own_quota()),
             redis=self._redis_url,
-            secret=cluster_secret(settings),
+            secret=self._secret,
             port=port,
             logs=scene.logs,
             environment=os.environ,
@@ -240,6 +241,7 @@ class Launcher:
             cluster=self._settings.router.cluster,
             log_dir=str(self._scene.logs),
             folder=str(self._scene.folder),
+            secret=self._secret,
         )
 
     # starting
@@ -250,13 +252,14 @@ class Launcher:
         probe: Probe | None = None
         try:
             await self._start_redis(membership)
-            self._workers = [self._supervise(command) for command in self._plan.workers]
+            self._workers = [self._supervise(command, True) for command in self._plan.workers]
             self._routers = [self._supervise(command) for command in self._plan.routers]
             await asyncio.sleep(0)  # the processes start now; what follows overlaps with theirs
             probe = _make_probe(self._url, self._settings.router.api_key)
             watching = asyncio.create_task(self._watch(membership, probe))
             self._tasks.append(watching)
-            done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+            # A supervisor whose worker has left ends without an exception; the rest go on.
+            done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_EXCEPTION)
             for task in done:
                 task.result()
         finally:
@@ -278,8 +281,8 @@ class Launcher:
         await until_answering(self._private.url, child)
         self._redis.mark_ready()
 
-    def _supervise(self, command: Command) -> Supervisor:
-        supervisor = Supervisor(command, self._console.say)
+    def _supervise(self, command: Command, may_leave: bool = False) -> Supervisor:
+        supervisor = Supervisor(command, self._console.say, may_leave=may_leave)
         self._tasks.append(asyncio.create_task(supervisor.run()))
         return supervisor
 
@@ -292,7 +295,7 @@ class Launcher:
     async def _watch(self, membership: Membership, probe: Probe) -> None:
         """Wait for readiness and say so; then see restarted processes become ready again."""
         deadline = time.monotonic() + self._settings.start_timeout_s
-        while not all(worker.ready for worker in self._workers):
+        while not all(worker.ready or worker.left for worker in self._workers):
             await self._look(membership)
             if time.monotonic() > deadline:
                 raise GaveUp(self._too_late(), EXIT_FAULT)
@@ -355,7 +358,7 @@ class Launcher:
             self._console.show(record.worker_id, str(record.state))
 
     def _too_late(self) -> str:
-        waiting = [worker.name for worker in self._workers if not worker.ready] or [
+        waiting = [w.name for w in self._workers if not (w.ready or w.left)] or [
             router.name for router in self._routers if not router.ready
         ]
         return (

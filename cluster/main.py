@@ -23,6 +23,8 @@ LLM serving with separate prefill and decode workers.
   status      print who is in a cluster
   bench       load on a server: TTFT, ITL, goodput (pdserve bench --help)
   explain     print where a request went, why, and where its time went
+  drain       let a worker finish what it has and leave: pdserve drain WORKER
+  role        switch a running worker: pdserve role WORKER prefill|decode|both
   demo        start a cluster with the demo model, ask a few questions, stop
   version     print the version
 
@@ -85,10 +87,24 @@ def _explain(options: Sequence[str]) -> int:
     return explain(options)
 
 
+def _drain(options: Sequence[str]) -> int:
+    from pdserve.cluster.operate import drain
+
+    return drain(options)
+
+
+def _role(options: Sequence[str]) -> int:
+    from pdserve.cluster.operate import role
+
+    return role(options)
+
+
 _HERE: dict[str, Callable[[Sequence[str]], int]] = {
     "up": _up,
     "status": _status,
     "explain": _explain,
+    "drain": _drain,
+    "role": _role,
 }
 """Each imports what it needs when it is chosen."""
 

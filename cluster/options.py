@@ -190,13 +190,18 @@ def load(
     table: Table,
     argv: Sequence[str],
     environment: Mapping[str, str] | None = None,
+    words: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The values that were given for the options of `table`; those left to their defaults are
-    absent. Prints a sentence and exits with code 2 if anything is wrong."""
+    absent. `words` are what must be given without a flag, in order: name → help. Prints a sentence
+    and exits with code 2 if anything is wrong."""
     parser = make_parser(program, description, table)
+    for name, text in (words or {}).items():
+        parser.add_argument(name, metavar=name.upper(), help=text)
     given = vars(parser.parse_args(list(argv)))
+    found = {name: given.pop(name) for name in words or ()}
     try:
-        return _merge(table, given, os.environ if environment is None else environment)
+        return found | _merge(table, given, os.environ if environment is None else environment)
     except SettingsError as error:
         fail(program, str(error))
 

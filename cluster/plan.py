@@ -82,6 +82,7 @@ def plan_cluster(
             worker_id=f"{role}-{counts[role]}{suffix}",
             threads=share.threads,
             cpus=share.cpus,
+            drain_timeout=0.0,  # who stops the whole cluster waits for nobody
             **common,
         )
         counts[role] += 1

@@ -7,18 +7,10 @@ import enum
 import msgspec
 
 from pdserve.protocol.messages import WorkerStatus
+from pdserve.protocol.orders import Role as Role
 
 ROUTER_HEADER = "x-pdserve-router"
 """In a router's answers to /health: its process id, as several may listen on one port."""
-
-
-class Role(enum.StrEnum):
-    PREFILL = "prefill"
-    """Prompts in, tickets out."""
-    DECODE = "decode"
-    """Tickets in, tokens out; prefills by itself only when a ticket's blocks are lost."""
-    COLOCATED = "colocated"
-    """A decode worker that also accepts prompts."""
 
 
 class WorkerState(enum.StrEnum):

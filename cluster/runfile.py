@@ -1,4 +1,4 @@
-"""Notes about the clusters that run on this machine, so that `pdserve status` finds them.
+"""Notes about the clusters that run on this machine, so that commands find them.
 
 One file per `pdserve up`, named by its process id, in a folder that only this user can read. A file
 whose process is gone is removed by whoever finds it, together with what that process left behind.
@@ -31,6 +31,8 @@ class RunNote(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     log_dir: str
     folder: str
     """Its private folder."""
+    secret: str
+    """Lets commands on this machine give orders to its workers."""
 
     @property
     def alive(self) -> bool:

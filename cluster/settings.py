@@ -145,6 +145,13 @@ class WorkerSettings(CommonSettings):
         parse=seconds(0.1),
         unit="seconds",
     )
+    drain_timeout: float = option(
+        30.0,
+        "How long a worker that is told to stop by SIGTERM or SIGINT takes to finish what it has; "
+        "a second signal ends it at once",
+        parse=seconds(0.0),
+        unit="seconds",
+    )
     threads: int = option(
         0,
         "Threads that compute",
@@ -238,7 +245,9 @@ class RouterSettings(CommonSettings):
     )
 
 
-_PER_PROCESS = ("worker_id", "host", "port", "http_port", "transfer_port", "threads", "cpus")
+_PER_PROCESS = (
+    "worker_id", "host", "port", "http_port", "transfer_port", "threads", "cpus", "drain_timeout",
+)  # fmt: skip
 """Worker options that `pdserve up` chooses for each worker."""
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import msgspec
 
 from pdserve.cluster.membership import Membership, masked
-from pdserve.cluster.options import EXIT_USAGE, integer, load, option, options_of
+from pdserve.cluster.options import EXIT_USAGE, load, option, options_of
 from pdserve.cluster.records import WorkerRecord, WorkerState
-from pdserve.cluster.runfile import RunNote, running
+from pdserve.cluster.target import TargetSettings, find_target
 from pdserve.protocol.errors import PdserveError
 
 _STORY = (
@@ -25,21 +25,9 @@ HEADINGS = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StatusSettings:
+class StatusSettings(TargetSettings):
     """What `pdserve status` can be told."""
 
-    redis: str = option(
-        "",
-        "Redis where the cluster meets: redis://[:PASSWORD@]HOST:PORT[/DB]",
-        shown="that of the cluster running on this machine",
-    )
-    cluster: str = option("pdserve", "Name of the cluster, if --redis is given")
-    pid: int = option(
-        0,
-        "Process id of the `pdserve up` to ask",
-        parse=integer(0),
-        shown="the only one that runs",
-    )
     json: bool = option(False, "Print everything that is known, as JSON")
 
 
@@ -69,53 +57,16 @@ def status(argv: Sequence[str]) -> int:
     return 0
 
 
-@dataclass(frozen=True, slots=True)
-class MeetingPlace:
-    """Where a cluster meets."""
-
-    url: str
-    """Of the router, if `pdserve up` runs on this machine."""
-    redis: str
-    cluster: str
-
-
-def meeting_place(settings: StatusSettings) -> MeetingPlace:
-    """The cluster that is meant. Raises PdserveError if that is none or not clear."""
-    if settings.redis:
-        return MeetingPlace("", settings.redis, settings.cluster)
-    note = _choose(running(), settings.pid)
-    return MeetingPlace(note.url, note.redis, note.cluster)
-
-
 async def _ask(settings: StatusSettings) -> Snapshot:
-    place = meeting_place(settings)
-    membership = Membership(place.redis, place.cluster)
+    target = find_target(settings)
+    membership = Membership(target.redis, target.cluster)
     try:
         workers = await membership.workers()
     finally:
         await membership.close()
     return Snapshot(
-        cluster=place.cluster, url=place.url, redis=masked(place.redis), workers=workers
+        cluster=target.cluster, url=target.url, redis=masked(target.redis), workers=workers
     )
-
-
-def _choose(notes: list[RunNote], pid: int) -> RunNote:
-    """The cluster that is meant. Raises PdserveError if that is none or not clear."""
-    known = ", ".join(f"{note.pid} ({note.url})" for note in notes)
-    if pid:
-        for note in notes:
-            if note.pid == pid:
-                return note
-        raise PdserveError(
-            f"No `pdserve up` with process id {pid} runs here; running: {known or 'none'}."
-        )
-    if not notes:
-        raise PdserveError(
-            "No cluster runs on this machine; start one with `pdserve up`, or give --redis URL."
-        )
-    if len(notes) > 1:
-        raise PdserveError(f"Several clusters run here; choose with --pid one of {known}.")
-    return notes[0]
 
 
 def as_table(snapshot: Snapshot) -> str:

@@ -6,6 +6,8 @@ start ──► running ──ready──► running, was ready
   │          │  or exit 2: up    │
   │          ▼  gives up)        ▼
   └──────── back-off ◄───────────┘
+
+A worker that ends with exit code 0 was told to leave (`pdserve drain`): it is not started again.
 """
 
 from __future__ import annotations
@@ -54,13 +56,19 @@ class Supervisor:
         command: Command,
         report: Callable[[str], None],
         backoff: Backoff = Backoff(),
+        *,
+        may_leave: bool = False,
     ) -> None:
-        """`report` is told, in sentences, of deaths and new starts."""
+        """`report` is told, in sentences, of deaths and new starts. `may_leave`: exit code 0 is no
+        accident."""
         self.command = command
         self.child: Child | None = None
         self.ready = False
         """The present child has been seen ready."""
+        self.left = False
+        """It was told to leave, and has."""
         self._report = report
+        self._may_leave = may_leave
         self._backoff = backoff
         self._was_ready = False
         self._deaths = 0
@@ -78,12 +86,16 @@ class Supervisor:
         self.ready = self._was_ready = True
 
     async def run(self) -> None:
-        """Until `stop`, or until it is hopeless: then raises GaveUp."""
+        """Until `stop`, until it leaves, or until it is hopeless: then raises GaveUp."""
         while True:
             self.child = self._start()
             end = await self.child.wait()
             was_ready, self.ready = self.ready, False
             if self._stopping:
+                return
+            if self._may_leave and end.returncode == 0:
+                self.left = True
+                self._report(f"{self.name} has left as it was told to; it is not started again.")
                 return
             if was_ready and end.lifetime_s > QUICK_S:
                 self._deaths = 0

@@ -1,1 +1,1 @@
-"""Tickets in (or prompts, colocated), tokens out."""
+"""Starts a worker in the role of the one that decodes (colocated: that does both)."""

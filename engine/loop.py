@@ -438,6 +438,7 @@ class Engine:
             queued_tokens=scheduler.queued_tokens,
             steps=self._steps,
             preemptions=scheduler.preemptions,
+            tickets=len(self._held),
         )
 
     def check_integrity(self) -> None:

@@ -1,1 +1,1 @@
-"""Prompts in, tickets out."""
+"""Starts a worker in the role of the one that prefills."""

@@ -12,6 +12,7 @@ import enum
 import msgspec
 
 from pdserve.protocol.errors import WorkerError
+from pdserve.protocol.orders import Drain, OrderDone, SwitchRole
 from pdserve.protocol.sampling import SamplingParams
 from pdserve.protocol.ticket import KVTicket
 
@@ -78,7 +79,7 @@ class Abort(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     epoch: int
 
 
-ToWorker = Submit | Abort
+ToWorker = Submit | Abort | Drain | SwitchRole
 
 
 class Output(
@@ -127,6 +128,8 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     steps: int
     """Engine steps since the start."""
     preemptions: int = 0
+    tickets: int = 0
+    """In the outbox: finished prefills that somebody must still fetch."""
     draining: bool = False
     bytes_in: int = 0
     """KV bytes fetched from others since the start."""
@@ -144,3 +147,4 @@ class StepFrame(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 ToRouter = StepFrame
+ToOperator = StepFrame | OrderDone

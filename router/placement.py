@@ -143,23 +143,36 @@ def usable(workers: Sequence[WorkerLoad]) -> bool:
 def first_options(workers: Sequence[WorkerLoad], avoid: Collection[str] = ()) -> list[Candidate]:
     """Who may take a prompt; empty if `workers` are not usable."""
     decodes = _role(workers, Role.DECODE)
-    prefills = [
-        worker
-        for worker in _role(workers, Role.PREFILL)
-        if any(worker.fingerprint == other.fingerprint for other in decodes)
-    ]
     colocated = _role(workers, Role.COLOCATED)
+    helpers = _prefer_other(decodes, avoid)
+    partners = {
+        worker.worker_id: _alike(worker, decodes) or _alike(worker, colocated)
+        for worker in _role(workers, Role.PREFILL)
+    }
+    prefills = [worker for worker in workers if partners.get(worker.worker_id)]
     pairs = []
     for worker in _prefer_other(prefills, avoid):
-        partners = [other for other in decodes if other.fingerprint == worker.fingerprint]
+        behind = _prefer_other(partners[worker.worker_id], avoid)
         # Where there are only pairs, what comes behind them is the same for all.
-        floor = min(other.load for other in _prefer_other(partners, avoid)) if colocated else 0
+        floor = min(other.load for other in behind) if colocated else 0
         pairs.append(Candidate(worker, True, floor))
     if pairs and all(worker.worker_id in avoid for worker in colocated):
         colocated = []
     elif colocated and all(pair.worker.worker_id in avoid for pair in pairs):
         pairs = []
-    return pairs + [Candidate(worker) for worker in _prefer_other(colocated, avoid)]
+    return pairs + [
+        Candidate(worker, _relieved(worker, helpers)) for worker in _prefer_other(colocated, avoid)
+    ]
+
+
+def _alike(worker: WorkerLoad, others: Iterable[WorkerLoad]) -> list[WorkerLoad]:
+    """Those that can exchange blocks with it."""
+    return [other for other in others if other.fingerprint == worker.fingerprint]
+
+
+def _relieved(worker: WorkerLoad, decodes: Iterable[WorkerLoad]) -> bool:
+    """Whether a colocated worker should hand a prompt over: some decode worker has less to do."""
+    return any(other.load < worker.load for other in _alike(worker, decodes))
 
 
 def decode_options(

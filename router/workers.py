@@ -106,6 +106,13 @@ class WorkerLink:
         draining = self.status is not None and self.status.draining
         return self.listed and not draining and not self._over and not self.channel.closed
 
+    def follow(self, record: WorkerRecord) -> bool:
+        """Take what the worker says of itself now; True if that changes whom to choose."""
+        before = (self.listed, self.role)
+        self.record = record
+        self.listed = record.state is WorkerState.READY
+        return (self.listed, self.role) != before
+
     @property
     def legs(self) -> int:
         """Submissions of this router that have not ended."""
@@ -292,8 +299,7 @@ class WorkerPool:
                 link.listed = False
                 if record is not None or time.monotonic() - link.heard_at > self._silence_s:
                     self._give_up(link)
-            elif link.listed != (record.state is WorkerState.READY):
-                link.listed = not link.listed
+            elif link.follow(record):
                 self._tell_listeners()
         for record in self._records.values():
             key = (record.worker_id, record.epoch)

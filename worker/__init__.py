@@ -1,1 +1,1 @@
-"""The process shell that both kinds of worker share."""
+"""What every worker is, whatever its role: composition, life, channels, presence."""

@@ -1,4 +1,4 @@
-"""What a role composes: an engine and the transfer ends it needs."""
+"""What `compose` is given, and what it makes: an engine with both ends of the transfer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pdserve.engine.loop import Engine, StepOutcome
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What the process gives to a role's `compose` function."""
+    """What the process gives to `compose`."""
 
     settings: WorkerSettings
     epoch: int
@@ -34,6 +34,3 @@ class Assembly:
     """Source → the transport over which its blocks last came."""
     close: Callable[[], None]
     """Free what the transfer and the pool hold; after the engine has stopped."""
-
-
-Compose = Callable[[Context], Assembly]

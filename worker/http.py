@@ -24,6 +24,7 @@ HELP = {
     "blocks_free": "KV blocks in the free list.",
     "blocks_cached": "KV blocks in the prefix cache that nobody uses.",
     "blocks_held": "KV blocks in the outbox, waiting to be fetched.",
+    "tickets": "Finished prefills in the outbox, waiting to be fetched.",
     "waiting": "Requests not yet started.",
     "running": "Requests in prefill or decode.",
     "fetching": "Requests whose KV blocks are on their way.",
@@ -38,18 +39,21 @@ HELP = {
 class StatusCollector:
     """Turns the last WorkerStatus into Prometheus families when asked."""
 
-    def __init__(self, labels: dict[str, str], status: Callable[[], WorkerStatus | None]) -> None:
-        self._labels = labels
+    def __init__(
+        self, record: Callable[[], WorkerRecord], status: Callable[[], WorkerStatus | None]
+    ) -> None:
+        self._record = record
         self._status = status
 
     def collect(self) -> Iterator[Metric]:
         status = self._status()
         if status is None:
             return
+        labels = {"worker": self._record().worker_id, "role": str(self._record().role)}
         for name, text in HELP.items():
             kind = CounterMetricFamily if name in COUNTERS else GaugeMetricFamily
-            family = kind(f"pdserve_worker_{name}", text, labels=list(self._labels))
-            family.add_metric(list(self._labels.values()), getattr(status, name))
+            family = kind(f"pdserve_worker_{name}", text, labels=list(labels))
+            family.add_metric(list(labels.values()), getattr(status, name))
             yield family
 
 
@@ -59,8 +63,7 @@ def create_app(
     """/health and /metrics for anyone who reaches the port, /status for holders of the secret."""
     app = FastAPI(title="pdserve worker", docs_url=None, redoc_url=None, openapi_url=None)
     registry = CollectorRegistry(auto_describe=False)
-    labels = {"worker": record().worker_id, "role": str(record().role)}
-    registry.register(StatusCollector(labels, status))
+    registry.register(StatusCollector(record, status))
 
     @app.get("/health")
     def health() -> Response:

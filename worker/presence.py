@@ -29,6 +29,9 @@ class Presence:
         self._proof_of_life = proof_of_life
         self._changed = asyncio.Event()
         self._reachable = True
+        self._left = False
+        self._writing = asyncio.Lock()
+        """Taken for every change in Redis, so that the last word is the one meant to be."""
         self.record = record
         self.fenced = asyncio.Event()
         """Set when a newer incarnation of this worker has registered: this one must end."""
@@ -45,9 +48,11 @@ class Presence:
     async def run(self) -> None:
         """Publish and renew until cancelled. The lease is renewed only while the worker proves
         that it makes progress."""
-        while not self.fenced.is_set():
+        while not self.fenced.is_set() and not self._left:
             if self._proof_of_life():
-                await self._publish()
+                async with self._writing:
+                    if not self._left:
+                        await self._publish()
             # asyncio.timeout, as Python 3.11's wait_for may swallow a cancellation.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(RENEW_S):
@@ -69,8 +74,13 @@ class Presence:
             self._reachable = True
 
     async def leave(self) -> None:
-        """Take the record out, if Redis is there; else the lease runs out by itself."""
+        """Take the record out for good, if Redis is there; else the lease runs out by itself.
+        Idempotent."""
+        if self._left:
+            return
+        self._left = True
         try:
-            await self._membership.remove(self.record.worker_id, self.record.epoch)
+            async with self._writing:
+                await self._membership.remove(self.record.worker_id, self.record.epoch)
         except RedisUnavailable as error:
             log.warning("%s The record will expire.", error)

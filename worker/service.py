@@ -20,6 +20,8 @@ from pdserve.protocol.messages import (
     ToWorker,
     WorkerStatus,
 )
+from pdserve.protocol.orders import Order, OrderDone
+from pdserve.worker.departure import Remains
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +29,9 @@ STATUS_INTERVAL_S = 0.1
 """Routers that got nothing in a step hear of the load at most this often."""
 HEARTBEAT_S = 0.5
 """And at least this often even if nothing has changed: so they know that the worker lives."""
+
+OnOrder = Callable[[Order, Callable[[OrderDone], None]], None]
+"""Carries an order out; the second argument takes the answer, now or later."""
 
 
 class RouterService:
@@ -40,6 +45,8 @@ class RouterService:
         self._channels: dict[Channel, WorkerStatus | None] = {}
         self._engine: Engine | None = None
         self._note: Callable[[WorkerStatus, dict[bytes, bool]], None] | None = None
+        self._on_order: OnOrder | None = None
+        self._draining = False
         self._moved = (0, 0)
         self._step = 0
         self._status: WorkerStatus | None = None
@@ -52,11 +59,41 @@ class RouterService:
         return self._status
 
     def attach(
-        self, engine: Engine, note: Callable[[WorkerStatus, dict[bytes, bool]], None] | None = None
+        self,
+        engine: Engine,
+        note: Callable[[WorkerStatus, dict[bytes, bool]], None] | None = None,
+        on_order: OnOrder | None = None,
     ) -> None:
-        """`note(status, news)` hears, on the event loop, what each step has brought the cache."""
+        """`note(status, news)` hears, on the event loop, what each step has brought the cache;
+        without `on_order` this worker takes no orders."""
         self._engine = engine
         self._note = note
+        self._on_order = on_order
+
+    def drain(self) -> None:
+        """From now on refuse submissions, and say so in every status."""
+        self._draining = True
+        self._beat_at = 0.0
+        if self._status_timer is not None:
+            self._status_timer.cancel()
+        self._send_status()
+
+    async def remains(self, within_s: float) -> Remains:
+        """What the engine has, everything that was submitted until now included. If it is in the
+        middle of a step for longer than `within_s`: what it had before, at least one request."""
+        assert self._engine is not None
+        answer: asyncio.Future[WorkerStatus] = self._loop.create_future()
+
+        def ask(engine: Engine) -> None:
+            self._loop.call_soon_threadsafe(_settle, answer, engine.status())
+
+        self._engine.call(ask)
+        await asyncio.wait([answer], timeout=within_s)
+        status = answer.result() if answer.done() else self._status
+        requests = status.running + status.waiting + status.fetching if status else 0
+        if not answer.done():
+            requests = max(1, requests)
+        return Remains(requests, status.tickets if status else 0)
 
     def sink(self, outcome: StepOutcome) -> None:
         """Called by the engine thread once per step; one wake-up, whatever the step brought."""
@@ -79,13 +116,32 @@ class RouterService:
     def _receive(self, channel: Channel, message: ToWorker) -> None:
         assert self._engine is not None
         if message.epoch != self._epoch:
-            if isinstance(message, Submit):
-                text = f"The request is for epoch {message.epoch}; this worker is {self._epoch}."
-                self._send(channel, [_failed(message.request_id, ErrorCode.STALE_EPOCH, text)])
+            text = f"This is for epoch {message.epoch}; this worker is {self._epoch}."
+            self._refuse(channel, message, ErrorCode.STALE_EPOCH, text)
         elif isinstance(message, Abort):
             self._engine.abort(message.request_id)
+        elif isinstance(message, Submit):
+            if self._draining:
+                text = "This worker is leaving and takes nothing new."
+                self._refuse(channel, message, ErrorCode.DRAINING, text)
+            else:
+                self._engine.submit(message, channel)
+        elif self._on_order is not None:
+            self._on_order(message, lambda done: self._answer(channel, done))
         else:
-            self._engine.submit(message, channel)
+            self._refuse(channel, message, ErrorCode.INVALID_REQUEST, "It takes no orders.")
+
+    def _refuse(self, channel: Channel, message: ToWorker, code: ErrorCode, text: str) -> None:
+        if isinstance(message, Submit):
+            self._send(channel, [_failed(message.request_id, code, text)])
+        elif not isinstance(message, Abort):
+            self._answer(channel, OrderDone(error=WorkerError(code=code, message=text)))
+
+    def _answer(self, channel: Channel, done: OrderDone) -> None:
+        try:
+            channel.send(done)
+        except ConnectionError as error:
+            log.warning("Operator %s: %s", channel.peer, error)
 
     def _deliver(self, outcome: StepOutcome) -> None:
         self._step = outcome.step
@@ -124,7 +180,9 @@ class RouterService:
 
     def _with_traffic(self, status: WorkerStatus) -> WorkerStatus:
         bytes_in, bytes_out = self._moved
-        return msgspec.structs.replace(status, bytes_in=bytes_in, bytes_out=bytes_out)
+        return msgspec.structs.replace(
+            status, bytes_in=bytes_in, bytes_out=bytes_out, draining=self._draining
+        )
 
     def _send(self, channel: Channel, outputs: list[Output]) -> None:
         frame = StepFrame(epoch=self._epoch, step=self._step, outputs=outputs, status=self._status)
@@ -146,6 +204,11 @@ class RouterService:
             log.error("%s: %s", outputs[0].request_id, error)
             self._engine.abort(outputs[0].request_id)
             self._send(channel, [_failed(outputs[0].request_id, ErrorCode.INTERNAL, str(error))])
+
+
+def _settle(answer: asyncio.Future[WorkerStatus], status: WorkerStatus) -> None:
+    if not answer.done():
+        answer.set_result(status)
 
 
 def _failed(request_id: str, code: ErrorCode, text: str) -> Output:

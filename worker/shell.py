@@ -1,22 +1,24 @@
 """The life of a worker process, the same for every role.
 
     join Redis (new epoch) → load (thread) → engine, channels, HTTP face → ready
-        → serve until SIGTERM, SIGINT, a fault of the engine, or a newer incarnation → leave
+        → serve until an order, a signal, a fault of the engine, or a newer incarnation
+        → drain (departure.py) → leave
 
-Exit codes: 0 told to stop, 1 fault, 2 cannot work with what it was given, 3 fenced.
+Exit codes: 0 left as it was told to, 1 fault, 2 cannot work with what it was given, 3 fenced, 143
+ended by a signal in the middle of its work.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import astuple
 
 from pdserve.cluster.channel import ChannelServer
 from pdserve.cluster.membership import Membership
@@ -24,9 +26,11 @@ from pdserve.cluster.options import EXIT_USAGE
 from pdserve.cluster.placement import Placement
 from pdserve.cluster.records import Role, WorkerRecord, WorkerState
 from pdserve.cluster.settings import WorkerSettings, worker_settings
-from pdserve.protocol.errors import PdserveError
+from pdserve.protocol.errors import ErrorCode, PdserveError, WorkerError
 from pdserve.protocol.messages import ToWorker
-from pdserve.worker.assembly import Assembly, Compose, Context
+from pdserve.protocol.orders import Drain, Order, OrderDone
+from pdserve.worker.assembly import Assembly, Context
+from pdserve.worker.departure import Departure, Remains
 from pdserve.worker.http import HttpFace, create_app
 from pdserve.worker.presence import Presence
 from pdserve.worker.reporter import Reporter
@@ -37,9 +41,11 @@ log = logging.getLogger(__name__)
 STUCK_S = 120.0
 """An engine whose loop has not come around for so long is no longer alive."""
 EXIT_FAULT, EXIT_FENCED = 1, 3
+LOOK_S = 0.25
+"""Between two looks at how things are; while it drains, a fifth of it."""
 
 
-def main(argv: Sequence[str], role: Role, compose: Compose) -> int:
+def main(argv: Sequence[str], role: Role) -> int:
     """Run one worker to its end; returns the exit code."""
     settings = worker_settings(argv, role)
     logging.basicConfig(
@@ -48,7 +54,7 @@ def main(argv: Sequence[str], role: Role, compose: Compose) -> int:
     )
     try:
         claim_cores(settings)
-        return asyncio.run(WorkerProcess(settings, compose).run())
+        return asyncio.run(WorkerProcess(settings).run())
     except (PdserveError, OSError) as error:
         print(f"{settings.worker_id}: error: {error}", file=sys.stderr)
         return EXIT_USAGE
@@ -70,19 +76,25 @@ def claim_cores(settings: WorkerSettings) -> None:
         os.environ[name] = str(threads)
 
 
+def _compose(context: Context) -> Assembly:
+    """Imported on the loading thread, so that the record is in Redis before torch is loaded."""
+    from pdserve.worker.compose import compose
+
+    return compose(context)
+
+
 class WorkerProcess:
     """One incarnation of one worker."""
 
-    def __init__(self, settings: WorkerSettings, compose: Compose) -> None:
+    def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
-        self._compose = compose
-        self._stop = asyncio.Event()
+        self._departure = Departure(settings.drain_timeout)
         self._engine_alive = lambda: True
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop.set)
+            loop.add_signal_handler(number, self._departure.signal)
         async with AsyncExitStack() as stack:
             membership = Membership(self._settings.redis, self._settings.cluster)
             stack.push_async_callback(membership.close)
@@ -119,17 +131,22 @@ class WorkerProcess:
             loop.call_soon_threadsafe(lambda: presence.update(progress=share, detail=what))
 
         context = Context(self._settings, epoch, service.sink, progress)
-        loading = asyncio.create_task(asyncio.to_thread(self._compose, context))
-        if not await self._unless_stopped(loading):
-            await presence.leave()
-            os._exit(0)  # the loading thread cannot be interrupted, and owns nothing outside
+        loading = asyncio.create_task(asyncio.to_thread(_compose, context))
+        while not loading.done():
+            await asyncio.wait({loading}, timeout=LOOK_S / 5)
+            if self._departure.begun:
+                await presence.leave()
+                # The loading thread cannot be interrupted, and owns nothing outside.
+                os._exit(self._departure.code(Remains(0, 0)))
         assembly = loading.result()
         stack.callback(assembly.close)
         engine = assembly.engine
         reporter = Reporter(
             self._placement(stack), self._settings.worker_id, epoch, assembly.model.block_size
         )
-        service.attach(engine, reporter.note)
+        service.attach(
+            engine, reporter.note, lambda order, answer: self._obey(order, answer, presence)
+        )
         engine.listen()
         engine.start()
         stack.callback(engine.stop)
@@ -169,24 +186,41 @@ class WorkerProcess:
         stack.push_async_callback(placement.close)
         return placement
 
-    async def _unless_stopped(self, task: asyncio.Task[Assembly]) -> bool:
-        """Wait for the task; False if a signal came first."""
-        stopping = asyncio.create_task(self._stop.wait())
-        await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
-        return task.done()
+    def _obey(self, order: Order, answer: Callable[[OrderDone], None], presence: Presence) -> None:
+        """An operator's order."""
+        log.info("Ordered: %s.", order)
+        if isinstance(order, Drain):
+            self._departure.order(
+                order.timeout_s,
+                lambda left: answer(OrderDone(requests=left.requests, tickets=left.tickets)),
+            )
+        elif self._departure.begun:
+            text = "This worker is leaving; its role cannot be changed any more."
+            answer(OrderDone(error=WorkerError(code=ErrorCode.DRAINING, message=text)))
+        else:
+            presence.update(role=order.role)
+            answer(OrderDone())
 
     async def _serve(self, presence: Presence, service: RouterService, assembly: Assembly) -> int:
-        while not self._stop.is_set():
+        departure = self._departure
+        while True:
             if presence.fenced.is_set():
                 return EXIT_FENCED
             if not assembly.engine.alive:
                 log.critical("The engine is dead: %r.", assembly.engine.failure)
                 return EXIT_FAULT
             presence.note(status=service.status, routes=assembly.routes())
-            # asyncio.timeout, as Python 3.11's wait_for may swallow a cancellation.
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(0.25):
-                    await self._stop.wait()
-        log.info("Told to stop.")
-        return 0
+            if not departure.begun:
+                await departure.news(LOOK_S)
+                continue
+            if presence.record.state is not WorkerState.DRAINING:
+                log.info("Draining.")
+                service.drain()
+                presence.update(state=WorkerState.DRAINING, detail="draining")
+            remains = await service.remains(LOOK_S)
+            if departure.at_once or not remains:
+                log.info("Leaving with %d requests and %d tickets.", *astuple(remains))
+                await presence.leave()
+                departure.say_farewell(remains)
+                return departure.code(remains)
+            await departure.news(LOOK_S / 5)

@@ -170,6 +170,19 @@ def test_a_frozen_worker_is_replaced(tmp_path: Path) -> None:
         assert up.end()[0] == 0
 
 
+def test_a_worker_that_was_told_to_leave_is_not_started_again(tmp_path: Path) -> None:
+    with running(tmp_path, "--decode", "2") as up:
+        up.until("ready http")
+        processes = {name: record["pid"] for name, record in up.workers().items()}
+        psutil.Process(processes["decode-0"]).terminate()  # the fake one ends with 0
+        up.until("decode-0 has left as it was told to")
+        psutil.Process(processes["decode-1"]).kill()  # others are still looked after
+        up.until("decode-1 is back.")
+        assert sorted(up.workers()) == ["decode-1", "prefill-0"]
+        up.process.terminate()
+        assert up.end()[0] == 0
+
+
 @pytest.mark.parametrize("name", ["decode-0", "router", "redis"])
 def test_what_dies_is_reported_and_started_again(tmp_path: Path, name: str) -> None:
     with running(tmp_path) as up:

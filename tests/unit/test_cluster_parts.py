@@ -207,7 +207,14 @@ def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def note(pid: int, started: int, folder: Path) -> RunNote:
     return RunNote(
-        pid=pid, started=started, url="u", redis="r", cluster="c", log_dir="l", folder=str(folder)
+        pid=pid,
+        started=started,
+        url="u",
+        redis="r",
+        cluster="c",
+        log_dir="l",
+        folder=str(folder),
+        secret="s",
     )
 
 

@@ -123,6 +123,24 @@ def test_failed_workers_are_avoided_while_there_are_others() -> None:
     assert decode(worker("d0"), worker("c0", 0, 9), avoid=("d0",)) == "c0"
 
 
+def test_a_colocated_worker_hands_over_to_one_with_less_to_do() -> None:
+    def hands_over(*workers: WorkerLoad) -> bool:
+        [option] = first_options(workers)
+        return option.hand_off
+
+    assert not hands_over(worker("c0", 500))
+    assert not hands_over(worker("c0"), worker("d0"))
+    assert hands_over(worker("c0", 0, 2), worker("d0", 0, 1))
+    other = worker("d0", fingerprint="another")
+    assert not hands_over(worker("c0", 0, 2), other)
+
+
+def test_a_prefill_worker_may_hand_over_to_a_colocated_one() -> None:
+    assert first(worker("p0"), worker("c0", 100)) == "p0"
+    assert first(worker("p0", 300), worker("c0", 100)) == "c0"
+    assert first(worker("p0"), worker("c0", fingerprint="another")) == "c0"
+
+
 def test_blocks_go_only_where_they_fit() -> None:
     workers = [worker("d0", fingerprint="a"), worker("d1", 0, 99, fingerprint="b")]
     assert pick(decode_options(workers, fingerprint="b"), 10, random.Random(0)) == "d1"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pdserve.cluster import options
+from pdserve.cluster.operate import DrainSettings, RoleSettings
 from pdserve.cluster.records import Role
 from pdserve.cluster.settings import (
     RouterSettings,
@@ -24,7 +25,7 @@ from pdserve.cluster.settings import (
 )
 from pdserve.cluster.status import StatusSettings
 
-ALL = (WorkerSettings, RouterSettings, UpSettings, StatusSettings)
+ALL = (WorkerSettings, RouterSettings, UpSettings, StatusSettings, DrainSettings, RoleSettings)
 
 
 @pytest.fixture(autouse=True)

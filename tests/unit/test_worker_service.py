@@ -12,9 +12,18 @@ from fake_engine import Bench, continuation
 
 from pdserve.cluster.channel import Channel, ChannelServer, connect
 from pdserve.protocol.errors import ErrorCode
-from pdserve.protocol.messages import Abort, StepFrame, Submit, ToRouter, ToWorker
+from pdserve.protocol.messages import (
+    Abort,
+    StepFrame,
+    Submit,
+    ToOperator,
+    ToRouter,
+    ToWorker,
+)
+from pdserve.protocol.orders import Drain, OrderDone, Role, SwitchRole
 from pdserve.protocol.sampling import SamplingParams
-from pdserve.worker.service import RouterService
+from pdserve.worker.departure import Departure, Remains
+from pdserve.worker.service import OnOrder, RouterService
 
 EPOCH = 7
 pytestmark = pytest.mark.anyio
@@ -27,17 +36,25 @@ def anyio_backend() -> str:
 
 @asynccontextmanager
 async def worker() -> AsyncIterator[tuple[Bench, ChannelServer]]:
+    async with serving() as (bench, server, _):
+        yield bench, server
+
+
+@asynccontextmanager
+async def serving(
+    orders: OnOrder | None = None,
+) -> AsyncIterator[tuple[Bench, ChannelServer, RouterService]]:
     bench = Bench(num_blocks=64, budget=64)
     service = RouterService(EPOCH, lambda: (11, 22))
     bench.engine._sink = service.sink
-    service.attach(bench.engine)
+    service.attach(bench.engine, on_order=orders)
     bench.engine.start()
     server = ChannelServer(
         secret="s", worker_id="w", epoch=EPOCH, receives=ToWorker,
         on_channel=service.on_channel, host="127.0.0.1",
     )  # fmt: skip
     async with server:
-        yield bench, server
+        yield bench, server, service
     bench.engine.stop()
     bench.assert_clean()
 
@@ -137,3 +154,87 @@ async def test_idle_routers_hear_of_the_load() -> None:
         assert (status.bytes_in, status.bytes_out) == (11, 22)
         await busy.close()
         await idle.close()
+
+
+async def test_a_draining_worker_refuses_what_is_new_and_finishes_the_rest() -> None:
+    async with serving() as (_, server, service):
+        channel = await router(server)
+        channel.send(submit("old", [1, 2], 200))
+        frames = await frames_until(channel, lambda frames: tokens(frames, "old"))
+        assert (await service.remains(5)).requests == 1
+        service.drain()
+        channel.send(submit("new", [3]))
+        frames += await frames_until(channel, finished("new"))
+        frames += (
+            await frames_until(channel, finished("old")) if not finished("old")(frames) else []
+        )
+        refused = next(o for f in frames for o in f.outputs if o.request_id == "new")
+        assert refused.error is not None and refused.error.code is ErrorCode.DRAINING
+        assert tokens(frames, "old") == continuation([1, 2], 200)
+        assert frames[-1].status is not None and frames[-1].status.draining
+        assert not await service.remains(5)
+        await channel.close()
+
+
+async def test_orders_are_carried_out_by_whoever_takes_them() -> None:
+    given: list[object] = []
+
+    def obey(order: object, answer: Any) -> None:
+        given.append(order)
+        answer(OrderDone(requests=len(given)))
+
+    async with serving(obey) as (_, server, _service):
+        channel = await connect("127.0.0.1", server.port, secret="s", name="o", receives=ToOperator)
+        orders = [
+            SwitchRole(epoch=EPOCH, role=Role.DECODE),
+            Drain(epoch=EPOCH, timeout_s=3),
+            Drain(epoch=EPOCH + 1, timeout_s=3),
+        ]
+        for order in orders:
+            channel.send(order)
+        answers: list[OrderDone] = []
+        async with asyncio.timeout(10):
+            async for message in channel:
+                answers += [message] if isinstance(message, OrderDone) else []
+                if len(answers) == len(orders):
+                    break
+        assert given == orders[:2] and [answer.requests for answer in answers] == [1, 2, 0]
+        assert answers[2].error is not None
+        assert answers[2].error.code is ErrorCode.STALE_EPOCH
+        await channel.close()
+
+
+class Hand:
+    """A clock moved by hand."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+async def test_a_departure_by_order() -> None:
+    clock = Hand()
+    departure, left = Departure(0.0, clock), []
+    departure.order(50.0, left.append)
+    departure.order(20.0, left.append)
+    assert departure.begun and not departure.at_once
+    clock.now += 20
+    assert departure.at_once, "the shorter time counts"
+    departure.say_farewell(Remains(1, 2))
+    departure.say_farewell(Remains(0, 0))
+    assert left == [Remains(1, 2)] * 2
+    assert departure.code(Remains(1, 2)) == 0, "nobody is to start it again"
+
+
+async def test_a_departure_by_signal() -> None:
+    """With time to drain the first signal drains and the second one ends it; without, the first."""
+    clock = Hand()
+    for grace_s, signals, at_once in ((30.0, 1, False), (30.0, 2, True), (0.0, 1, True)):
+        departure = Departure(grace_s, clock)
+        assert not departure.begun
+        for _ in range(signals):
+            departure.signal()
+        assert departure.begun and departure.at_once is at_once
+        assert departure.code(Remains(0, 0)) == (0 if grace_s else 143)
+        assert departure.code(Remains(1, 0)) == 143

@@ -1,0 +1,67 @@
+"""What a worker is made of, whatever its role: an engine, an outbox and an inbox over one KV pool.
+
+A role says which legs routers give it, not what it can do: so it may change at any moment.
+"""
+
+from __future__ import annotations
+
+from pdserve.engine.loop import Engine
+from pdserve.kv_transfer.device import device_memory
+from pdserve.kv_transfer.faults import Dice, Faults, faulty_sink, faulty_source
+from pdserve.kv_transfer.nccl import open_nccl, sink_halves, source_halves
+from pdserve.kv_transfer.sink import TransferSink
+from pdserve.kv_transfer.source import TransferSource
+from pdserve.kv_transfer.transports import SINK_HALVES, SOURCE_HALVES, offered_transports
+from pdserve.worker.assembly import Assembly, Context
+from pdserve.worker.loading import load
+
+
+def compose(context: Context) -> Assembly:
+    """Load the model, and join it with both ends of the transfer."""
+    settings = context.settings
+    faults = Dice(Faults.parse(settings.inject_faults)) if settings.inject_faults else None
+    loaded = load(context)
+    pool, fingerprint = loaded.built.pool, loaded.built.fingerprint
+    memory = device_memory(pool.tensor) or pool
+    nccl = open_nccl(memory, settings.transport)
+    giving, taking = source_halves(nccl, SOURCE_HALVES), sink_halves(nccl, SINK_HALVES)
+    transports = offered_transports(memory, settings.transport, giving)
+    engine: Engine
+    source = TransferSource(
+        memory,
+        fingerprint,
+        worker_id=settings.worker_id,
+        epoch=context.epoch,
+        host=settings.host,
+        port=settings.transfer_port,
+        secret=settings.secret,
+        lease_s=settings.lease_s,
+        transports=transports,
+        halves=faulty_source(giving, faults) if faults else giving,
+        on_returned=lambda ticket, ending: engine.returned(ticket.ticket_id),
+    )
+    sink = TransferSink(
+        memory,
+        fingerprint,
+        name=settings.worker_id,
+        secret=settings.secret,
+        transport=settings.transport,
+        halves=faulty_sink(taking, faults) if faults else taking,
+    )
+    engine = loaded.engine(context.sink, exporter=source, importer=sink)
+
+    def close() -> None:
+        source.close()
+        sink.close()
+        if nccl is not None:
+            nccl.close()
+        pool.close()
+
+    return Assembly(
+        engine=engine,
+        model=loaded.info,
+        transports=transports,
+        traffic=lambda: (sink.counters().bytes_in, source.counters().bytes_out),
+        routes=lambda: sink.counters().routes,
+        close=close,
+    )
