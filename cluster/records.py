@@ -57,5 +57,7 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Those that it could use, best first."""
     routes: dict[str, str] = {}
     """Worker id of a source → the transport over which its blocks last came here."""
+    speeds: dict[str, dict[str, float]] = {}
+    """Worker id of a source → transport → bytes per second, where large fetches have shown it."""
     cpus: tuple[int, ...] = ()
     """Cores that it is pinned to."""

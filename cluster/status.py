@@ -82,10 +82,17 @@ def as_table(snapshot: Snapshot) -> str:
 
 
 def _transports(record: WorkerRecord) -> str:
-    """Those in use, by source; before any block has come, those that there are."""
+    """Those in use, by source, with the speed if known; before any block has come, those that there
+    are."""
     if record.routes:
-        return ",".join(f"{source}:{name}" for source, name in sorted(record.routes.items()))
+        return ",".join(_route(record, source) for source in sorted(record.routes))
     return ",".join(record.transports) or "-"
+
+
+def _route(record: WorkerRecord, source: str) -> str:
+    name = record.routes[source]
+    speed = record.speeds.get(source, {}).get(name)
+    return f"{source}:{name}" + (f"@{speed / 1e9:.2g}GB/s" if speed else "")
 
 
 def _row(record: WorkerRecord) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -94,7 +95,7 @@ class Attempts:
         self._check_header(header, job.ticket, len(piece))
         job.borrowed = job.borrowed or half.borrows
         targets = [job.missing[index] for index in piece]
-        verified = 0
+        verified, begun = 0, time.monotonic()
         for digests in half.receive(line, header, targets, lambda: job.wait(self._stall_s)):
             complete = verified + len(digests)
             expected = header.checksums[verified:complete]
@@ -109,6 +110,7 @@ class Attempts:
             received = (complete - verified) * self._pool.block_nbytes
             job.nbytes += received
             verified = complete
+        job.moving_s += time.monotonic() - begun
 
     def _check_header(self, header: Any, ticket: KVTicket, count: int) -> None:
         """Raises what a wrong or refusing answer means."""

@@ -45,6 +45,8 @@ class Job:
     reason: str = ""
     transport: str = ""
     nbytes: int = 0
+    moving_s: float = 0.0
+    """Seconds in which the bytes came, waits for the source's answers aside."""
     borrowed: bool = False
     """Some blocks were copied from memory that the source could have taken back."""
 

@@ -58,6 +58,8 @@ class SinkCounters:
     """Reported fetches by the transport that was used last."""
     routes: dict[str, str]
     """Source → the transport that last brought all the blocks of a fetch from it."""
+    speeds: dict[str, dict[str, float]]
+    """Source → transport → bytes per second, where large fetches have shown it."""
     in_flight: int
     """Bytes asked for and not yet received."""
 
@@ -65,11 +67,11 @@ class SinkCounters:
 class TransferSink:
     """Fetches into `memory` until `close`. Satisfies the engine's Importer.
 
-    `transport` is "auto" (the best that both sides have, the next one if it fails) or the name of
-    the only one to use. `stall_s`: a peer that says nothing for so long is given up; `limit_s`: a
-    fetch that takes so long from its start (not counting the queue) is given up. `halves` are the
-    transports' implementations, best first. `in_flight_per_source`, `in_flight`: bytes that may
-    have been asked for and not yet received.
+    `transport` is "auto" (the best that both sides have by capability and measured speed, the next
+    one if it fails) or the name of the only one to use. `stall_s`: a peer that says nothing for so
+    long is given up; `limit_s`: a fetch that takes so long from its start (not counting the queue)
+    is given up. `halves` are the transports' implementations, best first. `in_flight_per_source`,
+    `in_flight`: bytes that may have been asked for and not yet received.
     """
 
     def __init__(
@@ -201,6 +203,7 @@ class TransferSink:
                 fetches=dict(self._fetches),
                 transports=dict(self._transports),
                 routes=self._routes.used(),
+                speeds=self._routes.speeds(),
                 in_flight=self._credits.in_flight,
             )
 
@@ -267,7 +270,7 @@ class TransferSink:
         in `job.missing` failed for `job.reason`."""
         if difference := self._fingerprint.difference(job.ticket.fingerprint):
             raise Ended(difference)
-        names = self._routes.plan(job.ticket)
+        names = self._routes.plan(job.ticket, len(job.missing) * self._pool.block_nbytes)
         if not names:
             raise Ended(
                 f"{job.ticket.source} offers the transports {', '.join(job.ticket.transports)}; "
@@ -278,7 +281,11 @@ class TransferSink:
             name = names[0]
             try:
                 tries += 1
+                moved, moving_s = job.nbytes, job.moving_s
                 self._attempts.make(job, name)
+                self._routes.measured(
+                    job.ticket.source, name, job.nbytes - moved, job.moving_s - moving_s
+                )
             except TransportUnfit as error:
                 tries -= 1
                 job.reason = f"The transport {name} cannot be used: {error}"

@@ -32,5 +32,7 @@ class Assembly:
     """KV bytes (in, out) so far."""
     routes: Callable[[], dict[str, str]]
     """Source → the transport over which its blocks last came."""
+    speeds: Callable[[], dict[str, dict[str, float]]]
+    """Source → transport → bytes per second, where measured."""
     close: Callable[[], None]
     """Free what the transfer and the pool hold; after the engine has stopped."""

@@ -63,5 +63,6 @@ def compose(context: Context) -> Assembly:
         transports=transports,
         traffic=lambda: (sink.counters().bytes_in, source.counters().bytes_out),
         routes=lambda: sink.counters().routes,
+        speeds=lambda: sink.counters().speeds,
         close=close,
     )

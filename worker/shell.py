@@ -209,7 +209,7 @@ class WorkerProcess:
             if not assembly.engine.alive:
                 log.critical("The engine is dead: %r.", assembly.engine.failure)
                 return EXIT_FAULT
-            presence.note(status=service.status, routes=assembly.routes())
+            presence.note(status=service.status, routes=assembly.routes(), speeds=assembly.speeds())
             if not departure.begun:
                 await departure.news(LOOK_S)
                 continue

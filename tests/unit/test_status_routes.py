@@ -12,7 +12,10 @@ from pdserve.cluster.status import Snapshot, as_table
     ("routes", "shown"),
     [
         ({}, "shm,tcp"),
-        ({"prefill-1": "tcp", "prefill-0": "shm"}, "prefill-0:shm,prefill-1:tcp"),
+        (
+            {"prefill-1": "tcp", "prefill-0": "shm"},
+            "prefill-0:shm@9.8GB/s,prefill-1:tcp",
+        ),
     ],
     ids=["none yet", "two sources"],
 )
@@ -28,6 +31,7 @@ def test_transports_in_use_replace_those_that_there_are(routes: dict[str, str], 
         pid=3,
         transports=("shm", "tcp"),
         routes=routes,
+        speeds={"prefill-0": {"shm": 9.8e9, "tcp": 1e9}},
     )
     table = as_table(Snapshot(cluster="c", url="", redis="redis://h", workers=[record]))
     assert shown in table.splitlines()[-1].split()
