@@ -57,6 +57,7 @@ def cases(size: Sizes, device: str, dtype: torch.dtype) -> Iterator[Case]:
     yield from attention(size, device, dtype)
     yield from blocks(size, device, dtype)
     yield from sampling(size, device)
+    yield from quantized(size, device, dtype)
 
 
 def pointwise(size: Sizes, device: str, dtype: torch.dtype) -> Iterator[Case]:
@@ -207,3 +208,31 @@ def sampling(size: Sizes, device: str) -> Iterator[Case]:
         nbytes=logits.nbytes,
         torch_run=lambda: logits.log_softmax(-1),
     )
+
+
+def quantized(size: Sizes, device: str, dtype: torch.dtype) -> Iterator[Case]:
+    """One token, a batch of tokens, a chunk of prompts; torch multiplies by the dense matrix."""
+    rows, columns = 2 * size.hidden, size.hidden
+    dense = torch.randn(rows, columns, device=device).to(dtype)
+    weights = {"int8": kernels.quantize(dense, "int8"), "fp8": kernels.quantize(dense, "fp8")}
+    for packing in ("awq", "gptq"):
+        awq = packing == "awq"
+        shape = (columns, rows // 8) if awq else (columns // 8, rows)
+        weights[packing] = kernels.QuantizedWeight(
+            packing="awq" if awq else "gptq",
+            values=torch.randint(-(1 << 31), 1 << 31, shape, device=device).int(),
+            zeros=torch.randint(-(1 << 31), 1 << 31, (columns // 128, rows // 8)).int().to(device),
+            scales=torch.rand(columns // 128, rows, device=device).half(),
+            group=128,
+            columns=columns,
+        )
+    for name, weight in weights.items():
+        for tokens in (1, size.batch, size.rows):
+            x = torch.randn(tokens, columns, device=device).to(dtype)
+            yield Case(
+                name=f"quantized_linear {name} {tokens} x {columns} x {rows}",
+                run=lambda x=x, weight=weight: kernels.quantized_linear(x, weight),  # type: ignore[misc]
+                nbytes=0.0 if tokens > 512 else weight.nbytes + x.nbytes * (1 + rows / columns),
+                flops=2 * tokens * rows * columns if tokens > 512 else 0.0,
+                torch_run=lambda x=x: functional.linear(x, dense),  # type: ignore[misc]
+            )

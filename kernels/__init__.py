@@ -15,6 +15,8 @@ from pdserve.kernels.experts import ExpertWeights, expert_weights, mixture, rout
 from pdserve.kernels.linear import linear
 from pdserve.kernels.native import DecodeStep, LayerTensors
 from pdserve.kernels.norm import fused_add_rms_norm, rms_norm
+from pdserve.kernels.quantized import quantized_linear
+from pdserve.kernels.quantized_weight import QuantizedWeight, dequantize, quantize, sort_groups
 from pdserve.kernels.rope import rope
 from pdserve.kernels.sampling import (
     apply_bias,
@@ -31,11 +33,13 @@ __all__ = [
     "ExpertWeights",
     "KernelError",
     "LayerTensors",
+    "QuantizedWeight",
     "apply_bias",
     "apply_bitmask",
     "apply_penalties",
     "attention_decode",
     "attention_prefill",
+    "dequantize",
     "expert_weights",
     "fused_add_rms_norm",
     "gather_blocks",
@@ -44,6 +48,8 @@ __all__ = [
     "linear",
     "log_probabilities",
     "mixture",
+    "quantize",
+    "quantized_linear",
     "records",
     "rms_norm",
     "rope",
@@ -52,5 +58,6 @@ __all__ = [
     "sample",
     "scatter_blocks",
     "silu_and_mul",
+    "sort_groups",
     "store_kv",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -22,9 +23,11 @@ from pdserve.kernels import (
     triton_matmul,
     triton_norm,
     triton_prefill,
+    triton_quantized,
     triton_sampling,
     triton_wire,
 )
+from pdserve.kernels.quantized_weight import QuantizedWeight
 
 SCALARS = {
     "eps": "fp32",
@@ -39,6 +42,7 @@ POINTERS = {
     "table_ptr": "*i64",
     "cos_ptr": "*fp32",
     "sin_ptr": "*fp32",
+    "zero_ptr": "*i32",
     "piece_ptr": "*fp32",
     "top_ptr": "*fp32",
     "sum_ptr": "*fp32",
@@ -74,6 +78,41 @@ POINTERS = {
 SHAPE = {"HEADS": 32, "DIM": 128, "DIM_PAD": 128, "SIZE": 16, "KV_HEADS": 8}
 MATMUL = {"ROWS": 64, "COLUMNS": 64, "DEPTH": 128}
 DECODE = {**SHAPE, "QUERIES": 1, "WINDOW": 0, "SPLIT": 256, "MOST_SPLITS": 32}
+
+
+def quantized_case(kind: str, group: int, *, many: bool) -> tuple[Any, dict[str, Any], dict]:
+    """The product with a 4096 × 4096 weight, by the tile that such a weight gets."""
+    size = 4096
+    stored = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}.get(kind, torch.int32)
+    shape = {"awq": (size, size // 8), "gptq": (size // 8, size)}.get(kind, (size, size))
+    small = stored != torch.int32
+    weight = QuantizedWeight(
+        packing="bytes" if small else kind,
+        values=torch.empty(shape, dtype=stored, device="meta"),
+        zeros=None if small else torch.empty(size // group, size // 8, device="meta").int(),
+        scales=torch.empty(size // group, size, device="meta"),
+        group=group,
+        columns=size,
+    )
+    tile = triton_quantized.tile_for(weight, torch.bfloat16, many=many)
+    constants = {
+        "KIND": kind,
+        "GROUP": group % size,
+        "ZERO_OFFSET": int(kind == "gptq"),
+        "ORDERED": kind == "gptq",
+        "BIASED": many,
+        "ROWS": tile.rows,
+        "WIDTH": tile.width,
+        "COLUMNS": tile.columns,
+        "SPLITS": tile.splits,
+    }
+    absent = {"zero_ptr": small, "order_ptr": kind != "gptq", "bias_ptr": not many}
+    constants |= {name: None for name, gone in absent.items() if gone}
+    values = {"int8": "*i8", "fp8": "*u8"}.get(kind, "*i32")
+    out = {"out_ptr": "*fp32"} if tile.splits > 1 else {}
+    return triton_quantized.quantized_kernel, constants, {"value_ptr": values, **out}
+
+
 CASES: list[tuple[Any, dict[str, Any], dict[str, str]]] = [
     (triton_norm.rms_norm_kernel, {"WIDTH": 4096, "BLOCK": 4096, "ROWS": 1, "ADDS": True}, {}),
     (triton_norm.rms_norm_kernel, {"WIDTH": 80, "BLOCK": 128, "ROWS": 32, "ADDS": False}, {}),
@@ -194,6 +233,12 @@ CASES: list[tuple[Any, dict[str, Any], dict[str, str]]] = [
     (triton_sampling.statistics_kernel, {"CHUNK": 4096}, {}),
     (triton_sampling.threshold_kernel, {"TILE": 4096}, {}),
     (triton_sampling.race_kernel, {"CHUNK": 4096}, {}),
+    *[
+        quantized_case(kind, group, many=many)
+        for kind, group in [("int8", 4096), ("fp8", 128), ("awq", 128), ("gptq", 32)]
+        for many in (False, True)
+    ],
+    (triton_quantized.combine_splits_kernel, {"SPLITS": 4, "BIASED": True, "BLOCK": 1024}, {}),
 ]
 
 

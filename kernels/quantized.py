@@ -1,0 +1,42 @@
+"""Products with weights of eight or four bits, weight-only: activations keep their precision."""
+
+from __future__ import annotations
+
+import torch
+
+from pdserve.kernels import checks, dispatch
+from pdserve.kernels.linear import linear
+from pdserve.kernels.quantized_weight import QuantizedWeight, dequantize
+
+
+def quantized_linear(
+    x: torch.Tensor,
+    weight: QuantizedWeight,
+    bias: torch.Tensor | None = None,
+    *,
+    invariant: bool = False,
+) -> torch.Tensor:
+    """x Wᵀ + b for the matrix W that `weight` stands for.
+
+    x: [T, K] float32, float16 or bfloat16, contiguous rows at any distance; bias: [N] in x's
+    dtype. Returns [T, N] in x's dtype; sums are float32, rounded once.
+
+    invariant: a row of the result has the same bits in any batch. Without it Triton gives the same
+    bits in any batch of up to 64 rows, and in any larger one: tiles, and the split of the sum over
+    K, depend on the weight's shape and on that border alone. The reference multiplies by the
+    dequantised matrix, rounded to x's dtype, with what `linear` promises.
+    """
+    checks.shape("x", x, [None, weight.columns])
+    checks.dtype("x", x, checks.FLOATS)
+    checks.same_device("x", x, "weight.values", weight.values)
+    if bias is not None:
+        checks.shape("bias", bias, [weight.rows])
+        checks.same_dtype("bias", bias, "x", x)
+        checks.same_device("bias", bias, "x", x)
+    fast = dispatch.implementation("quantized_linear", x)
+    if fast is not None:
+        result: torch.Tensor = fast(x, weight, bias, invariant=invariant)
+        return result
+    if weight.order is not None:
+        x = x[:, weight.order]
+    return linear(x, dequantize(weight, x.dtype), bias, invariant=invariant)

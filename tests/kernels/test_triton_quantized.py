@@ -1,0 +1,137 @@
+"""Products with quantised weights by Triton in its interpreter, against float64. bfloat16 products
+are left out: the interpreter computes them wrongly (bench/gpu/check.sh compares them on a GPU)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from quantised_weights import random_nibbles, random_weight
+
+from pdserve import kernels
+from pdserve.kernels import dispatch
+
+triton = pytest.importorskip("triton")
+tile_for = pytest.importorskip("pdserve.kernels.triton_quantized").tile_for
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
+halves = pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp16"])
+KINDS = ["int8", "fp8", "awq", "gptq", "gptq_v2"]
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Everything by Triton, in the interpreter."""
+    if not triton.knobs.runtime.interpret:
+        pytest.skip("Triton was imported without TRITON_INTERPRET=1.")
+    monkeypatch.setenv(dispatch.ENVIRONMENT, "triton")
+    dispatch.forget()
+    yield
+    dispatch.forget()
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert actual.shape == expected.shape
+    assert not actual.isnan().any()
+    error = (actual.double() - expected).norm() / expected.norm().clamp(1e-30)
+    assert error.item() < TOLERANCE[actual.dtype], f"relative error {error.item():.2e}"
+
+
+@halves
+@pytest.mark.parametrize(
+    ("rows", "width", "columns", "group"),
+    [
+        (0, 16, 64, 32),
+        (1, 8, 32, 32),
+        (1, 136, 384, 128),
+        (17, 72, 176, 32),
+        (63, 200, 344, -1),
+        (500, 40, 160, 64),
+        (65, 136, 24, -1),
+    ],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_are_near_float64(
+    kind: str, rows: int, width: int, columns: int, group: int, dtype: torch.dtype
+) -> None:
+    weight, matrix = random_weight(kind, width, columns, group)
+    x, bias = torch.randn(rows, columns).to(dtype), torch.randn(width).to(dtype)
+    expected = x.double() @ matrix.t()
+    assert_close(kernels.quantized_linear(x, weight, bias), expected + bias.double())
+    if rows <= 17:
+        assert_close(kernels.quantized_linear(x, weight), expected)
+
+
+@halves
+def test_rows_of_x_may_lie_apart(dtype: torch.dtype) -> None:
+    weight, matrix = random_weight("int8", 20, 33)
+    wide = torch.randn(5, 70).to(dtype)
+    for x in (wide[:, 3:36], wide[:, ::2][:, :33]):
+        assert_close(kernels.quantized_linear(x, weight), x.double() @ matrix.t())
+
+
+@halves
+def test_inputs_in_another_order(dtype: torch.dtype) -> None:
+    made = random_nibbles(24, 144, 32, scattered=True)
+    tensors = made.gptq()
+    values, order = kernels.sort_groups(tensors["qweight"], tensors["g_idx"], 32)
+    weight = kernels.QuantizedWeight(
+        packing="gptq",
+        values=values,
+        zeros=tensors["qzeros"],
+        scales=tensors["scales"],
+        group=32,
+        columns=144,
+        zero_offset=1,
+        order=order,
+    )
+    x = torch.randn(7, 144).to(dtype)
+    assert_close(kernels.quantized_linear(x, weight), x.double() @ made.matrix.t())
+
+
+def test_every_byte_of_e4m3_means_what_torch_says() -> None:
+    numbers = torch.arange(256).to(torch.uint8)
+    numbers = numbers[(numbers & 0x7F) != 0x7F]  # not the two NaNs
+    values = numbers.view(torch.float8_e4m3fn)
+    columns = values.shape[0]
+    weight = kernels.QuantizedWeight(
+        packing="bytes",
+        values=values.view(1, -1).contiguous(),
+        scales=torch.ones(1, 1),
+        group=columns,
+        columns=columns,
+    )
+    for dtype in TOLERANCE:
+        found = kernels.quantized_linear(torch.eye(columns, dtype=dtype), weight)
+        assert torch.equal(found[:, 0], values.to(dtype))
+
+
+@halves
+@pytest.mark.parametrize("kind", ["int8", "awq", "gptq"])
+def test_a_row_has_the_same_bits_in_any_batch(kind: str, dtype: torch.dtype) -> None:
+    weight, _ = random_weight(kind, 40, 384, 64)
+    assert tile_for(weight, dtype, many=False).splits > 1
+    x, bias = torch.randn(80, 384).to(dtype), torch.randn(40).to(dtype)
+    many = kernels.quantized_linear(x, weight, bias, invariant=True)
+    few = kernels.quantized_linear(x[:63], weight, bias)
+    for row in (0, 16, 62):
+        alone = kernels.quantized_linear(x[row : row + 1], weight, bias)
+        assert torch.equal(alone[0], few[row])
+        assert torch.equal(alone[0], many[row])
+
+
+def test_tiles_follow_from_the_weight_alone() -> None:
+    weight = kernels.QuantizedWeight(
+        packing="gptq",
+        values=torch.zeros(512, 4096).int(),
+        zeros=torch.zeros(32, 512).int(),
+        scales=torch.ones(32, 4096),
+        group=128,
+        columns=4096,
+    )
+    few = tile_for(weight, torch.bfloat16, many=False)
+    assert (few.rows, few.splits) == (16, 4)
+    assert tile_for(weight, torch.bfloat16, many=True).splits == 1
+    narrow, _ = random_weight("awq", 64, 64, 16)
+    assert tile_for(narrow, torch.float32, many=True).columns == 16
