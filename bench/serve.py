@@ -160,13 +160,13 @@ def document(
     return {
         "format": FORMAT,
         "url": url,
-        "settings": _finite(dict(settings)),
+        "settings": finite(dict(settings)),
         "circumstances": circumstances(),
         "client_limited": limited,
         "client_cpu_s": run.client_cpu_s,
         "wall_s": run.wall_s,
-        "figures": _finite(dataclasses.asdict(found)),
-        "records": [_finite(_rounded(dataclasses.asdict(record))) for record in run.records],
+        "figures": finite(dataclasses.asdict(found)),
+        "records": [finite(_rounded(dataclasses.asdict(record))) for record in run.records],
     }
 
 
@@ -177,14 +177,14 @@ def _rounded(record: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no infinity: null stands for it, and for what is unknown."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value
 
 

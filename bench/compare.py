@@ -1,0 +1,253 @@
+"""`pdserve bench compare`: the same load on several topologies of this machine, and who wins.
+
+Starts each topology with all cores and the same memory, in alternation and more than once, and the
+first of them twice per round: what it differs from itself is noise. Writes a folder with every
+token's time, a report (HTML, Markdown) and plots.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pdserve.bench import report
+from pdserve.bench.arrivals import Arrivals, BenchError
+from pdserve.bench.client import Run, Server, measure
+from pdserve.bench.figures import Slo, bottleneck, figures
+from pdserve.bench.machine import circumstances
+from pdserve.bench.phases import HEADER, mean_phases
+from pdserve.bench.serve import (
+    EXIT_FAILED,
+    EXIT_USAGE,
+    ProgressBar,
+    add_load_options,
+    document,
+    finite,
+    load_of,
+    settings_of,
+)
+from pdserve.bench.topology import NAME, Cluster, Topology, up
+from pdserve.bench.verdict import Cell, sentences
+from pdserve.bench.workloads import Job, make
+
+LADDER = (0.25, 0.5, 0.75, 1.0)
+"""Rates that are tried, as shares of what the first topology can do."""
+PROBE_CONCURRENCY = 16
+PROBE_REQUESTS = 32
+ALONE_REQUESTS = 6
+TTFT_SLACK, ITL_SLACK = 5.0, 2.0
+"""Targets where none are given, as multiples of an undisturbed request's (DistServe and Splitwise
+use 2 to 6 times, too)."""
+NICENESS = -10
+"""Of this process, where that is allowed: the workers use every core, and clocks must be read."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Everything that is the same for all topologies."""
+
+    jobs: tuple[Job, ...]
+    arrivals: Arrivals
+    rates: tuple[float, ...]
+    slo: Slo
+    seed: int
+    options: tuple[str, ...]
+    """Of `pdserve up`."""
+    kv_total: int
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        prog="pdserve bench compare",
+        description=__doc__,
+        epilog="Further options go to `pdserve up`, the same for every topology.",
+    )
+    found.add_argument(
+        "--topologies",
+        default="1P+1D,2C",
+        help="of P prefill, D decode, C colocated workers; the first one is measured against "
+        "itself, too (default: 1P+1D,2C)",
+    )
+    found.add_argument("--model", default="", help="folder or hub name (default: demo model)")
+    found.add_argument(
+        "--rates", default="", help="requests per second, a list (default: from a probe)"
+    )
+    found.add_argument("--rounds", type=int, default=2, help="of every topology (default: 2)")
+    found.add_argument(
+        "--kv-total", type=int, default=1024, help="KV cache of all workers, MiB (default: 1024)"
+    )
+    found.add_argument("--out", type=Path, default=Path("bench-compare"), help="folder")
+    add_load_options(found)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args, more = parser().parse_known_args(argv)
+    try:
+        topologies = [Topology.parse(text) for text in args.topologies.split(",")]
+        if len(set(map(str, topologies))) < len(topologies):
+            raise BenchError("--topologies names one twice; the first is repeated by itself.")
+        cells, plan = _measure_all(topologies, args, more)
+    except BenchError as error:
+        print(f"pdserve bench compare: error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    verdict = sentences(cells, plan.slo, args.workload)
+    content = {
+        "command": ["pdserve", "bench", "compare", *(sys.argv[2:] if argv is None else argv)],
+        "circumstances": circumstances(),
+        "slo": finite(dataclasses.asdict(plan.slo)),
+        "rates": plan.rates,
+        "verdict": verdict,
+        "cells": [finite(dataclasses.asdict(cell)) for cell in cells],
+    }
+    (args.out / "comparison.json").write_text(json.dumps(content, indent=1) + "\n")
+    print(report.write(args.out, cells, plan.slo, args.workload, content))
+    failed = sum(cell.figures.failed for cell in cells)
+    return EXIT_FAILED if failed else 0
+
+
+def _measure_all(
+    topologies: Sequence[Topology], args: argparse.Namespace, more: Sequence[str]
+) -> tuple[list[Cell], Plan]:
+    with contextlib.suppress(PermissionError):
+        os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
+    plan = _plan(topologies, args, more)
+    args.out.mkdir(parents=True, exist_ok=True)
+    cells: list[Cell] = []
+    for number in range(args.rounds):
+        # Every second round backwards, so that a drift of the machine hits all alike.
+        order = [(topology, False) for topology in topologies] + [(topologies[0], True)]
+        for topology, twin in order if number % 2 == 0 else reversed(order):
+            title = f"round {number + 1} of {args.rounds}: {topology}"
+            _say(title + (" again, for the noise" if twin else ""))
+            with up([*plan.options, *topology.options(plan.kv_total)]) as cluster:
+                _warm_up(cluster, plan)
+                for rate in plan.rates:
+                    cells.append(_cell(cluster, plan, topology, twin, number, rate, args))
+    return cells, plan
+
+
+def _plan(topologies: Sequence[Topology], args: argparse.Namespace, more: Sequence[str]) -> Plan:
+    """Targets and rates that were not given come from probes."""
+    shape, arrivals, slo = load_of(args)
+    if arrivals.kind in ("closed", "ramp"):
+        raise BenchError(f"--arrivals {arrivals.kind} has no ladder of rates to compare.")
+    options = ([f"--model={args.model}"] if args.model else []) + list(more)
+    plan = Plan(
+        jobs=tuple(make(shape)),
+        arrivals=arrivals,
+        rates=_rates(args.rates),
+        slo=slo,
+        seed=args.seed,
+        options=tuple(options),
+        kv_total=args.kv_total << 20,
+    )
+    if plan.rates and math.isfinite(slo.ttft_ms) and math.isfinite(slo.itl_ms):
+        return plan
+    alone, capacity = [], 0.0
+    for topology in topologies:
+        _say(f"probing {topology}")
+        with up([*options, *topology.options(plan.kv_total)]) as cluster:
+            _warm_up(cluster, plan)
+            one = Arrivals(kind="closed", concurrency=1)
+            alone.append(figures(_run(cluster, plan.jobs[:ALONE_REQUESTS], one, 0), slo).latencies)
+            if not capacity:
+                many = Arrivals(kind="closed", concurrency=PROBE_CONCURRENCY)
+                run = _run(cluster, plan.jobs[:PROBE_REQUESTS], many, 0, "capacity")
+                capacity = len(run.records) / run.wall_s
+    ttft, itl = (min(each[name]["p50"] for each in alone) for name in ("ttft", "tpot"))
+    return dataclasses.replace(
+        plan,
+        rates=plan.rates or tuple(round(capacity * share, 3) for share in LADDER),
+        slo=Slo(
+            ttft_ms=slo.ttft_ms if math.isfinite(slo.ttft_ms) else ttft * TTFT_SLACK,
+            itl_ms=slo.itl_ms if math.isfinite(slo.itl_ms) else itl * ITL_SLACK,
+        ),
+    )
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    try:
+        rates = tuple(sorted(float(word) for word in text.replace(",", " ").split()))
+    except ValueError:
+        raise BenchError(f"--rates must be numbers, not {text!r}.") from None
+    if any(not 0 < rate < math.inf for rate in rates):
+        raise BenchError(f"--rates must be above 0, not {text!r}.")
+    return rates
+
+
+def _run(
+    cluster: Cluster, jobs: Sequence[Job], arrivals: Arrivals, seed: int, salt: str = "probe"
+) -> Run:
+    """`salt`: runs with different ones find nothing of each other in the prefix cache."""
+    server = Server(url=cluster.url, model=NAME, headers=HEADER, extra={"cache_salt": salt})
+    bar = ProgressBar(len(jobs))
+    run = measure(server, jobs, arrivals, seed=seed, progress=bar.show)
+    bar.end()
+    return run
+
+
+def _warm_up(cluster: Cluster, plan: Plan) -> None:
+    jobs = [
+        dataclasses.replace(job, output_len=4, follows=None)
+        for job in plan.jobs[:PROBE_CONCURRENCY]
+    ]
+    run = _run(cluster, jobs, Arrivals(kind="closed", concurrency=4), 0, "warm-up")
+    for record in run.records:
+        if record.error:
+            raise BenchError(f"The cluster does not serve this workload: {record.error}")
+
+
+def at_rate(plan: Plan, rate: float) -> Arrivals:
+    """The arrivals of a rung: a trace is stretched, the others have a rate of their own."""
+    if plan.arrivals.kind != "trace":
+        return dataclasses.replace(plan.arrivals, rate=rate)
+    span = max(job.offset or 0.0 for job in plan.jobs)
+    if not span:
+        raise BenchError("The trace's requests all come at once; take another one, or --arrivals.")
+    return dataclasses.replace(plan.arrivals, time_scale=len(plan.jobs) / rate / span)
+
+
+def _cell(
+    cluster: Cluster,
+    plan: Plan,
+    topology: Topology,
+    twin: bool,
+    number: int,
+    rate: float,
+    args: argparse.Namespace,
+) -> Cell:
+    before = cluster.account()
+    run = _run(cluster, plan.jobs, at_rate(plan, rate), plan.seed, f"rate-{rate:g}")
+    time.sleep(0.3)  # workers report their traffic ten times a second
+    after = cluster.account()
+    cell = Cell(
+        topology=str(topology),
+        twin=twin,
+        round=number,
+        rate=rate,
+        figures=figures(run, plan.slo),
+        phases=mean_phases(record.timings for record in run.records if record.timings),
+        cpu_s={name: total - before.cpu_s.get(name, 0.0) for name, total in after.cpu_s.items()},
+        memory_mib=after.memory_mib,
+        moved_mib=after.moved_mib - before.moved_mib,
+        limited=bottleneck(run),
+    )
+    settings = {**settings_of(args), "topology": str(topology), "rate": rate}
+    name = f"{topology}{'-again' if twin else ''}-round{number + 1}-rate{rate:g}.json"
+    content = document(run, cell.figures, cell.limited, settings, cluster.url)
+    (args.out / name).write_text(json.dumps(content) + "\n")
+    return cell
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

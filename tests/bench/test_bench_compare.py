@@ -1,0 +1,200 @@
+"""Comparisons: topologies, phases, noise, verdicts; and one whole run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pdserve.bench import compare, diff
+from pdserve.bench.arrivals import Arrivals, BenchError
+from pdserve.bench.client import Record, Run
+from pdserve.bench.figures import Slo, figures
+from pdserve.bench.phases import PHASES, phases_of
+from pdserve.bench.topology import Topology
+from pdserve.bench.verdict import METRICS, Cell, goodput, noise, sentences
+from pdserve.bench.workloads import Job
+
+SLO = Slo(ttft_ms=100, itl_ms=10)
+BASE = figures(
+    Run(
+        records=[
+            Record(job=0, due=0.0, status=200, prompt_len=9, token_times=[0.05, 0.055, 0.06]),
+            Record(job=1, due=1.0, status=200, prompt_len=9, token_times=[1.05, 1.055, 1.06]),
+        ],
+        wall_s=2.0,
+        client_cpu_s=0.0,
+        loop_lags=[],
+    ),
+    SLO,
+)
+SPENT = dict.fromkeys(PHASES, 0.01)
+
+
+def cell(
+    topology: str, rate: float, *, twin: bool = False, number: int = 0, **changed: Any
+) -> Cell:
+    ttft, attainment = changed.get("ttft", 50.0), changed.get("attainment", 1.0)
+    latencies = {**BASE.latencies, "ttft": dict.fromkeys(BASE.latencies["ttft"], ttft)}
+    found = dataclasses.replace(BASE, latencies=latencies, attainment=attainment)
+    phases = {**SPENT, "decode": changed.get("decode", 0.01)}
+    return Cell(topology=topology, twin=twin, round=number, rate=rate, figures=found, phases=phases)
+
+
+@pytest.mark.parametrize("text", ["1P+1D", "2C", "2P+3D+1C"])
+def test_topologies_are_written_as_they_are_read(text: str) -> None:
+    assert str(Topology.parse(text.lower())) == text
+
+
+def test_memory_is_shared_out_equally() -> None:
+    four = Topology.parse("2P+2D").options(2**30)
+    assert "--kv-cache-memory=268435456" in four and "--colocated=0" in four
+
+
+@pytest.mark.parametrize("text", ["", "1P", "2D", "1P+1P", "0C", "1X", "P+D"])
+def test_what_is_no_topology(text: str) -> None:
+    with pytest.raises(BenchError):
+        Topology.parse(text)
+
+
+def timings(*legs: dict[str, Any]) -> dict[str, Any]:
+    return {"router": {"submitted": 0.002}, "choices": [{"legs": list(legs)}]}
+
+
+def test_phases_add_up_to_the_time_of_the_request() -> None:
+    prefill = {
+        "kind": "prefill",
+        "submitted": 0.002,
+        "events": [["queued", 0.0], ["scheduled", 0.01], ["first_token", 0.05], ["held", 0.051]],
+    }
+    decode = {
+        "kind": "decode",
+        "submitted": 0.055,
+        "events": [["queued", 0.0], ["scheduled", 0.004], ["fetch_started", 0.005],
+                   ["fetched", 0.008], ["first_token", 0.01], ["finished", 0.1]],
+    }  # fmt: skip
+    spent = phases_of(timings(prefill, decode))
+    assert sum(spent.values()) == pytest.approx(0.155)
+    expected = {"router": 0.002, "prefill": 0.04, "transfer": 0.003, "wait": 0.002, "decode": 0.09}
+    for phase, seconds in expected.items():
+        assert spent[phase] == pytest.approx(seconds), phase
+    assert spent["queue"] == pytest.approx(0.01 + 0.008)
+
+
+def test_a_transfer_during_the_prefill_costs_what_is_left_of_it() -> None:
+    prefill = {
+        "kind": "prefill",
+        "submitted": 0.002,
+        "events": [["scheduled", 0.01], ["first_token", 0.1]],
+    }
+    decode = {
+        "kind": "decode",
+        "submitted": 0.05,
+        "events": [["fetch_started", 0.001], ["fetched", 0.06], ["first_token", 0.07],
+                   ["finished", 0.2]],
+    }  # fmt: skip
+    spent = phases_of(timings(prefill, decode))
+    assert spent["transfer"] == pytest.approx(0.11 - 0.102)
+    assert sum(spent.values()) == pytest.approx(0.25)
+
+
+def test_noise_is_what_a_topology_differs_from_itself() -> None:
+    ttft = next(metric for metric in METRICS if metric.name == "TTFT p50")
+    cells = [
+        cell("1P+1D", 1.0),
+        cell("1P+1D", 1.0, twin=True, ttft=60.0),
+        cell("1P+1D", 2.0),
+        cell("1P+1D", 2.0, twin=True, ttft=45.0),
+        cell("2C", 1.0, ttft=500.0),
+    ]
+    assert noise(cells, ttft) == pytest.approx(0.2)
+    assert math.isnan(noise([cell("2C", 1.0)], ttft))
+
+
+def test_goodput_lies_where_attainment_crosses_nine_tenths() -> None:
+    cells = [cell("2C", rate, attainment=share) for rate, share in ((1, 1.0), (2, 0.95), (4, 0.85))]
+    found = goodput(cells, "2C")
+    assert (found.rate, found.at_least) == (pytest.approx(3.0), False)
+    assert str(goodput(cells[:2], "2C")) == "at least 2.00 requests/s"
+    assert goodput(cells[2:], "2C").rate == 0.0
+
+
+def test_the_verdict_names_the_winner_and_the_phase() -> None:
+    cells = []
+    for rate, share in ((1.0, 1.0), (2.0, 0.5)):
+        cells += [cell("1P+1D", rate), cell("1P+1D", rate, twin=True, ttft=51.0)]
+        cells.append(cell("2C", rate, attainment=share, ttft=100.0, decode=0.3))
+    first, *more = sentences(cells, SLO, "random")
+    assert first.startswith("On random, use 1P+1D:")
+    assert any(
+        "1P+1D is better than 2C" in text and "TTFT p50 at 1/s (+100%)" in text for text in more
+    )
+    assert any("300 ms with 2C" in text and "decode" in text for text in more)
+    same = [cell("1P+1D", 1.0), cell("1P+1D", 1.0, twin=True), cell("2C", 1.0, ttft=51.0)]
+    assert "serve the same rate" in sentences(same, SLO, "random")[0]
+    assert any("do not differ by more than noise" in text for text in sentences(same, SLO, "x"))
+
+
+def test_a_trace_is_stretched_to_the_rate() -> None:
+    jobs = tuple(Job(prompt=(1,), output_len=1, offset=float(n)) for n in range(11))
+    plan = compare.Plan(
+        jobs=jobs,
+        arrivals=Arrivals(kind="trace"),
+        rates=(),
+        slo=SLO,
+        seed=0,
+        options=(),
+        kv_total=1,
+    )
+    assert compare.at_rate(plan, 2.2).time_scale == pytest.approx(0.5)
+    other = dataclasses.replace(plan, arrivals=Arrivals(kind="gamma", burstiness=0.3))
+    assert compare.at_rate(other, 7.0) == Arrivals(kind="gamma", rate=7.0, burstiness=0.3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--topologies", "1P"],
+        ["--topologies", "2C,2C"],
+        ["--rates", "fast"],
+        ["--rates", "0"],
+        ["--arrivals", "closed"],
+    ],
+)
+def test_bad_options_end_before_anything_is_started(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compare.main([*options, "--out", str(tmp_path / "x")]) == 2
+    assert "error:" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_whole_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    code = compare.main(
+        ["--topologies", "1P+1D,1C", "--rounds", "1", "--requests", "4", "--input-len", "40",
+         "--output-len", "4", "--rates", "20", "--slo-ttft-ms", "60000", "--slo-itl-ms", "60000",
+         "--kv-total", "64", "--out", str(out)]
+    )  # fmt: skip
+    assert code == 0, capsys.readouterr().err
+    content = json.loads((out / "comparison.json").read_text())
+    assert "serve the same rate" in content["verdict"][0]
+    assert [(c["topology"], c["twin"]) for c in content["cells"]] == [
+        ("1P+1D", False), ("1C", False), ("1P+1D", True)
+    ]  # fmt: skip
+    split = content["cells"][0]
+    assert split["moved_mib"] > 0 and split["phases"]["transfer"] > 0
+    assert set(split["cpu_s"]) >= {"prefill-0", "decode-0", "router"}
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64") == 4 and "1P+1D" in page
+    one, other = (out / f"{name}-round1-rate20.json" for name in ("1P+1D", "1C"))
+    assert diff.main([str(one), str(other)]) == 0
+    changed = json.loads(other.read_text())
+    changed["settings"]["requests"] = 5
+    other.write_text(json.dumps(changed))
+    assert diff.main([str(one), str(other)]) == 2
+    assert "differ in requests: 4 and 5" in capsys.readouterr().err
