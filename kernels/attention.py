@@ -9,6 +9,10 @@ For a query at position i of its sequence, over the keys j that it sees:
     out = Σ_j softmax_j(cap(scale · q·k_j)) v_j,   j ≤ i and, with a window, i - j < window,
     cap(s) = soft_cap · tanh(s / soft_cap), or s without one.
 
+A cache of float8_e4m3fn holds k / k_scale and v / v_scale (see `pdserve.kernels.cache`). Its
+numbers are read as the query's dtype, which is exact; k_scale goes into `scale`, and the sum is
+multiplied by v_scale. Other caches have the query's dtype and scales of 1.
+
 Scores and the softmax are float32 whatever the dtype. Sequences are computed one by one, so a
 sequence's result depends on its own data and its own split into queries, never on the batch; with
 `invariant`, not on the split either.
@@ -36,6 +40,8 @@ def attention_prefill(
     window: int | None = None,
     soft_cap: float | None = None,
     invariant: bool = False,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> torch.Tensor:
     """Causal attention of a ragged batch of chunks, each over everything cached before it too.
 
@@ -49,8 +55,9 @@ def attention_prefill(
     by token, which is slow for long prompts.
     """
     _check(query, cache, context_lens, block_table, window, soft_cap)
+    checks.cache_dtype("query", query, cache, k_scale, v_scale)
     checks.shape("query_start", query_start, [context_lens.shape[0] + 1])
-    fast = dispatch.implementation("attention_prefill", query)
+    fast = dispatch.implementation("attention_prefill", query, cache)
     if fast is not None:
         result: torch.Tensor = fast(
             query,
@@ -62,6 +69,8 @@ def attention_prefill(
             window=window,
             soft_cap=soft_cap,
             invariant=invariant,
+            k_scale=k_scale,
+            v_scale=v_scale,
         )
         return result
     if invariant:
@@ -76,7 +85,25 @@ def attention_prefill(
             scale=scale,
             window=window,
             soft_cap=soft_cap,
+            k_scale=k_scale,
+            v_scale=v_scale,
         )
+    out = _prefill(
+        query, cache, query_start, context_lens, block_table, scale * k_scale, window, soft_cap
+    )
+    return out if v_scale == 1.0 else out.mul_(v_scale)
+
+
+def _prefill(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    query_start: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+) -> torch.Tensor:
     out = torch.empty_like(query)
     starts = query_start.tolist()
     for row, length in enumerate(context_lens.tolist()):
@@ -87,7 +114,7 @@ def attention_prefill(
             raise checks.KernelError(
                 f"Sequence {row} has {last - first} queries but a context of only {length} tokens."
             )
-        key, value = _gather(cache, block_table[row], 0, length)
+        key, value = _gather(cache, block_table[row], 0, length, query.dtype)
         out[first:last] = _chunk(query[first:last], key, value, scale, window, soft_cap)
     return out
 
@@ -101,6 +128,8 @@ def attention_decode(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> torch.Tensor:
     """Attention of the newest token of each sequence, or of its newest few.
 
@@ -111,8 +140,9 @@ def attention_decode(
     """
     rows = query.flatten(0, 1) if query.dim() == 4 else query
     _check(rows, cache, context_lens, block_table, window, soft_cap)
+    checks.cache_dtype("query", query, cache, k_scale, v_scale)
     checks.shape("query", query, [context_lens.shape[0], *[None] * (query.dim() - 1)])
-    fast = dispatch.implementation("attention_decode", query)
+    fast = dispatch.implementation("attention_decode", query, cache)
     if fast is not None:
         attended: torch.Tensor = fast(
             query,
@@ -122,9 +152,11 @@ def attention_decode(
             scale=scale,
             window=window,
             soft_cap=soft_cap,
+            k_scale=k_scale,
+            v_scale=v_scale,
         )
         return attended
-    if native.attends(query, cache):
+    if cache.dtype == query.dtype and native.attends(query, cache):
         return native.attention_decode(
             query,
             cache,
@@ -134,10 +166,23 @@ def attention_decode(
             window=window,
             soft_cap=soft_cap,
         )
+    out = _decode(query, cache, context_lens, block_table, scale * k_scale, window, soft_cap)
+    return out if v_scale == 1.0 else out.mul_(v_scale)
+
+
+def _decode(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+) -> torch.Tensor:
     if query.dim() == 4:
         few = torch.empty_like(query)
         for row, length in enumerate(context_lens.tolist()):
-            key, value = _gather(cache, block_table[row], 0, length)
+            key, value = _gather(cache, block_table[row], 0, length, query.dtype)
             few[row] = _chunk(query[row], key, value, scale, window, soft_cap) if length else 0
         return few
     heads, dim = cache.shape[3:]
@@ -149,7 +194,7 @@ def attention_decode(
             out[row] = 0
             continue
         begin = 0 if window is None else max(0, length - window)
-        key, value = _gather(cache, block_table[row], begin, length)
+        key, value = _gather(cache, block_table[row], begin, length, query.dtype)
         if soft_cap is None:
             result = functional.scaled_dot_product_attention(
                 grouped[row : row + 1], key.unsqueeze(0), value.unsqueeze(0), scale=scale
@@ -161,10 +206,10 @@ def attention_decode(
 
 
 def _gather(
-    cache: torch.Tensor, table: torch.Tensor, begin: int, end: int
+    cache: torch.Tensor, table: torch.Tensor, begin: int, end: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V of tokens [begin, end) of one sequence: each [H, end - begin, D], a strided view of
-    a copy of the blocks."""
+    """K and V of tokens [begin, end) of one sequence in `dtype`: each [H, end - begin, D], a
+    strided view of a copy of the blocks."""
     size = cache.shape[2]
     skipped = begin // size
     blocks = table[skipped : -(-end // size)]
@@ -173,8 +218,10 @@ def _gather(
             f"block_table has room for {table.shape[0] * size} tokens, the context has {end}."
         )
     begin, end = begin - skipped * size, end - skipped * size
-    key = cache[:, 0].index_select(0, blocks).flatten(0, 1)[begin:end]
-    value = cache[:, 1].index_select(0, blocks).flatten(0, 1)[begin:end]
+    # torch selects bytes but not float8: the same numbers either way.
+    plain = cache.view(torch.uint8) if cache.dtype == checks.FLOAT8 else cache
+    key, value = (plain[:, kind].index_select(0, blocks).flatten(0, 1) for kind in (0, 1))
+    key, value = (part[begin:end].view(cache.dtype).to(dtype) for part in (key, value))
     return key.transpose(0, 1), value.transpose(0, 1)
 
 
@@ -258,7 +305,6 @@ def _check(
     _, _, heads, dim = checks.cache_shape(cache)
     checks.shape("query", query, [None, None, dim])
     checks.dtype("query", query, checks.FLOATS)
-    checks.same_dtype("query", query, "cache", cache)
     checks.shape("context_lens", context_lens, [None])
     checks.shape("block_table", block_table, [context_lens.shape[0], None])
     checks.dtype("block_table", block_table, checks.INDICES)

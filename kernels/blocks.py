@@ -37,18 +37,19 @@ def gather_blocks(
     if out is None:
         out = torch.empty(shape, dtype=pool.dtype, device=pool.device)
     _check_buffer("out", out, shape, pool)
-    fast = dispatch.implementation("gather_blocks", pool)
+    source, target = _movable(pool), _movable(out)
+    fast = dispatch.implementation("gather_blocks", source)
     if fast is not None:
-        fast(pool, block_ids, out, heads=heads)
+        fast(source, block_ids, target, heads=heads)
     elif heads is None and block_size is None:
-        torch.index_select(pool, 0, block_ids, out=out)
+        torch.index_select(source, 0, block_ids, out=target)
     else:
         first, count = heads or (0, pool.shape[4])
-        taken = pool[..., first : first + count, :].index_select(0, block_ids)
+        taken = source[..., first : first + count, :].index_select(0, block_ids)
         tokens = taken.permute(0, 3, 1, 2, 4, 5).flatten(0, 1)
-        room = torch.zeros((shape[0] * shape[3], *tokens.shape[1:]), dtype=pool.dtype)
+        room = tokens.new_zeros((shape[0] * shape[3], *tokens.shape[1:]))
         room[: tokens.shape[0]] = tokens
-        out.copy_(room.unflatten(0, (shape[0], shape[3])).permute(0, 2, 3, 1, 4, 5))
+        target.copy_(room.unflatten(0, (shape[0], shape[3])).permute(0, 2, 3, 1, 4, 5))
     return out
 
 
@@ -71,6 +72,7 @@ def scatter_blocks(
         _unpack(buffer, pool, block_ids, shape, heads, block_size, wire)
         return
     _check_buffer("buffer", buffer, shape, pool)
+    buffer, pool = _movable(buffer), _movable(pool)
     fast = dispatch.implementation("scatter_blocks", pool)
     if fast is not None:
         fast(buffer, pool, block_ids, heads=heads)
@@ -81,6 +83,12 @@ def scatter_blocks(
         tokens = buffer.permute(0, 3, 1, 2, 4, 5).flatten(0, 1)[: block_ids.shape[0] * size]
         blocks = tokens.unflatten(0, (block_ids.shape[0], size)).permute(0, 2, 3, 1, 4, 5)
         pool[..., first : first + count, :].index_copy_(0, block_ids.long(), blocks)
+
+
+def _movable(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory in a type that torch can select: bytes instead of float8.
+    (And copying bytes needs no new GPU.)"""
+    return tensor.view(torch.uint8) if tensor.dtype == checks.FLOAT8 else tensor
 
 
 def _pack(

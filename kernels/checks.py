@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """Element types that activations and the KV cache may have."""
+FLOAT8 = torch.float8_e4m3fn
+"""What the KV cache may have besides, with a scale for K and one for V."""
 INDICES = (torch.int32, torch.int64)
 """Element types of positions, slots, block ids and lengths."""
 
@@ -42,6 +45,23 @@ def same_dtype(name: str, tensor: torch.Tensor, other_name: str, other: torch.Te
             f"{name} is {str(tensor.dtype)[6:]} but {other_name} is {str(other.dtype)[6:]}; "
             "they must be the same."
         )
+
+
+def cache_dtype(
+    name: str, tensor: torch.Tensor, cache: torch.Tensor, k_scale: float, v_scale: float
+) -> None:
+    """Refuse a cache that is neither of `tensor`'s element type nor FLOAT8, and scales that say
+    nothing: for FLOAT8 a cached number c means c · scale, without it scales are 1."""
+    if cache.dtype != FLOAT8:
+        same_dtype(name, tensor, "cache", cache)
+        if (k_scale, v_scale) != (1.0, 1.0):
+            raise KernelError(
+                f"k_scale ({k_scale}) and v_scale ({v_scale}) must be 1 for a cache of "
+                f"{str(cache.dtype)[6:]}; only float8_e4m3fn has scales."
+            )
+    for scale_name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if not 0 < scale < math.inf:
+            raise KernelError(f"{scale_name} must be a positive, finite number, not {scale}.")
 
 
 def same_device(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:

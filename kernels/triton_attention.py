@@ -87,8 +87,9 @@ def fold_tiles(
 ):
     """The state (acc, top, total) with the tiles that start at begin, begin + KEYS, … < end added.
 
-    Tokens from `limit` on are not read; base_ptr is at the head's K in block 0. MASKED: a row sees
-    keys up to its `position`, within the window, below the limit; otherwise all of them."""
+    K and V become what the query is, which for a cache of float8 is exact; its scales are not in
+    here. Tokens from `limit` on are not read; base_ptr is at the head's K in block 0. MASKED: a row
+    sees keys up to its `position`, within the window, below the limit; otherwise all of them."""
     dim = tl.arange(0, DIM_PAD)
     step = tl.arange(0, KEYS).to(begin.dtype)
     for start in range(begin, end, KEYS):
@@ -104,7 +105,7 @@ def fold_tiles(
             KV_HEADS,
             DIM,
             SIZE,
-        )
+        ).to(query.dtype)
         value = load_tile(
             base_ptr + cache_kind,
             table_ptr,
@@ -116,7 +117,7 @@ def fold_tiles(
             KV_HEADS,
             DIM,
             SIZE,
-        )
+        ).to(query.dtype)
         visible = (column[None, :] <= position[:, None]) & (column < limit)[None, :]
         if WINDOW > 0:
             visible = visible & (position[:, None] - column[None, :] < WINDOW)

@@ -9,6 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
+from pdserve.kernels.checks import FLOAT8
+from pdserve.kernels.triton_float8 import to_e4m3
+
 HEADS = 8
 """Heads per program."""
 
@@ -25,11 +28,18 @@ def rope(
 
 
 def store_kv(
-    key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: torch.Tensor,
+    slots: torch.Tensor,
+    *,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> None:
     """See `pdserve.kernels.store_kv`."""
     if key.numel():
-        _launch(None, _heads(key), _heads(value), None, None, None, cache, slots, False)
+        scales = (k_scale, v_scale)
+        _launch(None, _heads(key), _heads(value), None, None, None, cache, slots, False, scales)
 
 
 def rope_and_store_kv(
@@ -42,12 +52,15 @@ def rope_and_store_kv(
     slots: torch.Tensor,
     *,
     interleaved: bool = False,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> torch.Tensor:
     """See `pdserve.kernels.rope_and_store_kv`."""
     query, key, value = _heads(query), _heads(key), _heads(value)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if out.numel():
-        _launch(query, key, value, cos, sin, out, cache, slots, interleaved)
+        scales = (k_scale, v_scale)
+        _launch(query, key, value, cos, sin, out, cache, slots, interleaved, scales)
     return out
 
 
@@ -66,6 +79,7 @@ def _launch(
     cache: torch.Tensor | None,
     slots: torch.Tensor | None,
     interleaved: bool,
+    scales: tuple[float, float] = (1.0, 1.0),
 ) -> None:
     some = query if query is not None else key
     assert some is not None
@@ -96,6 +110,7 @@ def _launch(
         v.stride(1),
         paged.stride(0),
         paged.stride(1),
+        *scales,
         QUERY_HEADS=query_heads,
         KV_HEADS=kv_heads,
         DIM=dim,
@@ -105,6 +120,7 @@ def _launch(
         HEADS=HEADS,
         TURNS=cos is not None,
         INTERLEAVED=interleaved,
+        FLOAT8=paged.dtype == FLOAT8,
         num_warps=2,
     )
 
@@ -119,6 +135,14 @@ def halves(dim, half, INTERLEAVED: tl.constexpr):
         first = half
         second = half + (dim + 1) // 2
     return first, second
+
+
+@triton.jit
+def cached(x, scale, FLOAT8: tl.constexpr):
+    """x as the cache holds it."""
+    if FLOAT8:
+        x = to_e4m3(tl.div_rn(x.to(tl.float32), scale + tl.zeros(x.shape, tl.float32)))
+    return x
 
 
 @triton.jit
@@ -139,6 +163,8 @@ def rope_store_kernel(
     value_head,
     cache_block,
     cache_kind,
+    k_scale,
+    v_scale,
     QUERY_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
@@ -148,6 +174,7 @@ def rope_store_kernel(
     HEADS: tl.constexpr,
     TURNS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    FLOAT8: tl.constexpr,
 ):
     """Token pid 0; pid 1 below QUERY_BLOCKS: its query heads, above: its K and V heads."""
     token = tl.program_id(0).to(tl.int64)
@@ -188,10 +215,11 @@ def rope_store_kernel(
                 w2 = k2.to(tl.float32)
                 k1 = (w1 * cos - w2 * sin).to(key_ptr.dtype.element_ty)
                 k2 = (w2 * cos + w1 * sin).to(key_ptr.dtype.element_ty)
-            tl.store(place + first, k1, mask=one)
-            tl.store(place + second, k2, mask=two)
+            tl.store(place + first, cached(k1, k_scale, FLOAT8), mask=one)
+            tl.store(place + second, cached(k2, k_scale, FLOAT8), mask=two)
             source = value_ptr + token * value_token + head.to(tl.int64) * value_head
             v1 = tl.load(source + first, mask=one, other=0.0)
             v2 = tl.load(source + second, mask=two, other=0.0)
-            tl.store(place + cache_kind + first, v1, mask=one)
-            tl.store(place + cache_kind + second, v2, mask=two)
+            place += cache_kind
+            tl.store(place + first, cached(v1, v_scale, FLOAT8), mask=one)
+            tl.store(place + second, cached(v2, v_scale, FLOAT8), mask=two)

@@ -29,6 +29,8 @@ def attention_decode(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> torch.Tensor:
     """See `pdserve.kernels.attention_decode`."""
     shape = query.shape
@@ -63,7 +65,7 @@ def attention_decode(
         block_table,
         tops.stride(0),
         splits,
-        scale,
+        scale * k_scale,
         soft_cap or 0.0,
         cache.stride(0),
         cache.stride(1),
@@ -86,6 +88,7 @@ def attention_decode(
         context_lens,
         tops.stride(0),
         splits,
+        v_scale,
         SPLITS_PAD=triton.next_power_of_2(MOST_SPLITS),
         num_warps=4,
         **shared,
@@ -205,6 +208,7 @@ def combine_kernel(
     context_ptr,
     totals,
     splits,
+    v_scale,
     QUERIES: tl.constexpr,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
@@ -235,4 +239,5 @@ def combine_kernel(
     )
     total = tl.sum(weights * shares, axis=0)
     value = tl.sum(pieces * shares[:, None], axis=0) / tl.where(total > 0, total, 1.0)
+    value *= v_scale
     tl.store(out_ptr + row * DIM + dim, value.to(out_ptr.dtype.element_ty), mask=dim < DIM)

@@ -25,6 +25,8 @@ def attention_prefill(
     window: int | None = None,
     soft_cap: float | None = None,
     invariant: bool = False,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> torch.Tensor:
     """See `pdserve.kernels.attention_prefill`. The lengths stay on the device: that a sequence has
     at least as many cached tokens as queries is not checked here."""
@@ -47,8 +49,9 @@ def attention_prefill(
         context_lens,
         block_table,
         batch,
-        scale,
+        scale * k_scale,
         soft_cap or 0.0,
+        v_scale,
         query.stride(0),
         query.stride(1),
         cache.stride(0),
@@ -110,6 +113,7 @@ def prefill_kernel(
     batch,
     scale,
     soft_cap,
+    v_scale,
     query_token,
     query_head,
     cache_block,
@@ -221,7 +225,7 @@ def prefill_kernel(
             CAPPED,
             True,
         )
-        result = acc / tl.where(total > 0, total, 1.0)[:, None]
+        result = acc / tl.where(total > 0, total, 1.0)[:, None] * v_scale
         tl.store(
             out_ptr + (((begin + token) * HEADS + query_head_id) * DIM)[:, None] + dim[None, :],
             result.to(out_ptr.dtype.element_ty),

@@ -33,6 +33,8 @@ SCALARS = {
     "eps": "fp32",
     "scale": "fp32",
     "soft_cap": "fp32",
+    "k_scale": "fp32",
+    "v_scale": "fp32",
 }
 """Types of arguments that are not pointers and not integers."""
 POINTERS = {
@@ -75,6 +77,7 @@ POINTERS = {
 }
 """Types of pointers; all others have the dtype under test."""
 
+FLOAT8 = {"cache_ptr": "*fp8e4nv"}
 SHAPE = {"HEADS": 32, "DIM": 128, "DIM_PAD": 128, "SIZE": 16, "KV_HEADS": 8}
 MATMUL = {"ROWS": 64, "COLUMNS": 64, "DEPTH": 128}
 DECODE = {**SHAPE, "QUERIES": 1, "WINDOW": 0, "SPLIT": 256, "MOST_SPLITS": 32}
@@ -133,13 +136,16 @@ CASES: list[tuple[Any, dict[str, Any], dict[str, str]]] = [
                 "HEADS": 8,
                 "TURNS": turns,
                 "INTERLEAVED": interleaved,
+                "FLOAT8": float8,
             },
-            {"key_ptr": "model", "value_ptr": "model"},
+            {"key_ptr": "model", "value_ptr": "model", **(FLOAT8 if float8 else {})},
         )
-        for heads, turns, interleaved in [
-            ((32, 8), True, False),
-            ((32, 0), True, True),
-            ((0, 8), False, False),
+        for heads, turns, interleaved, float8 in [
+            ((32, 8), True, False, False),
+            ((32, 8), True, False, True),
+            ((32, 0), True, True, False),
+            ((0, 8), False, False, False),
+            ((0, 8), False, False, True),
         ]
     ],
     *[
@@ -156,17 +162,22 @@ CASES: list[tuple[Any, dict[str, Any], dict[str, str]]] = [
                 "CAPPED": capped,
                 "UNIFORM": uniform,
             },
-            {},
+            cache,
         )
-        for window, capped, uniform in [(0, False, False), (0, False, True), (100, True, False)]
+        for window, capped, uniform, cache in [
+            (0, False, False, {}),
+            (0, False, True, {}),
+            (100, True, False, {}),
+            (0, False, False, FLOAT8),
+        ]
     ],
     *[
         (
             triton_decode.decode_kernel,
             {**DECODE, "WINDOW": window, "GROUP": 4, "ROWS": 16, "KEYS": 64, "CAPPED": capped},
-            {},
+            cache,
         )
-        for window, capped in [(0, False), (100, True)]
+        for window, capped, cache in [(0, False, {}), (100, True, {}), (0, False, FLOAT8)]
     ],
     (
         triton_decode.combine_kernel,
