@@ -58,6 +58,8 @@ def expert_weights(matrices: Sequence[Expert]) -> ExpertWeights:
             checks.same_device(name, matrix, "expert 0's down", model)
             if not matrix.is_contiguous():
                 raise checks.KernelError(f"{name} must be contiguous.")
+            if matrix.is_cuda and matrix.data_ptr() % 16:  # Triton reads 16 bytes at a time
+                raise checks.KernelError(f"{name} must begin at a multiple of 16 bytes.")
     places = [[expert[kind].data_ptr() for expert in matrices] for kind in range(3)]
     return ExpertWeights(tuple(matrices), torch.tensor(places, device=model.device))
 

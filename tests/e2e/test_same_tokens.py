@@ -100,3 +100,20 @@ def test_every_topology_gives_the_tokens_of_transformers(architecture: str, tmp_
     assert first != (reference * 2)[:16], "the seeded requests were greedy"
     for name, tokens in seeded.items():
         assert tokens == first, name
+
+
+@pytest.mark.slow
+def test_batch_invariant_bfloat16_tokens_are_the_same_alone_together_and_apart(
+    tmp_path: Path,
+) -> None:
+    folder = make_checkpoint(tmp_path / "moe", "qwen3moe", "nano", seed=3, dtype="bfloat16")
+    options = [*OPTIONS, "--served-model-name", "m", "--batch-invariant", "--model", folder]
+    options[options.index("float32")] = "bfloat16"
+    found = {}
+    for name in ("1P+1D over shared memory", "colocated"):
+        with Cluster(*options, *TOPOLOGIES[name]) as cluster:
+            found[name] = asyncio.run(everything(cluster.url))
+            assert found[name]["together"] == (found[name]["alone"] * 2)[:16], name
+            cluster.wait_until_clean()
+    apart, colocated = found.values()
+    assert apart == colocated

@@ -99,6 +99,19 @@ def test_bits_do_not_depend_on_batch_and_chunks(
         stepper = Stepper(built, seed=budget)
 
 
+def test_single_tokens_and_chunks_take_one_kernel(
+    make_model: MakeModel, build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, attention_decode splits its sums in another way."""
+
+    def refuse(*args: Any, **kwargs: Any) -> torch.Tensor:
+        raise AssertionError("attention_decode was called")
+
+    monkeypatch.setattr(kernels, "attention_decode", refuse)
+    stepper = Stepper(build(make_model("llama"), batch_invariant=True))
+    stepper.run([stepper.add(text(20, 1)), stepper.add(text(3, 2))], 3)
+
+
 def test_it_holds_without_the_c_kernels(
     make_model: MakeModel, build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
