@@ -56,8 +56,7 @@ async def measure(url: str, workers: int, placed: int, tokens: list[int], rounds
 
     def question() -> Ask:
         return ask(
-            options, hashes, len(tokens), token_cost=1.0, request_cost=64, charge_tokens=True,
-            random=random.getrandbits(30),
+            options, hashes, len(tokens), charge_tokens=True, random=random.getrandbits(30)
         )  # fmt: skip
 
     await placement.choose([question()])

@@ -137,7 +137,10 @@ _HEADINGS = ("  WORKER", "HOW", "CACHED", "QUEUED", "REQUESTS", "ROOM", "BEHIND"
 def _table(chosen: Chosen) -> Iterator[str]:
     if not chosen.candidates:
         return
-    rows = [_HEADINGS, *(_row(chosen, one) for one in chosen.candidates)]
+    rows = [
+        (*_HEADINGS[:-1], f"COST ({chosen.unit})"),
+        *(_row(chosen, one) for one in chosen.candidates),
+    ]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADINGS))]
     for row in rows:
         cells = (

@@ -58,6 +58,8 @@ class Chosen(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     among: int
     """Workers that could have been chosen; `candidates` are the best of them."""
     candidates: list[Considered] = []
+    unit: str = "tokens"
+    """Of the costs: tokens to be computed, or predicted µs."""
     why: str = ""
     """Why the prompt is handed over, or why not."""
 

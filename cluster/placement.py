@@ -47,13 +47,45 @@ class LoadReport(msgspec.Struct, frozen=True, array_like=True):
     """Room in the KV cache, evictable blocks included; UNKNOWN before the first step."""
 
 
+ANY_NUMBER = 2**31
+"""More requests than there will ever be."""
+
+
+class Price(msgspec.Struct, frozen=True, array_like=True):
+    """What a prompt costs at one worker, in any unit that all options of a choice share.
+
+        missing = tokens - cached prefix
+        before = cached prefix + missing / 2
+        cost = max(base + queued × queued tokens + request × requests
+                   + missing × (token + context × before), floor) + harm × missing × requests
+
+    The scripts below know the order of the fields.
+    """
+
+    token: float = 1.0
+    """A token whose KV is missing there."""
+    context: float = 0.0
+    """And each token before it: attention looks at all of them."""
+    queued: float = 1.0
+    """A prompt token that waits there already."""
+    request: float = 64.0
+    """A request that is there."""
+    base: float = 0.0
+    """Whatever the load and the cache."""
+    harm: float = 0.0
+    """What a missing token costs each request that is there."""
+    most_requests: int = ANY_NUMBER
+    """With so many there, it counts as full."""
+
+
 class Option(msgspec.Struct, frozen=True, array_like=True):
     """A worker that may be chosen. The scripts below know the order of the fields."""
 
     worker_id: str
     epoch: int
-    floor: int = 0
-    """It costs at least so much, in tokens: what lies behind it (a decode worker) is so busy."""
+    floor: float = 0
+    """It costs at least so much: what lies behind it (a decode worker) is so busy."""
+    price: Price = Price()
 
 
 class Score(msgspec.Struct, frozen=True, array_like=True):
@@ -120,16 +152,14 @@ return 1
 """
 )
 
-# KEYS: loads, charges, prefix of blocks. ARGV: options, hashes, hash length, tokens, cost of a
-# missing token in thousandths, cost of a request, random number, tokens charged by
-# each missing one (0 or 1), unit of the route positions, life of a charge in ms
+# KEYS: loads, charges, prefix of blocks. ARGV: options, hashes, hash length, tokens, random number,
+# tokens charged by each missing one (0 or 1), unit of the route positions, life of a charge in ms
 _CHOOSE = (
     _NOW
     + """
 local options = cmsgpack.unpack(ARGV[1])
 local hashes, size, tokens = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
-local weight, per_request, random = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
-local unit = tonumber(ARGV[9])
+local random, unit = tonumber(ARGV[5]), tonumber(ARGV[7])
 local ids = {}
 for i, option in ipairs(options) do ids[i] = option[1] end
 local loads = redis.call('HMGET', KEYS[1], unpack(ids))
@@ -173,9 +203,11 @@ for i, option in ipairs(options) do
     end
   end
   local missing = tokens - cached
-  local cost = queued + per_request * requests + math.floor(missing * weight / 1000)
-  cost = math.max(cost, option[3])
-  local full = free >= 0 and free < missing
+  local token, context, waiting, request, base, harm, most = unpack(option[4])
+  local cost = base + waiting * queued + request * requests
+    + missing * (token + context * (cached + missing / 2))
+  cost = math.floor(math.max(cost, option[3]) + harm * missing * requests)
+  local full = (free >= 0 and free < missing) or requests >= most
   scores[i] = {cached, queued, requests, free, cost, full}
   local rank = (full and 1e15 or 0) + cost
   if best == nil or rank < best then best, ties = rank, {i} elseif rank == best then
@@ -186,8 +218,8 @@ local chosen = ties[random % #ties + 1]
 local reports = loads[chosen] and cmsgpack.unpack(loads[chosen])[3] or 0
 local missing = tokens - scores[chosen][1]
 local list = kept[chosen]
-list[#list + 1] = {options[chosen][2], reports + 2, missing * tonumber(ARGV[8]), missing,
-  now + tonumber(ARGV[10])}
+list[#list + 1] = {options[chosen][2], reports + 2, missing * tonumber(ARGV[6]), missing,
+  now + tonumber(ARGV[8])}
 redis.call('HSET', KEYS[2], ids[chosen], cmsgpack.pack(list))
 return cmsgpack.pack({chosen - 1, scores})
 """
@@ -210,28 +242,22 @@ def ask(
     hashes: Sequence[bytes],
     tokens: int,
     *,
-    token_cost: float,
-    request_cost: int,
     charge_tokens: bool,
     random: int,
 ) -> Ask:
     """One question to `Placement.choose`: the option (see `pack_options`; at least one) with the
-    least cost, where
-
-        missing = tokens - cached prefix
-        cost = max(queued tokens + request_cost × requests + token_cost × missing, floor)
-
-    Options whose room is less than `missing` come last; `random` decides between equal ones.
+    least cost (see `Price`). Options that are full come last, that is those whose room is less than
+    what is missing, or that have their most requests; `random` decides between equal ones.
     `hashes` are the prompt's route hashes; without them nothing counts as cached.
     `charge_tokens`: the missing tokens will be computed there.
     """
     return (
-        options, b"".join(hashes), ROUTE_BYTES, tokens, round(token_cost * 1000), request_cost,
-        random, int(charge_tokens), ROUTE_UNIT, round(CHARGE_S * 1000),
+        options, b"".join(hashes), ROUTE_BYTES, tokens, random, int(charge_tokens), ROUTE_UNIT,
+        round(CHARGE_S * 1000),
     )  # fmt: skip
 
 
-Ask = tuple[bytes, bytes, int, int, int, int, int, int, int, int]
+Ask = tuple[bytes, bytes, int, int, int, int, int, int]
 """The arguments of one choice, made by `ask`."""
 
 _CHOICE = msgspec.msgpack.Decoder(Choice)

@@ -192,6 +192,13 @@ class RouterSettings(CommonSettings):
         "least-load, round-robin, or session (header x-session-id)",
         choices=("prefix", "least-load", "round-robin", "session"),
     )
+    disaggregate: str = option(
+        "always",
+        "Whether prompts go over a prefill worker to a decode worker: always, never (decode "
+        "workers compute their own prompts), or auto (when the times measured here predict that "
+        "it costs less, and while there is a prefill worker)",
+        choices=("auto", "always", "never"),
+    )
     request_timeout_s: float = option(
         600.0, "Longest life of a request", parse=seconds(0.1), unit="seconds"
     )

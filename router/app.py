@@ -45,7 +45,7 @@ from pdserve.router.metrics import RouterMetrics
 from pdserve.router.openai import Json, encode_json
 from pdserve.router.openai_writer import OpenAIWriter
 from pdserve.router.openapi import body_of
-from pdserve.router.placement import Policy
+from pdserve.router.placement import Disaggregate, Policy
 from pdserve.router.recorder import Recorder
 from pdserve.router.requests import GenerateRequest, RequestParser
 from pdserve.router.scale_out import add_scale_out_routes
@@ -139,6 +139,7 @@ class Router:
                 self.pool.epoch,
                 random.Random(self.settings.seed),
             ),
+            disaggregate=Disaggregate(self.settings.disaggregate),
             count_move=self.metrics.retried,
         )
         self.metrics.follow(self.pool, self._dispatcher)

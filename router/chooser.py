@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pdserve.cluster.membership import RedisUnavailable
 from pdserve.cluster.placement import Ask, Option, Placement, Score, ask, pack_options
 from pdserve.router.placement import (
-    FETCH_COST,
-    REQUEST_TOKENS,
     Candidate,
     Policy,
     by_cost,
@@ -109,13 +107,12 @@ class Chooser:
                 self._asking = asyncio.create_task(self._ask())
 
     def _own_view(self, candidates: Sequence[Candidate], need: Need) -> Verdict:
-        cost = FETCH_COST if need.fetches else 1.0
-        index = by_cost(candidates, need.tokens, self._rng.getrandbits(30), cost)
+        index = by_cost(candidates, need.tokens, self._rng.getrandbits(30))
         return Verdict(candidates[index or 0], "own view", need.tokens, candidates)
 
     def _question(self, candidates: Sequence[Candidate], need: Need) -> Ask:
         options = tuple(
-            Option(c.worker.worker_id, self._epoch_of(c.worker.worker_id), c.floor)
+            Option(c.worker.worker_id, self._epoch_of(c.worker.worker_id), c.floor, c.price)
             for c in candidates
         )
         if options != self._packed[0]:
@@ -124,8 +121,6 @@ class Chooser:
             self._packed[1],
             () if self._policy is Policy.LEAST_LOAD else need.routes(),
             need.tokens,
-            token_cost=FETCH_COST if need.fetches else 1.0,
-            request_cost=REQUEST_TOKENS,
             charge_tokens=not need.fetches,
             random=self._rng.getrandbits(30),
         )

@@ -18,6 +18,7 @@ and an abort cannot be cancelled half way. What comes out is put into the reques
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import random
 import secrets
@@ -34,7 +35,16 @@ from pdserve.protocol.messages import LifeEvent, Output, Submit
 from pdserve.protocol.sampling import SamplingParams
 from pdserve.protocol.ticket import KVTicket
 from pdserve.router.chooser import Chooser, Need, Verdict
-from pdserve.router.placement import Candidate, Policy, decode_options, first_options, usable
+from pdserve.router.placement import (
+    FETCH,
+    Candidate,
+    Disaggregate,
+    Policy,
+    decode_options,
+    first_options,
+    usable,
+)
+from pdserve.router.predict import LegFacts, Predictor
 from pdserve.router.workers import WorkerLink, WorkerPool, final_error
 
 log = logging.getLogger(__name__)
@@ -65,6 +75,10 @@ class AnswerSpec:
     cache_salt: str = ""
     session: str = ""
     """Under the policy `session`, answers with the same one go to the same worker."""
+    ttft_s: float = 0.0
+    """Soon enough for the first token; 0: as soon as possible."""
+    itl_s: float = 0.0
+    """What the client can bear between two tokens; 0: anything."""
 
 
 class Mailbox:
@@ -116,11 +130,20 @@ class AnswerLeg:
     """The worker has brought at least one output."""
     error: WorkerError | None = None
     """Why it ended badly."""
+    length: int = 0
+    """Tokens when it was submitted."""
+    cached: int = 0
+    """Of them, found in the worker's prefix cache."""
+    drawn: int = 0
+    """Tokens that it brought."""
 
     def receive(self, output: Output) -> None:
         self.answered = True
+        self.drawn += len(output.token_ids)
+        self.cached = output.cached_tokens or self.cached
         if output.events:
             self.events = output.events
+            self.answer.learn_from(self)
         self.answer.on_output(self, output)
 
     def lost(self, error: WorkerError) -> None:
@@ -181,6 +204,19 @@ class Answer:
             error = WorkerError(code=code, message=message)
             self._mailbox.put(self._index, final_error(self._base_id, error))
 
+    def learn_from(self, leg: AnswerLeg) -> None:
+        """A leg has told what happened when."""
+        self._dispatcher.predictor.learn(
+            LegFacts(
+                worker_id=leg.link.worker_id,
+                length=leg.length,
+                cached=leg.cached,
+                drawn=leg.drawn,
+                requests=leg.link.requests,
+                events=leg.events,
+            )
+        )
+
     # placing
 
     def place(self) -> None:
@@ -196,9 +232,17 @@ class Answer:
         return bool(candidates)
 
     def _candidates(self) -> list[Candidate]:
-        workers = self._dispatcher.pool.snapshot()
+        dispatcher, spec = self._dispatcher, self._spec
+        workers = dispatcher.pool.snapshot()
         if not self._tokens:
-            found = first_options(workers, self._avoid)
+            length, predictor = len(spec.prompt_token_ids), dispatcher.predictor
+            found = first_options(
+                workers,
+                self._avoid,
+                dispatcher.disaggregate,
+                functools.partial(predictor.price, length) if predictor.warm else None,
+                spec.ttft_s * 1e6,
+            )
             if found or not self._moves:
                 return found
         return decode_options(workers, avoid=self._avoid)
@@ -259,7 +303,8 @@ class Answer:
         if self._prompt_logprobs_sent and sampling.prompt_logprobs is not None:
             sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
         request_id = f"{self._base_id}-{self._index}-{self._attempts}"
-        leg = AnswerLeg(self, link, request_id, kind, now, verdict)
+        length = len(self._spec.prompt_token_ids) + len(self._tokens)
+        leg = AnswerLeg(self, link, request_id, kind, now, verdict, length=length)
         message = Submit(
             request_id=leg.request_id,
             epoch=link.epoch,
@@ -300,7 +345,8 @@ class Answer:
         """From prefill to decode, on fresh numbers."""
         assert self._held is not None
         workers = self._dispatcher.pool.snapshot()
-        candidates = decode_options(workers, self._held.link.fingerprint, self._avoid)
+        fingerprint = self._held.link.fingerprint
+        candidates = decode_options(workers, fingerprint, self._avoid, FETCH)
         if candidates:
             self._choose(candidates, lambda verdict: self._send(verdict, ticket), fetches=True)
         else:
@@ -341,9 +387,9 @@ class Answer:
         self.place()
 
     def _others(self, worker_id: str) -> bool:
-        return usable(
-            [load for load in self._dispatcher.pool.snapshot() if load.worker_id != worker_id]
-        )
+        workers = self._dispatcher.pool.snapshot()
+        others = [load for load in workers if load.worker_id != worker_id]
+        return usable(others, self._dispatcher.disaggregate)
 
 
 @dataclass(slots=True, eq=False)
@@ -387,6 +433,7 @@ class Dispatcher:
         timeout_s: float,
         patience_s: float = PATIENCE_S,
         chooser: Chooser | None = None,
+        disaggregate: Disaggregate = Disaggregate.ALWAYS,
         count_move: Callable[[str, ErrorCode], None] = lambda kind, code: None,
     ) -> None:
         """`timeout_s`: longest life of a request. `chooser`: by default least load over the pool's
@@ -394,6 +441,8 @@ class Dispatcher:
         leg that is retried."""
         self.pool = pool
         self.chooser = chooser or Chooser(None, Policy.LEAST_LOAD, pool.epoch, random.Random())
+        self.disaggregate = disaggregate
+        self.predictor = Predictor()
         self.count_move = count_move
         self.in_flight = 0
         """Answers that are being generated."""
@@ -405,7 +454,7 @@ class Dispatcher:
 
     @property
     def ready(self) -> bool:
-        return usable(self.pool.snapshot())
+        return usable(self.pool.snapshot(), self.disaggregate)
 
     def launch(self, request_id: str, specs: Sequence[AnswerSpec]) -> Flight:
         """Send the first legs of all answers. Raises RequestError(NO_WORKER); then none is left.

@@ -18,18 +18,32 @@ from __future__ import annotations
 
 import enum
 import hashlib
+import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
+from pdserve.cluster.placement import Price
 from pdserve.cluster.records import Role
+from pdserve.router.predict import PriceOf
 
 REQUEST_TOKENS = 64
 """What a request that runs or waits is worth, in prompt tokens still to be computed: a decode
 step of one request costs about as much as so many tokens of a prefill chunk."""
 
 
-FETCH_COST = 0.05
-"""What a token whose KV has to be fetched is worth, in tokens to be computed."""
+COMPUTE = Price(request=REQUEST_TOKENS)
+"""In tokens to be computed: as long as nobody knows how long things take here."""
+FETCH = Price(token=0.05, request=REQUEST_TOKENS)
+"""What is missing is fetched, not computed."""
+
+
+class Disaggregate(enum.StrEnum):
+    """Whether prompts are handed over from a prefill to a decode worker."""
+
+    AUTO = "auto"
+    """When that is predicted to cost less than computing them where they are decoded."""
+    ALWAYS = "always"
+    NEVER = "never"
 
 
 class Policy(enum.StrEnum):
@@ -70,30 +84,37 @@ class Candidate:
     worker: WorkerLoad
     hand_off: bool = False
     """It computes the prompt and hands it over."""
-    floor: int = 0
+    floor: float = 0
     """Cost of whoever must go on: a pair is as busy as its busier half."""
+    price: Price = COMPUTE
 
 
 Rank = tuple[int, int]
 """(no room, cost): less is better."""
 
 
-def rank(candidate: Candidate, tokens: int, token_cost: float = 1.0) -> Rank:
-    """cost = max(queued tokens + REQUEST_TOKENS × requests + token_cost × missing, floor)."""
-    worker = candidate.worker
-    missing = tokens - worker.cached_tokens
+def rank(candidate: Candidate, tokens: int) -> Rank:
+    """The formula of `cluster.placement.Price`, over the numbers that the candidate has."""
+    worker, price = candidate.worker, candidate.price
+    cached = worker.cached_tokens
+    missing = tokens - cached
+    cost = (
+        price.base
+        + price.queued * worker.queued_tokens
+        + price.request * worker.requests
+        + missing * (price.token + price.context * (cached + missing / 2))
+    )
+    cost = max(cost, candidate.floor) + price.harm * missing * worker.requests
     full = worker.free_tokens is not None and worker.free_tokens < missing
-    return int(full), max(worker.load + int(missing * token_cost), candidate.floor)
+    return int(full or worker.requests >= price.most_requests), math.floor(cost)
 
 
-def by_cost(
-    candidates: Sequence[Candidate], tokens: int, draw: int, token_cost: float = 1.0
-) -> int | None:
-    """Policies `prefix` and (with nothing cached) `least-load`: the index of the least rank;
-    `draw` ≥ 0 decides between equal ones."""
+def by_cost(candidates: Sequence[Candidate], tokens: int, draw: int) -> int | None:
+    """Policies `prefix` and `least-load`: the index of the least rank; `draw` ≥ 0 decides between
+    equal ones."""
     if not candidates:
         return None
-    ranks = [rank(candidate, tokens, token_cost) for candidate in candidates]
+    ranks = [rank(candidate, tokens) for candidate in candidates]
     least = min(ranks)
     equal = [index for index, found in enumerate(ranks) if found == least]
     return equal[draw % len(equal)]
@@ -131,38 +152,56 @@ def _prefer_other(workers: Sequence[WorkerLoad], avoid: Collection[str]) -> Sequ
     return [worker for worker in workers if worker.worker_id not in avoid] or workers
 
 
-def usable(workers: Sequence[WorkerLoad]) -> bool:
-    """Whether requests can be served: a colocated worker, or a prefill and a decode worker that
-    can exchange blocks."""
-    if _role(workers, Role.COLOCATED):
-        return True
-    prefills = {worker.fingerprint for worker in _role(workers, Role.PREFILL)}
-    return any(worker.fingerprint in prefills for worker in _role(workers, Role.DECODE))
+def usable(workers: Sequence[WorkerLoad], disaggregate: Disaggregate = Disaggregate.ALWAYS) -> bool:
+    """Whether requests can be served: by a worker that may do everything, or by a prefill and a
+    decode worker that can exchange blocks."""
+    return bool(first_options(workers, disaggregate=disaggregate))
 
 
-def first_options(workers: Sequence[WorkerLoad], avoid: Collection[str] = ()) -> list[Candidate]:
-    """Who may take a prompt; empty if `workers` are not usable."""
-    decodes = _role(workers, Role.DECODE)
-    colocated = _role(workers, Role.COLOCATED)
-    helpers = _prefer_other(decodes, avoid)
-    partners = {
-        worker.worker_id: _alike(worker, decodes) or _alike(worker, colocated)
-        for worker in _role(workers, Role.PREFILL)
-    }
-    prefills = [worker for worker in workers if partners.get(worker.worker_id)]
-    pairs = []
-    for worker in _prefer_other(prefills, avoid):
-        behind = _prefer_other(partners[worker.worker_id], avoid)
-        # Where there are only pairs, what comes behind them is the same for all.
-        floor = min(other.load for other in behind) if colocated else 0
-        pairs.append(Candidate(worker, True, floor))
-    if pairs and all(worker.worker_id in avoid for worker in colocated):
-        colocated = []
-    elif colocated and all(pair.worker.worker_id in avoid for pair in pairs):
+def first_options(
+    workers: Sequence[WorkerLoad],
+    avoid: Collection[str] = (),
+    disaggregate: Disaggregate = Disaggregate.ALWAYS,
+    price_of: PriceOf | None = None,
+    slowest: float = 0,
+) -> list[Candidate]:
+    """Who may take a prompt; empty if `workers` are not usable.
+
+    Under AUTO decode workers may take prompts for themselves if `price_of` tells what that costs,
+    or if there is no other way. `slowest`: a first token within so much (in the unit of the prices)
+    is soon enough.
+    """
+    decodes, colocated = _role(workers, Role.DECODE), _role(workers, Role.COLOCATED)
+    partners: dict[str, list[WorkerLoad]] = {}
+    if disaggregate is not Disaggregate.NEVER:
+        partners = {
+            worker.worker_id: _alike(worker, decodes) or _alike(worker, colocated)
+            for worker in _role(workers, Role.PREFILL)
+        }
+    pairs = [worker for worker in workers if partners.get(worker.worker_id)]
+    may_stay = disaggregate is not Disaggregate.ALWAYS and (price_of is not None or not pairs)
+    alone = colocated + decodes if may_stay else colocated
+    if not pairs or not alone:
+        price_of = None  # nothing to compare
+    if price_of is None:
+        slowest = 0
+    if pairs and all(worker.worker_id in avoid for worker in alone):
+        alone = []
+    elif alone and all(worker.worker_id in avoid for worker in pairs):
         pairs = []
-    return pairs + [
-        Candidate(worker, _relieved(worker, helpers)) for worker in _prefer_other(colocated, avoid)
-    ]
+    helpers = [] if disaggregate is Disaggregate.NEVER else _prefer_other(decodes, avoid)
+    found = []
+    for worker in _prefer_other(pairs, avoid):
+        price = price_of(worker.worker_id, True) if price_of else COMPUTE
+        others = _prefer_other(partners[worker.worker_id], avoid)
+        # Where there are only pairs, what comes behind them is the same for all.
+        behind = min(other.load for other in others) if colocated else 0
+        found.append(Candidate(worker, True, max(behind * price.token, slowest), price))
+    for worker in _prefer_other(alone, avoid):
+        hand_off = worker.role is Role.COLOCATED and _relieved(worker, helpers)
+        price = price_of(worker.worker_id, hand_off) if price_of else COMPUTE
+        found.append(Candidate(worker, hand_off, slowest, price))
+    return found
 
 
 def _alike(worker: WorkerLoad, others: Iterable[WorkerLoad]) -> list[WorkerLoad]:
@@ -176,7 +215,10 @@ def _relieved(worker: WorkerLoad, decodes: Iterable[WorkerLoad]) -> bool:
 
 
 def decode_options(
-    workers: Sequence[WorkerLoad], fingerprint: str | None = None, avoid: Collection[str] = ()
+    workers: Sequence[WorkerLoad],
+    fingerprint: str | None = None,
+    avoid: Collection[str] = (),
+    price: Price = COMPUTE,
 ) -> list[Candidate]:
     """Who may decode from here. `fingerprint`: they must be able to fetch blocks of that layout.
     Decode workers come before colocated ones, which have prompts to compute besides."""
@@ -186,4 +228,4 @@ def decode_options(
     found = _role(fitting, Role.DECODE)
     if not found or all(worker.worker_id in avoid for worker in found):
         found = found + _role(fitting, Role.COLOCATED)
-    return [Candidate(worker) for worker in _prefer_other(found, avoid)]
+    return [Candidate(worker, price=price) for worker in _prefer_other(found, avoid)]

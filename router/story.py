@@ -11,7 +11,7 @@ import msgspec
 from pdserve.cluster.journal import MAX_BYTES, AnswerStory, Chosen, Considered, LegStory, Record
 from pdserve.router.chooser import Verdict
 from pdserve.router.dispatch import AnswerLeg
-from pdserve.router.placement import Candidate, rank
+from pdserve.router.placement import COMPUTE, FETCH, Candidate, rank
 
 MAX_CANDIDATES = 16
 """Told of per choice, the best ones."""
@@ -45,7 +45,7 @@ def _considered(verdict: Verdict, place: int, candidate: Candidate) -> Considere
             queued_tokens=score.queued_tokens,
             requests=score.requests,
             free_tokens=score.free_tokens if score.free_tokens >= 0 else None,
-            floor=candidate.floor,
+            floor=round(candidate.floor),
             cost=score.cost,
             full=score.full,
         )
@@ -57,13 +57,13 @@ def _considered(verdict: Verdict, place: int, candidate: Candidate) -> Considere
         queued_tokens=worker.queued_tokens,
         requests=worker.requests,
         free_tokens=worker.free_tokens,
-        floor=candidate.floor,
+        floor=round(candidate.floor),
         cost=cost if verdict.how == "own view" else None,
         full=bool(full),
     )
 
 
-def why(kind: str, candidates: Sequence[Considered], chosen: str) -> str:
+def why(kind: str, candidates: Sequence[Considered], chosen: str, unit: str = "") -> str:
     """Why the prompt is computed at one worker and handed over, or is not, as a sentence."""
     if kind == "decode":
         return "the prompt's blocks are computed and fetched from there"
@@ -80,7 +80,12 @@ def why(kind: str, candidates: Sequence[Considered], chosen: str) -> str:
     verb = "handed over" if kind == "prefill" else "not handed over"
     if mine.cost is None or other.cost is None:
         return f"{verb}: the policy does not count costs"
-    return f"{verb}: costs {mine.cost}, otherwise {other.cost} (on {other.worker})"
+    return f"{verb}: costs {mine.cost}{unit}, otherwise {other.cost} (on {other.worker})"
+
+
+def unit_of(candidate: Candidate) -> str:
+    """Of costs: tokens to be computed, until it is known how long things take."""
+    return "tokens" if candidate.price in (COMPUTE, FETCH) else "µs"
 
 
 def chosen_of(leg: AnswerLeg) -> Chosen:
@@ -92,7 +97,8 @@ def chosen_of(leg: AnswerLeg) -> Chosen:
         tokens=verdict.tokens,
         among=len(verdict.among),
         candidates=candidates,
-        why=why(leg.kind, candidates, leg.link.worker_id),
+        why=why(leg.kind, candidates, leg.link.worker_id, f" {unit_of(verdict.candidate)}"),
+        unit=unit_of(verdict.candidate),
     )
 
 

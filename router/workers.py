@@ -118,14 +118,19 @@ class WorkerLink:
         """Submissions of this router that have not ended."""
         return len(self._legs)
 
+    @property
+    def requests(self) -> int:
+        """On the worker after its last step, of all routers."""
+        status = self.status
+        return status.running + status.waiting + status.fetching if status else 0
+
     def load(self) -> WorkerLoad:
         """The worker's own numbers plus what was sent since; a pure value for placement."""
         charges = self._charges.values()
         queued = sum(charge.compute for charge in charges)
-        requests = len(charges)
+        requests = len(charges) + self.requests
         free: int | None = None
         if (status := self.status) is not None:
-            requests += status.running + status.waiting + status.fetching
             if self.record.model is not None:
                 block = self.record.model.block_size
                 room = (status.blocks_free + status.blocks_cached) * block

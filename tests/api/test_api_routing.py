@@ -87,3 +87,26 @@ def test_a_session_stays_at_its_worker(start: Start, session: str) -> None:
     for turn in range(5):
         ask(harness, PROMPT[turn:], session)
     assert sorted(counts(workers)) == [0, 0, 5]
+
+
+@pytest.mark.parametrize("mode", ["auto", "never"])
+def test_decode_workers_serve_by_themselves_if_they_may(start: Start, mode: str) -> None:
+    harness = start(disaggregate=mode)
+    decode = harness.add(Role.DECODE)
+    harness.until_connected()
+    ask(harness)
+    assert [submit.hand_off for submit in decode.submits] == [False]
+    prefill = harness.add(Role.PREFILL)
+    harness.until_connected()
+    ask(harness)
+    assert counts([prefill]) == [1 if mode == "auto" else 0]  # nothing has been measured yet
+    assert decode.submits[-1].ticket is None or mode == "auto"
+
+
+def test_decode_workers_do_not_serve_by_themselves_if_prompts_are_always_handed_over(
+    start: Start,
+) -> None:
+    harness = start(disaggregate="always")
+    harness.add(Role.DECODE)
+    harness.until_connected()
+    assert harness.client.get("/health").status_code == 503

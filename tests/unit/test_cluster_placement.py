@@ -18,13 +18,14 @@ from pdserve.cluster.placement import (
     LoadReport,
     Option,
     Placement,
+    Price,
     ask,
     pack_options,
 )
 from pdserve.cluster.records import Role
 from pdserve.protocol.blocks import route_hashes, route_position
 from pdserve.protocol.messages import WorkerStatus
-from pdserve.router.placement import REQUEST_TOKENS, Candidate, WorkerLoad, by_cost
+from pdserve.router.placement import Candidate, WorkerLoad, by_cost, rank
 from pdserve.worker.reporter import Reporter
 
 Scenario = Callable[[RedisForTests, Placement], Awaitable[None]]
@@ -48,10 +49,9 @@ def run(scenario: Scenario) -> None:
 async def choose(
     placement: Placement, *names: str, tokens: Sequence[int] = PROMPT, **more: Any
 ) -> Choice:
-    options = pack_options([Option(name, 1) for name in names])
-    values: dict[str, Any] = {
-        "token_cost": 1.0, "request_cost": 64, "charge_tokens": True, "random": 0,
-    }  # fmt: skip
+    price = more.pop("price", Price())
+    options = pack_options([Option(name, 1, 0, price) for name in names])
+    values: dict[str, Any] = {"charge_tokens": True, "random": 0}
     question = ask(options, route_hashes(tokens), len(tokens), **(values | more))
     return (await placement.choose([question]))[0]
 
@@ -99,10 +99,7 @@ def test_an_old_incarnation_is_not_heard() -> None:
         assert await placement.report("w", new, 1, IDLE, route_hashes(PROMPT)[:2], whole=True)
         assert await placement.report("w", old, 9, IDLE, route_hashes(PROMPT), whole=True)
         options = pack_options([Option("w", new)])
-        question = ask(
-            options, route_hashes(PROMPT), 2000, token_cost=1, request_cost=1,
-            charge_tokens=True, random=0,
-        )  # fmt: skip
+        question = ask(options, route_hashes(PROMPT), 2000, charge_tokens=True, random=0)
         assert (await placement.choose([question]))[0].scores[0].cached_tokens == 32
         await placement.leave("w", old)
         assert (await placement.choose([question]))[0].scores[0].cached_tokens == 32
@@ -124,7 +121,7 @@ def test_choices_charge_until_the_second_report() -> None:
         assert [score.free_tokens for score in third.scores] == [10**6 - 2000] * 2
         for number, left in ((2, 1), (3, 0)):
             await placement.report("b", 1, number, LoadReport(7, 0, 10**6), [])
-            score = (await choose(placement, "b", "a", token_cost=9.0)).scores[0]
+            score = (await choose(placement, "b", "a", price=Price(token=9.0))).scores[0]
             assert score.requests == left + (number - 2)  # the last choice's own charge
         assert score.queued_tokens == 7 + 2000
 
@@ -134,9 +131,7 @@ def test_choices_charge_until_the_second_report() -> None:
 def test_one_round_trip_places_many_without_piling_them_up() -> None:
     async def scenario(_: RedisForTests, placement: Placement) -> None:
         options = pack_options([Option(name, 1) for name in "abcd"])
-        question = ask(
-            options, (), 100, token_cost=1, request_cost=64, charge_tokens=True, random=5
-        )
+        question = ask(options, (), 100, charge_tokens=True, random=5)
         choices = await placement.choose([question] * 40)
         counts = [sum(choice.index == i for choice in choices) for i in range(4)]
         assert counts == [10] * 4
@@ -159,21 +154,25 @@ def test_the_script_and_the_pure_function_choose_alike() -> None:
                 )  # fmt: skip
                 await placement.report(name, 1, 1, load, hashes[:held], whole=True)
                 floor = rng.choice([0, 0, 1500])
-                options.append(Option(name, 1, floor))
+                price = rng.choice([
+                    Price(), Price(token=0.05), Price(7.5, 0.003, 9.25, 0, 1234.5, 0.02, 3),
+                ])  # fmt: skip
+                options.append(Option(name, 1, floor, price))
                 worker = WorkerLoad(
                     worker_id=name, role=Role.DECODE, queued_tokens=load.queued_tokens,
                     requests=load.requests,
                     free_tokens=None if load.free_tokens == UNKNOWN else load.free_tokens,
                     cached_tokens=route_position(held - 1) if held else 0,
                 )  # fmt: skip
-                candidates.append(Candidate(worker, floor=floor))
-            draw, cost = rng.getrandbits(30), rng.choice([1.0, 0.05])
+                candidates.append(Candidate(worker, floor=floor, price=price))
+            draw = rng.getrandbits(30)
             question = ask(
-                pack_options(options), hashes, len(PROMPT), token_cost=cost,
-                request_cost=REQUEST_TOKENS, charge_tokens=True, random=draw,
-            )  # fmt: skip
-            chosen = (await placement.choose([question]))[0].index
-            assert chosen == by_cost(candidates, len(PROMPT), draw, cost)
+                pack_options(options), hashes, len(PROMPT), charge_tokens=True, random=draw
+            )
+            choice = (await placement.choose([question]))[0]
+            assert choice.index == by_cost(candidates, len(PROMPT), draw)
+            ranks = [rank(candidate, len(PROMPT)) for candidate in candidates]
+            assert ranks == [(int(score.full), score.cost) for score in choice.scores]
 
     run(scenario)
 

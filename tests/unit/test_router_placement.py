@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from pdserve.cluster.records import Role
 from pdserve.router.placement import (
+    FETCH,
     REQUEST_TOKENS,
     Candidate,
     WorkerLoad,
@@ -159,9 +160,9 @@ def test_a_cached_prefix_is_weighed_against_load() -> None:
 
 
 def test_tokens_to_be_fetched_cost_less_than_tokens_to_be_computed() -> None:
-    options = decode_options([worker("d0", 6, cached_tokens=100), worker("d1")])
-    assert by_cost(options, 100, 0, 0.05) == 1
-    assert by_cost(options, 100, 0, 1.0) == 0
+    workers = [worker("d0", 6, cached_tokens=100), worker("d1")]
+    assert by_cost(decode_options(workers, price=FETCH), 100, 0) == 1
+    assert by_cost(decode_options(workers), 100, 0) == 0
 
 
 def test_what_is_cached_needs_no_room() -> None:
