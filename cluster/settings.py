@@ -115,6 +115,12 @@ class WorkerSettings(CommonSettings):
         "Number format of weights and KV cache; auto takes the checkpoint's",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
+    kv_cache_dtype: str = option(
+        "auto",
+        "Number format of the KV cache: fp8 (fp8_e4m3 is the same) halves it against bfloat16 at "
+        "some loss, with the scales of the checkpoint if it has them; auto is as --dtype",
+        choices=("auto", "fp8", "fp8_e4m3"),
+    )
     load_format: str = option(
         "auto",
         "auto reads the checkpoint's safetensors; dummy makes random weights from config.json",

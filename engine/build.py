@@ -13,6 +13,7 @@ from pdserve import kernels
 from pdserve.engine import weights as loading
 from pdserve.engine.config import (
     DTYPES,
+    FLOAT8,
     EngineConfig,
     ModelConfig,
     ModelError,
@@ -20,6 +21,7 @@ from pdserve.engine.config import (
     read_model_config,
 )
 from pdserve.engine.graphs import cuda_capture
+from pdserve.engine.kv_scales import read_scales, scale_names
 from pdserve.engine.models.decoder import OUTPUT, Decoder, weight_shapes
 from pdserve.engine.pool import KVPool, block_nbytes
 from pdserve.engine.runner import ModelRunner
@@ -30,6 +32,8 @@ CPU_KV_BYTES = 1 << 30
 
 log = logging.getLogger(__name__)
 
+KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3")
+"""What --kv-cache-dtype may be."""
 MIN_MODEL_LEN = 16
 """Shorter ones have no room for a prompt and an answer."""
 
@@ -60,21 +64,22 @@ def build_runner(
         model,
         num_blocks=config.num_blocks,
         block_size=config.block_size,
-        dtype=config.dtype,
+        dtype=config.kv_cache_dtype,
         device=config.device,
     )
     log.info(
-        "%s: %s on %s, %d KV blocks of %d tokens (%d MiB), up to %d tokens per request",
+        "%s: %s on %s, %d KV blocks of %d tokens in %s (%d MiB), up to %d tokens per request",
         model.architecture,
         config.dtype,
         config.device,
         config.num_blocks,
         config.block_size,
+        config.kv_cache_dtype,
         config.num_blocks * pool.block_nbytes >> 20,
         config.max_model_len,
     )
     fingerprint = layout_fingerprint(
-        model, digest, config.dtype, config.block_size, config.batch_invariant
+        model, digest, config.kv_cache_dtype, config.block_size, config.batch_invariant
     )
     runner = ModelRunner(decoder, pool, config.device)
     if config.cuda_graphs and kernels.records(config.device):
@@ -94,6 +99,11 @@ def resolve(config: EngineConfig, model: ModelConfig) -> EngineConfig:
         raise ModelError(f"--device must be auto, cpu or cuda, not {device!r}.")
     if device == "cuda" and not torch.cuda.is_available():
         raise ModelError("--device cuda: no CUDA device is available here; use --device cpu.")
+    if config.kv_cache_dtype not in KV_CACHE_DTYPES:
+        raise ModelError(
+            f"--kv-cache-dtype must be {', '.join(KV_CACHE_DTYPES[:-1])} or {KV_CACHE_DTYPES[-1]}, "
+            f"not {config.kv_cache_dtype!r}."
+        )
     if config.load_format not in ("auto", "dummy"):
         raise ModelError(f"--load-format must be auto or dummy, not {config.load_format!r}.")
     longest = config.max_model_len or model.max_position_embeddings
@@ -108,7 +118,8 @@ def resolve(config: EngineConfig, model: ModelConfig) -> EngineConfig:
             f"--max-model-len ({longest}) is above the model's {model.max_position_embeddings} "
             "positions (max_position_embeddings)."
         )
-    per_block = block_nbytes(model, config.block_size, dtype)
+    kv_dtype = dtype if config.kv_cache_dtype == "auto" else FLOAT8
+    per_block = block_nbytes(model, config.block_size, kv_dtype)
     memory = config.kv_cache_memory or _free_memory(model, device, dtype)
     num_blocks = config.num_blocks or memory // per_block
     if num_blocks * config.block_size < longest:
@@ -118,7 +129,14 @@ def resolve(config: EngineConfig, model: ModelConfig) -> EngineConfig:
             f"request of {longest}: raise --kv-cache-memory to at least {needed} bytes "
             f"({-(-needed >> 20)} MiB), or lower --max-model-len."
         )
-    return replace(config, dtype=dtype, device=device, max_model_len=longest, num_blocks=num_blocks)
+    return replace(
+        config,
+        dtype=dtype,
+        kv_cache_dtype=kv_dtype,
+        device=device,
+        max_model_len=longest,
+        num_blocks=num_blocks,
+    )
 
 
 def _free_memory(model: ModelConfig, device: str, dtype: str) -> int:
@@ -149,9 +167,12 @@ def _load(
         digest = loading.dummy_digest(config.seed)
     else:
         tied = frozenset({OUTPUT}) if model.tie_word_embeddings else frozenset()
+        optional = tied | scale_names(model.num_layers)
         tensors = loading.load_weights(
-            folder, shapes, dtype=dtype, device=config.device, optional=tied, progress=progress
+            folder, shapes, dtype=dtype, device=config.device, optional=optional, progress=progress
         )
+        if config.kv_cache_dtype == FLOAT8:
+            tensors |= read_scales(folder, model.num_layers)
         digest = loading.weights_digest(folder)
     decoder = Decoder(
         model, tensors, config.max_model_len, config.device, invariant=config.batch_invariant

@@ -21,6 +21,9 @@ DTYPES = {
     "float16": torch.float16,
 }
 """Element types that weights, activations and the KV cache can have, by name."""
+FLOAT8 = "float8_e4m3fn"
+CACHE_DTYPES = {**DTYPES, FLOAT8: torch.float8_e4m3fn}
+"""Element types of the KV cache, by name."""
 
 
 class ModelError(PdserveError):
@@ -143,6 +146,8 @@ class EngineConfig:
     """Tokens per request, prompt and answer together; 0: the model's max_position_embeddings."""
     dtype: str = "auto"
     """A key of DTYPES, or "auto": the checkpoint's."""
+    kv_cache_dtype: str = "auto"
+    """"fp8" or "fp8_e4m3" (the same), or "auto": as dtype. Resolved: a key of CACHE_DTYPES."""
     device: str = "auto"
     """"cpu", "cuda", or "auto": cuda if there is one."""
     load_format: str = "auto"
@@ -230,7 +235,8 @@ def layout_fingerprint(
     block_size: int,
     batch_invariant: bool = False,
 ) -> LayoutFingerprint:
-    """What a pool of this model's KV blocks must share with another one. dtype: a key of DTYPES."""
+    """What a pool of this model's KV blocks must share with another one. dtype: a key of
+    CACHE_DTYPES. The scales of a float8 cache are part of the weights' digest."""
     return LayoutFingerprint(
         model=model.digest(),
         weights=weights_digest,

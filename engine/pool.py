@@ -10,7 +10,7 @@ import weakref
 
 import torch
 
-from pdserve.engine.config import DTYPES, ModelConfig
+from pdserve.engine.config import CACHE_DTYPES, ModelConfig
 
 NONCE_BYTES = 16
 
@@ -42,9 +42,9 @@ class KVPool:
             self._memory = memoryview(mapping)
             self.path = f"/proc/{os.getpid()}/fd/{descriptor}"
             flat = torch.frombuffer(mapping, dtype=torch.uint8, count=size)
-            self.tensor = flat.view(DTYPES[dtype]).view(shape)
+            self.tensor = flat.view(CACHE_DTYPES[dtype]).view(shape)
         else:
-            self.tensor = torch.zeros(shape, dtype=DTYPES[dtype], device=device)
+            self.tensor = torch.zeros(shape, dtype=CACHE_DTYPES[dtype], device=device)
 
     def layer(self, index: int) -> torch.Tensor:
         """One layer's cache, a strided view [num_blocks, 2, block_size, num_kv_heads, head_dim]."""
@@ -69,9 +69,10 @@ class KVPool:
 
 
 def block_nbytes(model: ModelConfig, block_size: int, dtype: str) -> int:
-    """Bytes of one block: K and V of `block_size` tokens in all layers. dtype: a key of DTYPES."""
+    """Bytes of one block: K and V of `block_size` tokens in all layers. dtype: a key of
+    CACHE_DTYPES."""
     per_token = model.num_layers * 2 * model.num_kv_heads * model.head_dim
-    return block_size * per_token * DTYPES[dtype].itemsize
+    return block_size * per_token * CACHE_DTYPES[dtype].itemsize
 
 
 def _shared_memory(size: int, nonce: bytes) -> tuple[int, mmap.mmap]:

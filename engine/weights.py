@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -68,6 +68,16 @@ def load_weights(
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ModelError(f"The checkpoint in {folder} lacks the tensor {missing[0]}{more}.")
     return tensors
+
+
+def read_some(folder: Path, names: Collection[str]) -> dict[str, torch.Tensor]:
+    """Those of `names` that the checkpoint in `folder` holds, as they are."""
+    return {
+        name: tensor
+        for path in _weight_files(folder)
+        for name, tensor in _read(path)
+        if name in names
+    }
 
 
 def dummy_weights(

@@ -18,7 +18,7 @@ class LayoutFingerprint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     weights: str
     """Digest that changes with the weights (file names, sizes and headers)."""
     dtype: str
-    """KV element type: "float32", "bfloat16" or "float16"."""
+    """KV element type: "float32", "bfloat16", "float16" or "float8_e4m3fn"."""
     num_layers: int
     num_kv_heads: int
     """KV heads of the whole model; a worker holds num_kv_heads / tp_size of them."""

@@ -70,6 +70,7 @@ def load(context: Context) -> Loaded:
         max_num_seqs=settings.max_num_seqs,
         max_model_len=settings.max_model_len,
         dtype=settings.dtype,
+        kv_cache_dtype=settings.kv_cache_dtype,
         device=settings.device,
         load_format=settings.load_format,
         batch_invariant=settings.batch_invariant,

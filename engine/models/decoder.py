@@ -134,6 +134,10 @@ class Attention:
         self.dim = config.head_dim
         self.scale = config.head_dim**-0.5
         self.window = config.windows[layer]
+        # Of a float8 cache (engine.kv_scales); absent, and 1, for every other one.
+        self.k_scale, self.v_scale = (
+            float(weights.get(f"{prefix}{kind}_scale", 1.0)) for kind in "kv"
+        )
 
     def __call__(
         self, x: torch.Tensor, angles: Angles, cache: torch.Tensor, batch: Batch
@@ -145,7 +149,16 @@ class Attention:
         if self.norms is not None:
             query = kernels.rms_norm(query, self.norms[0], self.eps)
             key = kernels.rms_norm(key, self.norms[1], self.eps)
-        query = kernels.rope_and_store_kv(query, key, value, *angles, cache, batch.slots)
+        query = kernels.rope_and_store_kv(
+            query,
+            key,
+            value,
+            *angles,
+            cache,
+            batch.slots,
+            k_scale=self.k_scale,
+            v_scale=self.v_scale,
+        )
         return self.output(self._attend(query, cache, batch).flatten(1))
 
     def _attend(self, query: torch.Tensor, cache: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -162,6 +175,8 @@ class Attention:
                     table[:decodes],
                     scale=self.scale,
                     window=self.window,
+                    k_scale=self.k_scale,
+                    v_scale=self.v_scale,
                 )
             )
         if decodes < lens.shape[0]:
@@ -175,6 +190,8 @@ class Attention:
                     scale=self.scale,
                     window=self.window,
                     invariant=self.invariant,
+                    k_scale=self.k_scale,
+                    v_scale=self.v_scale,
                 )
             )
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -303,8 +320,9 @@ class Decoder:
         cos, sin = config.rope.table(config.head_dim, max_model_len)
         self.cos, self.sin = cos.to(device), sin.to(device)
         self.decode: kernels.DecodeStep | None = None
-        """A step of single tokens in one call, where there is a kernel for it (CPU only). It rounds
-        in other places than the kernels of longer chunks do, so it is not invariant."""
+        """A step of single tokens in one call, where there is a kernel for it: on the CPU, with KV
+        in the dtype of the weights. It rounds in other places than the kernels of longer chunks
+        do, so it is not invariant."""
         found = [layer.tensors() for layer in self.layers]
         tensors = [layer for layer in found if layer is not None]
         whole = config.activation == "silu" and len(tensors) == len(found)
@@ -319,7 +337,8 @@ class Decoder:
         Returns the hidden states before the last norm, [T, E].
         """
         x = functional.embedding(batch.token_ids, self.embedding)
-        if self.decode is not None and batch.num_decodes == x.shape[0] <= self.decode.MOST_TOKENS:
+        single = batch.num_decodes == x.shape[0] and caches[0].dtype == x.dtype
+        if self.decode is not None and single and x.shape[0] <= self.decode.MOST_TOKENS:
             self.decode(
                 x,
                 caches,
