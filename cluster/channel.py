@@ -364,15 +364,26 @@ class ChannelServer:
         self._server = await loop.create_server(self._accept, str(address[0]), int(address[1]))
         self.port = self._server.sockets[0].getsockname()[1]
 
+    async def begin(self, epoch: int) -> None:
+        """Become another incarnation: every channel is closed, and whoever comes meets `epoch`."""
+        self._epoch = epoch
+        await self._part()
+
     async def close(self) -> None:
         """Stop listening and close every channel. Idempotent."""
         if self._server is not None:
             self._server.close()
             self._server = None
-        for task in self._tasks:
-            task.cancel()
         while self._tasks:
-            await asyncio.wait(self._tasks)
+            await self._part()
+
+    async def _part(self) -> None:
+        """Close the channels that there are."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
 
     def _accept(self) -> _FrameStream:
         return _FrameStream(self._max_buffer, self._begin)

@@ -40,6 +40,9 @@ _NEXT_EPOCH = (
     _NOW_MS
     + """
 local last = tonumber(redis.call('HGET', KEYS[1], ARGV[1]) or '0')
+local mine = tonumber(ARGV[2])
+if mine > 0 and last > mine then return 0 end
+last = math.max(last, mine)
 local epoch = math.max(last + 1, now)
 redis.call('HSET', KEYS[1], ARGV[1], string.format('%.0f', epoch))
 return epoch
@@ -114,9 +117,10 @@ class Membership:
                 f"The Redis URL {masked(url)!r} cannot be used: {error}"
             ) from None
 
-    async def next_epoch(self, worker_id: str) -> int:
-        """A number larger than every epoch that this worker id had before."""
-        return int(await self._run(_NEXT_EPOCH, worker_id))
+    async def next_epoch(self, worker_id: str, after: int = 0) -> int:
+        """A number larger than every epoch that this worker id had before. `after`: the caller's
+        present epoch; 0 comes back if a newer one exists: then it has been replaced."""
+        return int(await self._run(_NEXT_EPOCH, worker_id, after))
 
     async def publish(self, record: WorkerRecord, lease_s: float = 3.0) -> bool:
         """Write the record and renew its lease. False if a newer epoch exists: then the caller has

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from pdserve.engine.blocks import BlockPool, IntegrityError
+from pdserve.engine.pace import Pace
 from pdserve.engine.ports import ChunkResult, Exporter, Importer, Runner
 from pdserve.engine.request import Request, State
 from pdserve.engine.scheduler import Limits, Plan, Scheduler
@@ -98,8 +99,8 @@ class Engine:
         self._steps = 0
         self._stopping = False
         self._changed = True
-        self.last_turn = time.monotonic()
-        """When the loop last came around: an engine that is alive but stuck stops moving it."""
+        self.pace = Pace()
+        """Tells an engine that is alive but stuck."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.failure: BaseException | None = None
         """Why the thread ended, if it was not told to."""
@@ -163,7 +164,7 @@ class Engine:
         `take(wait)` runs the commands; tests that drive the engine without its thread leave it
         out and get every command that is queued.
         """
-        self.last_turn = time.monotonic()
+        self.pace.turn()
         (take or self._drain)(False)
         self._expire()
         preemptions = self._scheduler.preemptions

@@ -53,6 +53,8 @@ class Ending(enum.StrEnum):
     WITHDRAWN = "withdrawn"
     """The own engine's: the request was aborted here."""
     EXPIRED = "expired"
+    FENCED = "fenced"
+    """The worker's epoch is over."""
     CLOSED = "closed"
     """The transfer was shut down."""
 
@@ -104,7 +106,7 @@ class Read:
     @property
     def stopped(self) -> bool:
         """Whether to stop early: nobody wants the blocks any more and the pool wants them back."""
-        return self.held.ending in (Ending.WITHDRAWN, Ending.CLOSED)
+        return self.held.ending in (Ending.WITHDRAWN, Ending.FENCED, Ending.CLOSED)
 
     def checksums(self, compute: Callable[[int], int]) -> tuple[int, ...]:
         """Of the wanted blocks, in order; `compute(block number)` only for blocks not yet asked.
@@ -308,12 +310,19 @@ class Outbox:
             self._report(held)
         return following
 
+    def begin_epoch(self, epoch: int) -> None:
+        """End every ticket; those minted from now on are of `epoch`."""
+        with self._lock:
+            self._epoch = epoch
+            returned = self._end_all(Ending.FENCED)
+        for held in returned:
+            self._report(held)
+
     def close(self) -> None:
         """End every ticket and take no more offers. Idempotent."""
         with self._lock:
             self._closed = True
-            live = [held for held in self._held.values() if held.ending is None]
-            returned = [held for held in live if self._end(held, Ending.CLOSED)]
+            returned = self._end_all(Ending.CLOSED)
         for held in returned:
             self._report(held)
 
@@ -342,6 +351,11 @@ class Outbox:
         if held.deadline > self._clock():
             return held, None
         return None, held if self._end(held, Ending.EXPIRED) else None
+
+    def _end_all(self, ending: Ending) -> list[_Held]:
+        """Mark every entry; those that are to be reported now."""
+        live = [held for held in self._held.values() if held.ending is None]
+        return [held for held in live if self._end(held, ending)]
 
     def _end(self, held: _Held, ending: Ending) -> bool:
         """Mark an entry; True if nobody reads it, so that it is to be reported now. The first

@@ -167,6 +167,11 @@ class TransferSource:
         within a fraction of a second (line.STOP_CHECK_S)."""
         self.outbox.withdraw(request_id)
 
+    def begin_epoch(self, epoch: int) -> None:
+        """Become another incarnation: what was offered so far cannot be fetched any more."""
+        self._epoch = epoch
+        self.outbox.begin_epoch(epoch)
+
     def counters(self) -> SourceCounters:
         with self._lock:
             connections, bytes_out = len(self._lines), self._bytes_out

@@ -171,7 +171,10 @@ class WorkerLink:
                 log.debug("Abort of %s: %s is gone", request_id, self.worker_id)
 
     def receive(self, frame: StepFrame) -> None:
-        """Hand a step's outputs to their legs."""
+        """Hand a step's outputs to their legs; those of another epoch belong to nobody."""
+        if frame.epoch != self.epoch:
+            log.warning("Dropped a frame of %s from epoch %d", self.worker_id, frame.epoch)
+            return
         self.heard_at = time.monotonic()
         if frame.status is not None:
             self._take_status(frame.status)

@@ -34,5 +34,7 @@ class Assembly:
     """Source → the transport over which its blocks last came."""
     speeds: Callable[[], dict[str, dict[str, float]]]
     """Source → transport → bytes per second, where measured."""
+    begin_epoch: Callable[[int], None]
+    """Become another incarnation: the tickets so far end."""
     close: Callable[[], None]
     """Free what the transfer and the pool hold; after the engine has stopped."""

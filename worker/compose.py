@@ -64,5 +64,6 @@ def compose(context: Context) -> Assembly:
         traffic=lambda: (sink.counters().bytes_in, source.counters().bytes_out),
         routes=lambda: sink.counters().routes,
         speeds=lambda: sink.counters().speeds,
+        begin_epoch=source.begin_epoch,
         close=close,
     )

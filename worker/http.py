@@ -58,16 +58,20 @@ class StatusCollector:
 
 
 def create_app(
-    record: Callable[[], WorkerRecord], status: Callable[[], WorkerStatus | None], secret: str
+    record: Callable[[], WorkerRecord],
+    status: Callable[[], WorkerStatus | None],
+    alive: Callable[[], bool],
+    secret: str,
 ) -> FastAPI:
-    """/health and /metrics for anyone who reaches the port, /status for holders of the secret."""
+    """/health and /metrics for anyone who reaches the port, /status for holders of the secret.
+    `alive()`: whether the engine makes progress."""
     app = FastAPI(title="pdserve worker", docs_url=None, redoc_url=None, openapi_url=None)
     registry = CollectorRegistry(auto_describe=False)
     registry.register(StatusCollector(record, status))
 
     @app.get("/health")
     def health() -> Response:
-        ready = record().state == "ready"
+        ready = record().state == "ready" and alive()
         return Response(status_code=200 if ready else 503, headers={} if ready else RETRY)
 
     @app.get("/metrics")

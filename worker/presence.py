@@ -1,26 +1,37 @@
-"""A worker's own record in Redis: published, renewed, and taken back at the end."""
+"""A worker's own record in Redis: published, renewed, and taken back at the end.
+
+renewed each RENEW_S ──frozen or stuck until the lease was over──► lapsed ──`begin`──► renewed
+         └──a newer incarnation has registered──► fenced: this process must end
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable
 
 import msgspec
 
 from pdserve.cluster.membership import Membership, RedisUnavailable
-from pdserve.cluster.records import WorkerRecord
+from pdserve.cluster.records import WorkerRecord, WorkerState
 
 log = logging.getLogger(__name__)
 
 LEASE_S = 2.5
 """A worker that stops renewing is out within 3 s, the routers' looking included."""
 RENEW_S = 0.8
+TICK_S = 0.1
+FROZEN_S = 1.0
+"""An event loop that comes around so late was not running: the process was stopped, or starved."""
 
 
 class Presence:
-    """Keeps one record alive. Redis may go away for a while: the worker works on regardless."""
+    """Keeps one record alive. Redis may go away for a while: the worker works on regardless, and
+    its lease is taken up again. But when the lease ran out because this process did not run, or its
+    engine made no progress, routers have moved its requests: it has `lapsed`, and is not renewed
+    until it begins anew."""
 
     def __init__(
         self, membership: Membership, record: WorkerRecord, proof_of_life: Callable[[], bool]
@@ -32,7 +43,13 @@ class Presence:
         self._left = False
         self._writing = asyncio.Lock()
         """Taken for every change in Redis, so that the last word is the one meant to be."""
+        self._renewed_at = self._seen_at = time.monotonic()
+        """When a renewal that succeeded was asked for; when the event loop was last seen to run."""
+        self._absent = False
+        """Since the last renewal it was frozen or stuck for a while."""
         self.record = record
+        self.lapsed = False
+        """The epoch is over; see `begin`."""
         self.fenced = asyncio.Event()
         """Set when a newer incarnation of this worker has registered: this one must end."""
 
@@ -48,18 +65,42 @@ class Presence:
     async def run(self) -> None:
         """Publish and renew until cancelled. The lease is renewed only while the worker proves
         that it makes progress."""
-        while not self.fenced.is_set() and not self._left:
-            if self._proof_of_life():
-                async with self._writing:
-                    if not self._left:
-                        await self._publish()
-            # asyncio.timeout, as Python 3.11's wait_for may swallow a cancellation.
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(RENEW_S):
-                    await self._changed.wait()
-            self._changed.clear()
+        ticking = asyncio.create_task(self._tick())
+        try:
+            while not self.fenced.is_set() and not self._left:
+                self._look()
+                if self._proof_of_life() and not self.lapsed:
+                    async with self._writing:
+                        if not self._left:
+                            await self._publish()
+                # asyncio.timeout, as Python 3.11's wait_for may swallow a cancellation.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(RENEW_S):
+                        await self._changed.wait()
+                self._changed.clear()
+        finally:
+            ticking.cancel()
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            self._look()
+
+    def _look(self) -> None:
+        """Notice that the process did not run, or that the engine does not; whoever runs first
+        after that calls this."""
+        now = time.monotonic()
+        if self.record.state is WorkerState.LOADING:  # nobody has entrusted anything to it
+            self._seen_at = self._renewed_at = now
+            return
+        self._absent |= now - self._seen_at > FROZEN_S or not self._proof_of_life()
+        self._seen_at = now
+        if self._absent and not self.lapsed and now - self._renewed_at > LEASE_S:
+            log.warning("The lease ran out %.1f s ago.", now - self._renewed_at - LEASE_S)
+            self.lapsed = True
 
     async def _publish(self) -> None:
+        asked_at = time.monotonic()
         try:
             if not await self._membership.publish(self.record, LEASE_S):
                 log.error("A newer incarnation of %s has registered.", self.record.worker_id)
@@ -72,6 +113,30 @@ class Presence:
             if not self._reachable:
                 log.info("Redis is back.")
             self._reachable = True
+            self._renewed_at = asked_at
+            self._look()
+            self._absent &= self._seen_at - asked_at > FROZEN_S
+
+    async def next_epoch(self) -> int | None:
+        """For a worker that has lapsed: the epoch to `begin`; None if Redis does not answer, or if
+        it is fenced because another incarnation has registered meanwhile."""
+        record = self.record
+        try:
+            epoch = await self._membership.next_epoch(record.worker_id, after=record.epoch)
+        except RedisUnavailable as error:
+            log.warning("%s The worker cannot begin anew yet.", error)
+            return None
+        if not epoch:
+            log.error("A newer incarnation of %s has registered.", record.worker_id)
+            self.fenced.set()
+        return epoch or None
+
+    def begin(self, epoch: int) -> None:
+        """Register again, as another incarnation."""
+        self._renewed_at = self._seen_at = time.monotonic()
+        self._absent = False
+        self.lapsed = False
+        self.update(epoch=epoch)
 
     async def leave(self) -> None:
         """Take the record out for good, if Redis is there; else the lease runs out by itself.

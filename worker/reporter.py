@@ -85,6 +85,11 @@ class Reporter:
                 log.info("%s The prefixes are reported anew when it is back.", error)
             self._whole = True
 
+    def begin(self, epoch: int) -> None:
+        """Report as another incarnation; the cache is the same."""
+        self._epoch, self._number, self._whole = epoch, 0, True
+        self._dirty.set()
+
     async def leave(self) -> None:
         """Take everything back, if Redis is there; else it expires."""
         with contextlib.suppress(RedisUnavailable):

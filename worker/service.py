@@ -38,9 +38,17 @@ class RouterService:
     """Hands messages to the engine and the engine's steps to the routers. Event loop only, but for
     `sink`, which the engine thread calls."""
 
-    def __init__(self, epoch: int, traffic: Callable[[], tuple[int, int]]) -> None:
+    def __init__(
+        self,
+        epoch: int,
+        traffic: Callable[[], tuple[int, int]],
+        alive: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """`traffic()`: KV bytes (in, out) so far. `alive()`: whether the engine makes progress;
+        only then are there heartbeats."""
         self._epoch = epoch
         self._traffic = traffic
+        self._alive = alive
         self._loop = asyncio.get_running_loop()
         self._channels: dict[Channel, WorkerStatus | None] = {}
         self._engine: Engine | None = None
@@ -69,6 +77,10 @@ class RouterService:
         self._engine = engine
         self._note = note
         self._on_order = on_order
+
+    def begin(self, epoch: int) -> None:
+        """Serve as another incarnation; whoever closes the channels ends what came over them."""
+        self._epoch = epoch
 
     def drain(self) -> None:
         """From now on refuse submissions, and say so in every status."""
@@ -174,6 +186,8 @@ class RouterService:
         self._moved = self._traffic()
         if self._status is not None:
             self._status = self._with_traffic(self._status)
+        if not self._alive():
+            return
         for channel, told in list(self._channels.items()):
             if beat or told is not self._status:
                 self._send(channel, [])

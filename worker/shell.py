@@ -15,10 +15,9 @@ import logging
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import astuple
+from dataclasses import astuple, dataclass
 
 from pdserve.cluster.channel import ChannelServer
 from pdserve.cluster.membership import Membership
@@ -38,8 +37,6 @@ from pdserve.worker.service import RouterService
 
 log = logging.getLogger(__name__)
 
-STUCK_S = 120.0
-"""An engine whose loop has not come around for so long is no longer alive."""
 EXIT_FAULT, EXIT_FENCED = 1, 3
 LOOK_S = 0.25
 """Between two looks at how things are; while it drains, a fifth of it."""
@@ -81,6 +78,17 @@ def _compose(context: Context) -> Assembly:
     from pdserve.worker.compose import compose
 
     return compose(context)
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What a worker that serves consists of."""
+
+    presence: Presence
+    service: RouterService
+    server: ChannelServer
+    reporter: Reporter
+    assembly: Assembly
 
 
 class WorkerProcess:
@@ -125,7 +133,9 @@ class WorkerProcess:
     async def _live(self, stack: AsyncExitStack, presence: Presence, epoch: int) -> int:
         loop = asyncio.get_running_loop()
         assembly: Assembly | None = None
-        service = RouterService(epoch, lambda: assembly.traffic() if assembly else (0, 0))
+        service = RouterService(
+            epoch, lambda: assembly.traffic() if assembly else (0, 0), self._alive
+        )
 
         def progress(share: float, what: str) -> None:
             loop.call_soon_threadsafe(lambda: presence.update(progress=share, detail=what))
@@ -150,7 +160,7 @@ class WorkerProcess:
         engine.listen()
         engine.start()
         stack.callback(engine.stop)
-        self._engine_alive = lambda: engine.alive and time.monotonic() - engine.last_turn < STUCK_S
+        self._engine_alive = lambda: engine.alive and not engine.pace.stuck
 
         server = ChannelServer(
             secret=self._settings.secret,
@@ -162,7 +172,9 @@ class WorkerProcess:
             port=self._settings.port,
         )
         await stack.enter_async_context(server)
-        app = create_app(lambda: presence.record, lambda: service.status, self._settings.secret)
+        app = create_app(
+            lambda: presence.record, lambda: service.status, self._alive, self._settings.secret
+        )
         face = HttpFace(app, self._settings.host, self._settings.http_port)
         await face.start()
         stack.push_async_callback(face.close)
@@ -179,7 +191,7 @@ class WorkerProcess:
         stack.push_async_callback(reporter.leave)
         stack.callback(reporting.cancel)
         log.info("Ready on %s:%d, epoch %d.", self._settings.host, server.port, epoch)
-        return await self._serve(presence, service, assembly)
+        return await self._serve(_Parts(presence, service, server, reporter, assembly))
 
     def _placement(self, stack: AsyncExitStack) -> Placement:
         placement = Placement(self._settings.redis, self._settings.cluster)
@@ -201,7 +213,22 @@ class WorkerProcess:
             presence.update(role=order.role)
             answer(OrderDone())
 
-    async def _serve(self, presence: Presence, service: RouterService, assembly: Assembly) -> int:
+    async def _begin_anew(self, parts: _Parts) -> None:
+        """The lease has lapsed: routers have moved what was here. End all of it, tickets included,
+        and register as another incarnation; until Redis gives out its number, try again."""
+        epoch = await parts.presence.next_epoch()
+        if epoch is None:
+            await self._departure.news(LOOK_S)
+            return
+        log.warning("Begin anew with epoch %d; requests and tickets so far end.", epoch)
+        parts.service.begin(epoch)
+        parts.assembly.begin_epoch(epoch)
+        await parts.server.begin(epoch)
+        parts.reporter.begin(epoch)
+        parts.presence.begin(epoch)
+
+    async def _serve(self, parts: _Parts) -> int:
+        presence, service, assembly = parts.presence, parts.service, parts.assembly
         departure = self._departure
         while True:
             if presence.fenced.is_set():
@@ -209,6 +236,9 @@ class WorkerProcess:
             if not assembly.engine.alive:
                 log.critical("The engine is dead: %r.", assembly.engine.failure)
                 return EXIT_FAULT
+            if presence.lapsed and self._alive() and not departure.begun:
+                await self._begin_anew(parts)
+                continue
             presence.note(status=service.status, routes=assembly.routes(), speeds=assembly.speeds())
             if not departure.begun:
                 await departure.news(LOOK_S)

@@ -306,3 +306,21 @@ def test_sums_are_left_to_a_reader_that_has_come(outbox: Outbox) -> None:
     outbox.end(read)
     outbox.sum_ahead("unknown", lambda block: seen.append(block) or 1)
     assert seen == []
+
+
+def test_another_epoch_ends_what_was_offered(
+    outbox: Outbox, returned: list[tuple[str, str]]
+) -> None:
+    """Blocks that are being read go back when their last reader has stopped."""
+    idle, busy = offer(outbox, "idle"), offer(outbox, "busy")
+    read = outbox.begin(ask(busy))
+    outbox.begin_epoch(9)
+    assert returned == [("idle", "fenced")] and read.stopped
+    outbox.end(read)
+    assert returned[1:] == [("busy", "fenced")]
+    for ticket in (idle, busy):
+        assert not outbox.renew(ticket.ticket_id, ticket.epoch)
+        assert not outbox.release(ticket.ticket_id, ticket.epoch, Outcome.COMMITTED, "d")
+        with pytest.raises(Refusal, match="epoch 3"):
+            outbox.begin(ask(ticket))
+    assert offer(outbox, "new").epoch == 9

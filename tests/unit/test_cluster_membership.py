@@ -83,6 +83,20 @@ def test_an_older_epoch_is_fenced() -> None:
     run(scenario)
 
 
+def test_a_worker_that_lapsed_gets_a_new_epoch_unless_it_was_replaced() -> None:
+    async def scenario(redis: RedisForTests, membership: Membership) -> None:
+        first = await membership.next_epoch("w")
+        second = await membership.next_epoch("w", after=first)
+        assert second > first
+        assert await membership.next_epoch("w", after=first) == 0, "another one has come"
+        await redis.stop()
+        await redis.start()
+        far = second + 10**6
+        assert await membership.next_epoch("w", after=far) > far, "an empty Redis knows nobody"
+
+    run(scenario)
+
+
 def test_a_lease_ends_unless_it_is_renewed() -> None:
     async def scenario(_: RedisForTests, membership: Membership) -> None:
         await membership.publish(record("short", 1), lease_s=0.05)
