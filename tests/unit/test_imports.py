@@ -24,7 +24,7 @@ TABLE = {
     "prefill_worker": WORKER_PARTS | {"worker"},
     "decode_worker": WORKER_PARTS | {"worker"},
     "demo": set(),
-    "bench": {"cluster", "kernels", "kv_transfer", "protocol"},
+    "bench": {"cluster", "engine", "kernels", "kv_transfer", "protocol"},
 }
 LIGHT = ("protocol", "cluster", "router")
 """Never torch, not even late."""
