@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from pdserve.engine.blocks import BlockPool, IntegrityError
+from pdserve.engine.grammar import Matcher
 from pdserve.engine.pace import Pace
 from pdserve.engine.ports import ChunkResult, Exporter, Importer, Runner
 from pdserve.engine.request import Request, State
@@ -124,9 +125,10 @@ class Engine:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
-    def submit(self, message: Submit, client: object) -> None:
-        """Queue a request; whatever happens to it comes out of the sink under `client`."""
-        self._post(lambda: self._submit(message, client))
+    def submit(self, message: Submit, client: object, matcher: Matcher | None = None) -> None:
+        """Queue a request; whatever happens to it comes out of the sink under `client`. `matcher`
+        follows its constraint, if it has one, and has seen its outputs so far."""
+        self._post(lambda: self._submit(message, client, matcher))
 
     def abort(self, request_id: str) -> None:
         """End a request in whatever state; unknown ids are ignored. Nothing comes out."""
@@ -214,7 +216,7 @@ class Engine:
 
     # Commands ----------------------------------------------------------------------------------
 
-    def _submit(self, message: Submit, client: object) -> None:
+    def _submit(self, message: Submit, client: object, matcher: Matcher | None) -> None:
         problem = self._problem_with(message)
         if problem:
             self._bag.put(client, _error(message.request_id, ErrorCode.INVALID_REQUEST, problem))
@@ -228,6 +230,7 @@ class Engine:
             root=root_hash(self._layout, message.cache_salt),
             hand_off=message.hand_off,
             ticket=message.ticket,
+            matcher=matcher,
             client=client,
             salt=message.cache_salt,
         )
@@ -359,7 +362,15 @@ class Engine:
             if not chunk.request.num_output:
                 chunk.request.prompt_logprobs += result.prompt_logprobs
             if chunk.samples:
-                self._accept(chunk.request, result)
+                self._accept_or_fail(chunk.request, result)
+
+    def _accept_or_fail(self, request: Request, result: ChunkResult) -> None:
+        """A grammar that runs out of its limits ends its own request and no other."""
+        matcher = request.matcher
+        if matcher is not None and matcher.error:
+            self._fail(request, ErrorCode.INVALID_REQUEST, matcher.error)
+        else:
+            self._accept(request, result)
 
     def _accept(self, request: Request, result: ChunkResult) -> None:
         """Append the drawn token, decide whether the request goes on, and put out the news."""
@@ -373,6 +384,8 @@ class Engine:
         if request.sampling.prompt_logprobs is not None and not request.num_output:
             prompt_logprobs = [None, *request.prompt_logprobs]
         request.token_ids.append(token)
+        if request.matcher is not None:
+            request.matcher.follow([token])
         reason = self._reason_to_finish(request, token)
         ticket = None
         if reason is None and request.hand_off:
@@ -396,7 +409,7 @@ class Engine:
         )
 
     def _reason_to_finish(self, request: Request, token: int) -> FinishReason | None:
-        if token in request.ending:
+        if token in request.ending or (request.matcher is not None and request.matcher.finished):
             return FinishReason.STOP
         if request.num_output >= request.sampling.max_tokens:
             return FinishReason.LENGTH

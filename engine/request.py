@@ -5,11 +5,15 @@ from __future__ import annotations
 import enum
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from pdserve.protocol.events import QUEUED
 from pdserve.protocol.messages import LifeEvent, PositionLogprobs
 from pdserve.protocol.sampling import SamplingParams
 from pdserve.protocol.ticket import KVTicket
+
+if TYPE_CHECKING:
+    from pdserve.engine.grammar import Matcher
 
 
 class State(enum.Enum):
@@ -44,6 +48,8 @@ class Request:
     """Parent hash of its first block (layout and cache salt)."""
     hand_off: bool = False
     ticket: KVTicket | None = None
+    matcher: Matcher | None = None
+    """Where its outputs stand in its `sampling.constraint`."""
     client: object = None
     """Whoever submitted it; outputs are grouped by it. Opaque to the engine."""
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from pdserve import kernels
+from pdserve.engine.grammar import Matcher
 from pdserve.engine.request import Request
 from pdserve.protocol.messages import PositionLogprobs
 from pdserve.protocol.sampling import SamplingParams
@@ -19,8 +20,11 @@ def draw(logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
     A token depends on its row, the request's tokens and parameters, and (seed, position). Nothing
     is kept between calls: penalties are counted from the token lists, for those that have them.
     """
+    masks = _masks(requests, logits.shape[1])
     _apply_bias(logits, requests)
     _apply_penalties(logits, requests)
+    if masks is not None:
+        kernels.apply_bitmask(logits, *(torch.from_numpy(a).to(logits.device) for a in masks))
     rows = [row for row, request in enumerate(requests) if not request.sampling.greedy]
     if not rows:
         return kernels.greedy(logits).tolist()
@@ -65,6 +69,27 @@ def _sample(logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
     )
 
 
+def _masks(requests: Sequence[Request], vocab_size: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Rows [n] int64 whose matchers forbid something, and their bitmasks [n, ⌈V / 32⌉] int32."""
+    rows: list[int] = []
+    masks: list[np.ndarray] = []
+    for row, request in enumerate(requests):
+        if request.matcher is None:
+            continue
+        mask = np.zeros(-(-vocab_size // 32), dtype=np.int32)
+        if request.matcher.fill(mask):
+            rows.append(row)
+            masks.append(mask)
+    return (np.array(rows, dtype=np.int64), np.stack(masks)) if rows else None
+
+
+def _must_go_on(request: Request) -> bool:
+    """It may not end yet, and its grammar lets it go on."""
+    matcher: Matcher | None = request.matcher
+    early = request.num_output < request.sampling.min_tokens
+    return early and not (matcher is not None and matcher.spent)
+
+
 def _apply_bias(logits: torch.Tensor, requests: Sequence[Request]) -> None:
     """Logit biases, and -inf for ending tokens that come too early."""
     rows: list[int] = []
@@ -73,7 +98,7 @@ def _apply_bias(logits: torch.Tensor, requests: Sequence[Request]) -> None:
     for row, request in enumerate(requests):
         params = request.sampling
         entries = dict(params.logit_bias)
-        if request.num_output < params.min_tokens:
+        if _must_go_on(request):
             # A tokenizer may end answers with tokens that the model has no logits for.
             ending = params.eos_token_ids + params.stop_token_ids
             possible = (token for token in ending if token < logits.shape[1])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from pdserve.protocol.grammar import Constraint
+
 GREEDY_BELOW = 1e-5
 """Temperatures under this are greedy, as in vLLM and OpenAI's API."""
 
@@ -45,6 +47,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     min_tokens: int = 0
     """Until so many tokens are out, eos and stop tokens cannot be drawn."""
     ignore_eos: bool = False
+    """No end-of-sequence token ends the answer. Under a grammar none is drawn before nothing else
+    may follow: the answer is as long as the grammar lets it be."""
+    constraint: Constraint | None = None
+    """What may be drawn at all; it goes before bias and `min_tokens`."""
     logprobs: int | None = None
     """Report the log-probability of each generated token and of the n most likely ones
     (None: nothing; 0: only the token's own). Taken from the raw logits, before penalties."""

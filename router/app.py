@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import secrets
@@ -39,6 +40,7 @@ from pdserve.router.errors import (
 )
 from pdserve.router.fields import refuse
 from pdserve.router.generation import EXPLAIN_HEADER, ClientGone, Generation, Inquiry
+from pdserve.router.grammar_check import GrammarCheck
 from pdserve.router.http import Gate, JsonResponse, error_response, http_error, read_json
 from pdserve.router.messages_api import add_messages_routes
 from pdserve.router.metrics import RouterMetrics
@@ -103,6 +105,7 @@ class Router:
         self.metrics = RouterMetrics(model.name, model.own_max_len)
         rng = random.Random(settings.seed)
         self._executor = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
+        self._grammars = GrammarCheck(model.folder / "tokenizer.json", model.vocab_size)
         self.pool = WorkerPool(
             Membership(settings.redis, settings.cluster),
             secret=settings.secret,
@@ -115,6 +118,7 @@ class Router:
             trust_templates=settings.trust_request_chat_template,
             executor=self._executor,
             rng=rng,
+            grammars=self._grammars,
         )
         self._placement = Placement(settings.redis, settings.cluster, timeout_s=ANSWER_S)
         self.recorder = Recorder(
@@ -150,6 +154,7 @@ class Router:
         await self.recorder.close()
         await self.pool.close()
         await self.dispatcher.chooser.close()
+        await asyncio.to_thread(self._grammars.close)
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     @property

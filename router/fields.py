@@ -49,6 +49,8 @@ HONOURED = frozenset(
         "include_usage",
         "continuous_usage_stats",
         "stream_interval",
+        "response_format",
+        "structured_outputs",
         "skip_special_tokens",
         "truncate_prompt_tokens",
         "truncation_side",
@@ -115,17 +117,17 @@ class Refusal:
     harmless: tuple[Any, ...] = (None,)
 
 
+_GUIDED = "the guided_ fields were replaced by structured_outputs"
+
 REFUSED: dict[str, Refusal] = {
     "suffix": Refusal("suffix is only supported for models with FIM completion rendering"),
     "prompt_embeds": Refusal("prompt embeddings are not accepted; send text or token ids"),
-    "response_format": Refusal("only response_format of type text is served", (None,)),
-    "structured_outputs": Refusal("constrained outputs are not served"),
-    "guided_json": Refusal("constrained outputs are not served"),
-    "guided_regex": Refusal("constrained outputs are not served"),
-    "guided_choice": Refusal("constrained outputs are not served"),
-    "guided_grammar": Refusal("constrained outputs are not served"),
-    "guided_decoding_backend": Refusal("constrained outputs are not served"),
-    "guided_whitespace_pattern": Refusal("constrained outputs are not served"),
+    "guided_json": Refusal(_GUIDED),
+    "guided_regex": Refusal(_GUIDED),
+    "guided_choice": Refusal(_GUIDED),
+    "guided_grammar": Refusal(_GUIDED),
+    "guided_decoding_backend": Refusal(_GUIDED),
+    "guided_whitespace_pattern": Refusal(_GUIDED),
     "use_beam_search": Refusal("beam search is not served", (None, False)),
     "allowed_token_ids": Refusal("a list of allowed tokens is not served"),
     "bad_words": Refusal("a list of forbidden words is not served", (None, [])),
@@ -161,9 +163,7 @@ def refuse(request: BaseModel) -> None:
         if refusal is None:
             continue
         value = getattr(request, name)
-        if name == "response_format":
-            _check_response_format(value)
-        elif not any(_same(value, harmless) for harmless in refusal.harmless):
+        if not any(_same(value, harmless) for harmless in refusal.harmless):
             raise BadRequest(
                 f"{name} cannot be used: {refusal.reason} (parameter={name}).", param=name
             )
@@ -171,14 +171,3 @@ def refuse(request: BaseModel) -> None:
 
 def _same(value: Any, harmless: Any) -> bool:
     return type(value) is type(harmless) and value == harmless
-
-
-def _check_response_format(value: Any) -> None:
-    if value is None or (isinstance(value, dict) and value.get("type") == "text"):
-        return
-    kind = value.get("type") if isinstance(value, dict) else value
-    raise BadRequest(
-        f"response_format of type {kind!r:.100} cannot be used: "
-        f"{REFUSED['response_format'].reason}.",
-        param="response_format",
-    )

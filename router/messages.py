@@ -31,6 +31,7 @@ def as_chat(body: MessagesFields) -> ChatCompletionRequest:
         "tool_choice": _tool_choice(body.tool_choice),
         "chat_template_kwargs": body.chat_template_kwargs,
         "reasoning_effort": _effort(body),
+        "response_format": _response_format(body),
         "continue_final_message": prefilled,
         "add_generation_prompt": not prefilled,
     }
@@ -232,10 +233,18 @@ def _effort(body: MessagesFields) -> Any:
     """`reasoning_effort` of chat."""
     if body.thinking is not None and body.thinking.get("type") == "disabled":
         return "none"
-    config = body.output_config or {}
-    if config.get("format") is not None:
+    return (body.output_config or {}).get("effort")
+
+
+def _response_format(body: MessagesFields) -> Json | None:
+    """`response_format` of chat."""
+    wanted = (body.output_config or {}).get("format")
+    if wanted is None:
+        return None
+    schema = wanted.get("schema") if isinstance(wanted, dict) else None
+    if not isinstance(schema, dict) or wanted.get("type") != "json_schema":
         raise BadRequest(
-            "output_config.format cannot be used: constrained outputs are not served.",
+            "output_config.format must be an object of type json_schema with a schema.",
             param="output_config.format",
         )
-    return config.get("effort")
+    return {"type": "json_schema", "json_schema": {"name": "output", "schema": schema}}

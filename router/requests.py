@@ -14,13 +14,16 @@ from typing import Any
 
 import msgspec
 
+from pdserve.protocol.grammar import Constraint
 from pdserve.protocol.sampling import SamplingParams
 from pdserve.router import chat
 from pdserve.router.chat import ChatTemplate
+from pdserve.router.constraints import wish_of
 from pdserve.router.conversation import check_messages, flat_text
 from pdserve.router.dispatch import AnswerSpec
 from pdserve.router.errors import BadRequest
 from pdserve.router.fields import refuse
+from pdserve.router.grammar_check import GrammarCheck
 from pdserve.router.sampling import (
     Vocabulary,
     answer_count,
@@ -107,8 +110,10 @@ class RequestParser:
         trust_templates: bool,
         executor: Executor,
         rng: random.Random,
+        grammars: GrammarCheck,
     ) -> None:
         """`executor` renders and tokenizes long prompts; `rng` draws seeds."""
+        self._grammars = grammars
         self.model = model
         self._max_logprobs = max_logprobs
         self._trust_templates = trust_templates
@@ -135,6 +140,7 @@ class RequestParser:
             max(asked, 1),
             logprobs,
             prefix=COMPLETION,
+            constraint=await self._constraint(body),
             echo="" if echo else None,
             score_only=score_only,
         )
@@ -163,11 +169,12 @@ class RequestParser:
             tokens,
             logprobs,
             prefix=CHAT,
+            constraint=await self._constraint(body),
             echo=echo or None,
             return_prompt_text=bool(body.return_prompt_text),
         )
 
-    def tokens(self, body: GenerateTokensRequest, header_id: str) -> GenerateRequest:
+    async def tokens(self, body: GenerateTokensRequest, header_id: str) -> GenerateRequest:
         """Raises ApiError."""
         self.model.check_name(body.model)
         refuse(body)
@@ -195,7 +202,12 @@ class RequestParser:
             self._room(ids) if asked is None else asked,
             self._logprobs("logprobs", fields.logprobs),
             prefix=TOKENS,
+            constraint=await self._constraint(fields),
         )
+
+    async def _constraint(self, fields: SamplingFields) -> Constraint | None:
+        wish = wish_of(fields.response_format, fields.structured_outputs)
+        return None if wish is None else Constraint(grammar=await self._grammars.grammar(wish))
 
     def _room(self, token_ids: Sequence[int]) -> int:
         """Tokens of an answer whose client set no limit."""
@@ -217,6 +229,7 @@ class RequestParser:
         logprobs: int | None,
         *,
         prefix: str,
+        constraint: Constraint | None,
         echo: str | None = None,
         score_only: bool = False,
         return_prompt_text: bool = False,
@@ -241,6 +254,7 @@ class RequestParser:
                 asked_tokens=asked,
                 logprobs=logprobs,
                 prompt_logprobs=wanted,
+                constraint=constraint,
             )
             for prompt in prompts
         ]

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pdserve.protocol.grammar import Constraint
 from pdserve.protocol.sampling import GREEDY_BELOW, SamplingParams
 from pdserve.router.errors import BadRequest
 from pdserve.router.schemas import SamplingFields
@@ -108,6 +109,7 @@ def sampling_params(
     asked_tokens: int,
     logprobs: int | None,
     prompt_logprobs: int | None,
+    constraint: Constraint | None = None,
 ) -> SamplingParams:
     """The parameters of a request's first answer. `seed`: what to use if the client gave none;
     `max_tokens`: what there is room for, of the `asked_tokens`."""
@@ -135,6 +137,7 @@ def sampling_params(
         ignore_eos=bool(fields.ignore_eos),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        constraint=constraint,
     )
 
 

@@ -63,7 +63,7 @@ def add_scale_out_routes(app: FastAPI, router: Router) -> None:
         check()
         router.admit(1)
         body = parse(GenerateTokensRequest, await router.read(request))
-        parsed = router.parser.tokens(body, request.scope["pdserve.request_id"])
+        parsed = await router.parser.tokens(body, request.scope["pdserve.request_id"])
         text, ids = body.output_mode == "text", bool(body.return_token_ids)
         write = partial(TokensWriter, text=text, prompt_ids=ids)
         return router.respond(request, parsed, received, write)
@@ -154,6 +154,8 @@ def rendered(
         "stop_token_ids": list(sampling.stop_token_ids),
         "include_stop_str_in_output": parsed.text.include_stop,
         "skip_special_tokens": parsed.text.skip_special_tokens,
+        "structured_outputs": body.structured_outputs,
+        "response_format": body.response_format,
         "logit_bias": {str(key): value for key, value in sampling.logit_bias.items()} or None,
     }
     spans = None

@@ -64,6 +64,8 @@ class SamplingFields(_Body):
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
+    response_format: Object | None = None
+    structured_outputs: Object | None = None
     request_id: str | None = None
     cache_salt: str | None = None
 
@@ -80,8 +82,6 @@ class SamplingFields(_Body):
     return_mm_kwargs: bool | None = None
 
     # refused
-    response_format: Any = None
-    structured_outputs: Any = None
     guided_json: Any = None
     guided_regex: Any = None
     guided_choice: Any = None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from pdserve.cluster.records import ModelInfo
 from pdserve.cluster.settings import WorkerSettings
+from pdserve.engine.grammar import Grammars
 from pdserve.engine.loop import Engine, StepOutcome
 
 
@@ -27,6 +28,7 @@ class Assembly:
 
     engine: Engine
     model: ModelInfo
+    grammars: Grammars
     transports: tuple[str, ...]
     traffic: Callable[[], tuple[int, int]]
     """KV bytes (in, out) so far."""

@@ -60,6 +60,7 @@ def compose(context: Context) -> Assembly:
     return Assembly(
         engine=engine,
         model=loaded.info,
+        grammars=loaded.grammars,
         transports=transports,
         traffic=lambda: (sink.counters().bytes_in, source.counters().bytes_out),
         routes=lambda: sink.counters().routes,

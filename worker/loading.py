@@ -11,6 +11,7 @@ from pdserve.cluster.records import ModelInfo
 from pdserve.engine.blocks import BlockPool
 from pdserve.engine.build import Built, build_runner
 from pdserve.engine.config import EngineConfig
+from pdserve.engine.grammar import Grammars
 from pdserve.engine.loop import Engine, StepOutcome
 from pdserve.engine.ports import Exporter, Importer
 from pdserve.engine.scheduler import Limits
@@ -22,6 +23,7 @@ class Loaded:
     """A model in memory, warm, with its pool."""
 
     built: Built
+    grammars: Grammars
 
     @property
     def info(self) -> ModelInfo:
@@ -82,4 +84,4 @@ def load(context: Context) -> Loaded:
     built = build_runner(folder, config, lambda share: context.progress(share, "loading weights"))
     context.progress(1.0, "warming up")
     built.runner.warm_up(built.config.max_model_len)
-    return Loaded(built)
+    return Loaded(built, Grammars(folder, built.model.vocab_size))

@@ -22,6 +22,7 @@ from pdserve.protocol.messages import (
 )
 from pdserve.protocol.orders import Order, OrderDone
 from pdserve.worker.departure import Remains
+from pdserve.worker.grammars import Compiling
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class RouterService:
         self._note: Callable[[WorkerStatus, dict[bytes, bool]], None] | None = None
         self._on_order: OnOrder | None = None
         self._draining = False
+        self._compiling: Compiling | None = None
         self._moved = (0, 0)
         self._step = 0
         self._status: WorkerStatus | None = None
@@ -71,12 +73,15 @@ class RouterService:
         engine: Engine,
         note: Callable[[WorkerStatus, dict[bytes, bool]], None] | None = None,
         on_order: OnOrder | None = None,
+        compiling: Compiling | None = None,
     ) -> None:
         """`note(status, news)` hears, on the event loop, what each step has brought the cache;
-        without `on_order` this worker takes no orders."""
+        without `on_order` this worker takes no orders, without `compiling` no requests with a
+        constraint."""
         self._engine = engine
         self._note = note
         self._on_order = on_order
+        self._compiling = compiling
 
     def begin(self, epoch: int) -> None:
         """Serve as another incarnation; whoever closes the channels ends what came over them."""
@@ -99,10 +104,12 @@ class RouterService:
         def ask(engine: Engine) -> None:
             self._loop.call_soon_threadsafe(_settle, answer, engine.status())
 
+        compiling = len(self._compiling) if self._compiling is not None else 0
         self._engine.call(ask)
         await asyncio.wait([answer], timeout=within_s)
         status = answer.result() if answer.done() else self._status
         requests = status.running + status.waiting + status.fetching if status else 0
+        requests += compiling
         if not answer.done():
             requests = max(1, requests)
         return Remains(requests, status.tickets if status else 0)
@@ -122,6 +129,8 @@ class RouterService:
                 self._receive(channel, message)
         finally:
             del self._channels[channel]
+            if self._compiling is not None:
+                self._compiling.forget(channel)
             self._engine.abort_client(channel)
             log.info("Router %s left.", channel.peer)
 
@@ -131,11 +140,15 @@ class RouterService:
             text = f"This is for epoch {message.epoch}; this worker is {self._epoch}."
             self._refuse(channel, message, ErrorCode.STALE_EPOCH, text)
         elif isinstance(message, Abort):
+            if self._compiling is not None:
+                self._compiling.forget(channel, message.request_id)
             self._engine.abort(message.request_id)
         elif isinstance(message, Submit):
             if self._draining:
                 text = "This worker is leaving and takes nothing new."
                 self._refuse(channel, message, ErrorCode.DRAINING, text)
+            elif message.sampling.constraint is not None:
+                self._compile(channel, message)
             else:
                 self._engine.submit(message, channel)
         elif self._on_order is not None:
@@ -154,6 +167,24 @@ class RouterService:
             channel.send(done)
         except ConnectionError as error:
             log.warning("Operator %s: %s", channel.peer, error)
+
+    def _compile(self, channel: Channel, message: Submit) -> None:
+        """Make the request's matcher first; an abort that comes meanwhile ends it."""
+        engine = self._engine
+        assert engine is not None
+
+        def failed(text: str) -> None:
+            self._send(channel, [_failed(message.request_id, ErrorCode.INVALID_REQUEST, text)])
+
+        if self._compiling is None:
+            failed("This worker cannot constrain what it draws.")
+            return
+        self._compiling.start(
+            channel,
+            message,
+            lambda submit, matcher: engine.submit(submit, channel, matcher),
+            failed,
+        )
 
     def _deliver(self, outcome: StepOutcome) -> None:
         self._step = outcome.step

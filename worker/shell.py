@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import astuple, dataclass
 
@@ -30,6 +31,7 @@ from pdserve.protocol.messages import ToWorker
 from pdserve.protocol.orders import Drain, Order, OrderDone
 from pdserve.worker.assembly import Assembly, Context
 from pdserve.worker.departure import Departure, Remains
+from pdserve.worker.grammars import Compiling
 from pdserve.worker.http import HttpFace, create_app
 from pdserve.worker.presence import Presence
 from pdserve.worker.reporter import Reporter
@@ -154,8 +156,13 @@ class WorkerProcess:
         reporter = Reporter(
             self._placement(stack), self._settings.worker_id, epoch, assembly.model.block_size
         )
+        executor = ThreadPoolExecutor(1, thread_name_prefix="grammars")
+        stack.callback(executor.shutdown, wait=False, cancel_futures=True)
         service.attach(
-            engine, reporter.note, lambda order, answer: self._obey(order, answer, presence)
+            engine,
+            reporter.note,
+            lambda order, answer: self._obey(order, answer, presence),
+            Compiling(assembly.grammars, executor),
         )
         engine.listen()
         engine.start()
