@@ -258,6 +258,10 @@ class Channel:
             await self.close()
             raise StopAsyncIteration from None
 
+    def abort(self) -> None:
+        """Close at once, whatever is buffered."""
+        self._stream.transport.abort()
+
     async def close(self) -> None:
         """Send what is buffered and close. Idempotent."""
         self._stream.drop_incoming()

@@ -79,7 +79,14 @@ class Abort(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     epoch: int
 
 
-ToWorker = Submit | Abort | Drain | SwitchRole
+class Alive(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="alive"):
+    """The router lives; never answered. One that says nothing at all for a while is cut off, and
+    its requests end."""
+
+    epoch: int
+
+
+ToWorker = Submit | Abort | Alive | Drain | SwitchRole
 
 
 class Output(

@@ -7,9 +7,9 @@
                          └ lost, refused ──► moved
 
 Every leg that fails for a reason that another worker may not have is retried, at most MAX_MOVES
-times in a life; tokens already delivered are never drawn again: they travel with the submission,
-and the generator keyed by (seed, position) goes on where it was. While no worker is there, the
-answer waits for one for up to `patience_s`.
+times without a token in between and MAX_MOVES_IN_ALL times in a life; tokens already delivered are
+never drawn again: they travel with the submission, and the generator keyed by (seed, position) goes
+on where it was. While no worker is there, the answer waits for one (`waiting.py`).
 
 All of this happens in callbacks on the event loop; sends never wait, so neither does any of this,
 and an abort cannot be cancelled half way. What comes out is put into the request's `Mailbox`.
@@ -31,9 +31,11 @@ import msgspec
 
 from pdserve.protocol.blocks import route_hashes
 from pdserve.protocol.errors import ErrorCode, RequestError, WorkerError
+from pdserve.protocol.events import RECOMPUTED
 from pdserve.protocol.messages import LifeEvent, Output, Submit
 from pdserve.protocol.sampling import SamplingParams
 from pdserve.protocol.ticket import KVTicket
+from pdserve.router.breaker import Pairs
 from pdserve.router.chooser import Chooser, Need, Verdict
 from pdserve.router.placement import (
     FETCH,
@@ -45,14 +47,15 @@ from pdserve.router.placement import (
     usable,
 )
 from pdserve.router.predict import LegFacts, Predictor
+from pdserve.router.waiting import PATIENCE_S, WaitingRoom
 from pdserve.router.workers import WorkerLink, WorkerPool, final_error
 
 log = logging.getLogger(__name__)
 
 MAX_MOVES = 4
-"""Legs that may fail under one answer before it does."""
-PATIENCE_S = 10.0
-"""How long an answer waits for a worker after its own were lost."""
+"""Legs that may fail under one answer, one after the other and without a token, before it does."""
+MAX_MOVES_IN_ALL = 12
+"""And in its life: a request that kills its workers must not go through all of them."""
 
 RETRYABLE = frozenset(
     {
@@ -136,6 +139,8 @@ class AnswerLeg:
     """Of them, found in the worker's prefix cache."""
     drawn: int = 0
     """Tokens that it brought."""
+    source: str = ""
+    """The worker from which it fetches blocks."""
 
     def receive(self, output: Output) -> None:
         self.answered = True
@@ -174,7 +179,7 @@ class Answer:
         self._held: AnswerLeg | None = None
         self._avoid: set[str] = set()
         self._routes: list[bytes] = []
-        self._moves = 0
+        self._moves = self._moves_in_all = 0
         self._attempts = 0
         self._prompt_logprobs_sent = spec.sampling.prompt_logprobs is None
         self.done = False
@@ -191,7 +196,7 @@ class Answer:
     def end(self) -> None:
         """The client has what it wanted, or is gone: abort whatever still goes on. Idempotent."""
         self.done = True
-        self._dispatcher.forget(self)
+        self._dispatcher.waiting.leave(self)
         for leg in (self._running, self._held):
             if leg is not None:
                 leg.link.abort(leg.request_id)
@@ -206,6 +211,9 @@ class Answer:
 
     def learn_from(self, leg: AnswerLeg) -> None:
         """A leg has told what happened when."""
+        if leg.source:
+            arrived = all(event.name != RECOMPUTED for event in leg.events)
+            self._dispatcher.pairs.note(leg.source, leg.link.worker_id, arrived)
         self._dispatcher.predictor.learn(
             LegFacts(
                 worker_id=leg.link.worker_id,
@@ -222,7 +230,10 @@ class Answer:
     def place(self) -> None:
         """Find a worker for what is left to do, or wait for one."""
         if not self.done and not self._try_to_place():
-            self._dispatcher.wait_for_workers(self)
+            self._dispatcher.waiting.enter(self)
+
+    def nobody_came(self) -> None:
+        self.fail(ErrorCode.NO_WORKER, self._dispatcher.nobody())
 
     def _try_to_place(self) -> bool:
         """Choose a worker and send it the next leg; False if there is nobody to choose from."""
@@ -304,7 +315,8 @@ class Answer:
             sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
         request_id = f"{self._base_id}-{self._index}-{self._attempts}"
         length = len(self._spec.prompt_token_ids) + len(self._tokens)
-        leg = AnswerLeg(self, link, request_id, kind, now, verdict, length=length)
+        source = ticket.source if ticket is not None else ""
+        leg = AnswerLeg(self, link, request_id, kind, now, verdict, length=length, source=source)
         message = Submit(
             request_id=leg.request_id,
             epoch=link.epoch,
@@ -317,6 +329,7 @@ class Answer:
             cache_salt=self._spec.cache_salt,
         )
         link.submit(message, leg)
+        self._dispatcher.pairs.sent(source, link.worker_id)
         self.legs.append(leg)
         self._running = leg
 
@@ -331,6 +344,7 @@ class Answer:
         if leg.kind == "decode":
             self._held = None  # it has tokens, so it has the blocks
         self._tokens.extend(output.token_ids)
+        self._moves = 0
         if output.prompt_logprobs is not None:
             self._prompt_logprobs_sent = True
         if output.finish_reason is not None:
@@ -346,7 +360,8 @@ class Answer:
         assert self._held is not None
         workers = self._dispatcher.pool.snapshot()
         fingerprint = self._held.link.fingerprint
-        candidates = decode_options(workers, fingerprint, self._avoid, FETCH)
+        avoid = self._avoid | self._dispatcher.pairs.shunned(ticket.source)
+        candidates = decode_options(workers, fingerprint, avoid, FETCH)
         if candidates:
             self._choose(candidates, lambda verdict: self._send(verdict, ticket), fetches=True)
         else:
@@ -366,10 +381,12 @@ class Answer:
         leg.error = error
         self._running = None
         self._drop_held()
-        if error.code not in RETRYABLE or self._moves >= MAX_MOVES:
+        spent = self._moves >= MAX_MOVES or self._moves_in_all >= MAX_MOVES_IN_ALL
+        if error.code not in RETRYABLE or spent:
             self.fail(error.code, error.message)
             return
         self._moves += 1
+        self._moves_in_all += 1
         self._dispatcher.count_move(leg.kind, error.code)
         log.warning(
             "%s: the %s leg on %s ended (%s); going on elsewhere after %d tokens",
@@ -446,11 +463,11 @@ class Dispatcher:
         self.count_move = count_move
         self.in_flight = 0
         """Answers that are being generated."""
+        self.pairs = Pairs()
+        self.waiting = WaitingRoom(lambda: pool.loading, patience_s)
         self._timeout_s = timeout_s
-        self._patience_s = patience_s
-        self._parked: dict[Answer, asyncio.TimerHandle] = {}
         self._last_routes: tuple[AnswerSpec | None, list[bytes]] = (None, [])
-        pool.on_change(self._try_parked)
+        pool.on_change(self.waiting.wake)
 
     @property
     def ready(self) -> bool:
@@ -498,26 +515,6 @@ class Dispatcher:
             "No workers can serve requests now: at least one prefill and one decode worker, or one "
             f"colocated worker, must be ready; connected: {there}{reason}. Try again soon."
         )
-
-    def wait_for_workers(self, answer: Answer) -> None:
-        """Park an answer until a worker comes, but not for ever."""
-        if answer not in self._parked:
-            loop = asyncio.get_running_loop()
-            self._parked[answer] = loop.call_later(self._patience_s, self._give_up, answer)
-
-    def forget(self, answer: Answer) -> None:
-        timer = self._parked.pop(answer, None)
-        if timer is not None:
-            timer.cancel()
-
-    def _try_parked(self) -> None:
-        for answer in list(self._parked):
-            self.forget(answer)
-            answer.place()
-
-    def _give_up(self, answer: Answer) -> None:
-        self._parked.pop(answer, None)
-        answer.fail(ErrorCode.NO_WORKER, self.nobody())
 
     def _expire(self, answers: list[Answer]) -> None:
         for answer in answers:

@@ -71,6 +71,8 @@ class WorkerLoad:
     """Room in the KV cache, in tokens (None: unknown)."""
     cached_tokens: int = 0
     """Longest prefix of the prompt at hand that its prefix cache holds."""
+    shunned: bool = False
+    """It has failed too often lately; see `breaker.py`."""
 
     @property
     def load(self) -> int:
@@ -147,9 +149,15 @@ def _role(workers: Iterable[WorkerLoad], *roles: Role) -> list[WorkerLoad]:
     return [worker for worker in workers if worker.role in roles]
 
 
+def _failed(worker: WorkerLoad, avoid: Collection[str]) -> bool:
+    return worker.shunned or worker.worker_id in avoid
+
+
 def _prefer_other(workers: Sequence[WorkerLoad], avoid: Collection[str]) -> Sequence[WorkerLoad]:
-    """Without the workers that have just failed, unless there are no others."""
-    return [worker for worker in workers if worker.worker_id not in avoid] or workers
+    """Without the workers that have just failed, unless there are no others; then rather those that
+    fail otherwise than those that have just failed this request."""
+    good = [worker for worker in workers if not _failed(worker, avoid)]
+    return good or [worker for worker in workers if worker.worker_id not in avoid] or workers
 
 
 def usable(workers: Sequence[WorkerLoad], disaggregate: Disaggregate = Disaggregate.ALWAYS) -> bool:
@@ -185,9 +193,9 @@ def first_options(
         price_of = None  # nothing to compare
     if price_of is None:
         slowest = 0
-    if pairs and all(worker.worker_id in avoid for worker in alone):
+    if pairs and all(_failed(worker, avoid) for worker in alone):
         alone = []
-    elif alone and all(worker.worker_id in avoid for worker in pairs):
+    elif alone and all(_failed(worker, avoid) for worker in pairs):
         pairs = []
     helpers = [] if disaggregate is Disaggregate.NEVER else _prefer_other(decodes, avoid)
     found = []
@@ -226,6 +234,6 @@ def decode_options(
         worker for worker in workers if fingerprint is None or worker.fingerprint == fingerprint
     ]
     found = _role(fitting, Role.DECODE)
-    if not found or all(worker.worker_id in avoid for worker in found):
+    if not found or all(_failed(worker, avoid) for worker in found):
         found = found + _role(fitting, Role.COLOCATED)
     return [Candidate(worker, price=price) for worker in _prefer_other(found, avoid)]

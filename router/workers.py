@@ -14,6 +14,7 @@ whose lease has run out gets nothing new, and is given up once it is silent as w
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import time
@@ -27,6 +28,7 @@ from pdserve.cluster.records import Role, WorkerRecord, WorkerState
 from pdserve.protocol.errors import ErrorCode, ProtocolError, RequestError, WorkerError
 from pdserve.protocol.messages import (
     Abort,
+    Alive,
     FinishReason,
     Output,
     StepFrame,
@@ -34,6 +36,7 @@ from pdserve.protocol.messages import (
     ToRouter,
     WorkerStatus,
 )
+from pdserve.router.breaker import Breaker
 from pdserve.router.placement import WorkerLoad
 
 log = logging.getLogger(__name__)
@@ -45,6 +48,10 @@ LAST_BACKOFF_S = 2.0
 SILENCE_S = 2.0
 """A worker without a lease is given up after so many seconds without a frame."""
 CONNECT_TIMEOUT_S = 5.0
+BEAT_S = 1.0
+"""Workers hear so often that this router lives."""
+SPARE_BREAKERS = 256
+"""Workers that are gone whose failures are remembered, in case that they come back."""
 
 
 class Leg(Protocol):
@@ -72,9 +79,13 @@ class _Charge:
 class WorkerLink:
     """One incarnation of one worker: its channel, its legs, its load."""
 
-    def __init__(self, record: WorkerRecord, channel: Channel) -> None:
+    def __init__(
+        self, record: WorkerRecord, channel: Channel, breaker: Breaker | None = None
+    ) -> None:
+        """`breaker`: that of the worker, whatever its incarnation."""
         self.record = record
         self.channel = channel
+        self._breaker = breaker or Breaker()
         self.listed = True
         """Its lease runs and it says that it is ready."""
         self.heard_at = time.monotonic()
@@ -143,6 +154,7 @@ class WorkerLink:
             queued_tokens=queued,
             requests=requests,
             free_tokens=free,
+            shunned=self._breaker.shuns,
         )
 
     def submit(self, message: Submit, leg: Leg) -> None:
@@ -154,6 +166,7 @@ class WorkerLink:
             self.channel.send(message)
         except (ConnectionError, ProtocolError) as error:
             raise RequestError(ErrorCode.WORKER_LOST, str(error)) from None
+        self._breaker.sent()
         self._legs[message.request_id] = leg
         length = len(message.prompt_token_ids) + len(message.output_token_ids)
         compute = length if message.ticket is None else 0
@@ -170,6 +183,10 @@ class WorkerLink:
             except ConnectionError:
                 log.debug("Abort of %s: %s is gone", request_id, self.worker_id)
 
+    def show_life(self) -> None:
+        with contextlib.suppress(ConnectionError):
+            self.channel.send(Alive(epoch=self.epoch))
+
     def receive(self, frame: StepFrame) -> None:
         """Hand a step's outputs to their legs; those of another epoch belong to nobody."""
         if frame.epoch != self.epoch:
@@ -185,6 +202,10 @@ class WorkerLink:
             self._charges.pop(output.request_id, None)
             if output.finish_reason is not None or output.ticket is not None:
                 del self._legs[output.request_id]
+            if output.error is None:
+                self._breaker.success()
+            elif output.error.code is ErrorCode.INTERNAL:
+                self._breaker.failure()
             leg.receive(output)
 
     def _take_status(self, status: WorkerStatus) -> None:
@@ -202,6 +223,8 @@ class WorkerLink:
     def fail(self, reason: str) -> None:
         """Tell every leg that the worker is lost, once."""
         self._over = True
+        if self._legs:
+            self._breaker.loss()
         legs, self._legs = self._legs, {}
         self._charges.clear()
         error = WorkerError(code=ErrorCode.WORKER_LOST, message=reason)
@@ -230,8 +253,11 @@ class WorkerPool:
         self._records: dict[str, WorkerRecord] = {}
         self._links: dict[str, WorkerLink] = {}
         self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
-        self._watcher: asyncio.Task[None] | None = None
+        self._watchers: list[asyncio.Task[None]] = []
         self._listeners: list[Callable[[], None]] = []
+        self._breakers: dict[str, Breaker] = {}
+        self.loading = False
+        """Some worker is on its way."""
         self.redis_error: str | None = None
         """Why the last look at Redis failed; None if it did not."""
 
@@ -243,15 +269,15 @@ class WorkerPool:
         await self.close()
 
     def start(self) -> None:
-        self._watcher = asyncio.create_task(self._watch())
+        self._watchers = [asyncio.create_task(self._watch()), asyncio.create_task(self._beat())]
 
     async def close(self) -> None:
         """Close all channels. Legs that still wait are told that their worker is lost."""
-        tasks = [*self._tasks.values(), *([self._watcher] if self._watcher else [])]
+        tasks = [*self._tasks.values(), *self._watchers]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._watcher = None
+        self._watchers = []
         await self._membership.close()
 
     def on_change(self, listener: Callable[[], None]) -> None:
@@ -297,10 +323,21 @@ class WorkerPool:
                 self._take_view(records)
             await asyncio.sleep(self._refresh_s)
 
+    async def _beat(self) -> None:
+        """Tell all workers that this router lives, for ever."""
+        while True:
+            for link in self.links:
+                link.show_life()
+            await asyncio.sleep(BEAT_S)
+
     def _take_view(self, records: list[WorkerRecord]) -> None:
         self._records = {
             record.worker_id: record for record in records if record.port and _serves(record)
         }
+        self.loading = any(record.state is WorkerState.LOADING for record in records)
+        if len(self._breakers) > len(records) + SPARE_BREAKERS:
+            ids = {record.worker_id for record in records}
+            self._breakers = {id_: one for id_, one in self._breakers.items() if id_ in ids}
         for link in self.links:
             record = self._records.get(link.worker_id)
             if record is None or record.epoch != link.epoch:
@@ -367,7 +404,8 @@ class WorkerPool:
             )
             await channel.close()
             return False
-        link = WorkerLink(record, channel)
+        breaker = self._breakers.setdefault(record.worker_id, Breaker())
+        link = WorkerLink(record, channel, breaker)
         self._links[record.worker_id] = link
         log.info("Connected to %s (%s, epoch %d)", link.worker_id, link.role, link.epoch)
         self._tell_listeners()

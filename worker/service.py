@@ -13,6 +13,7 @@ from pdserve.engine.loop import Engine, StepOutcome
 from pdserve.protocol.errors import ErrorCode, ProtocolError, WorkerError
 from pdserve.protocol.messages import (
     Abort,
+    Alive,
     FinishReason,
     Output,
     StepFrame,
@@ -30,6 +31,9 @@ STATUS_INTERVAL_S = 0.1
 """Routers that got nothing in a step hear of the load at most this often."""
 HEARTBEAT_S = 0.5
 """And at least this often even if nothing has changed: so they know that the worker lives."""
+ROUTER_LEASE_S = 10.0
+"""A router from which nothing comes for so long is gone: frozen, or its host is. They say each
+second that they live."""
 
 OnOrder = Callable[[Order, Callable[[OrderDone], None]], None]
 """Carries an order out; the second argument takes the answer, now or later."""
@@ -44,9 +48,13 @@ class RouterService:
         epoch: int,
         traffic: Callable[[], tuple[int, int]],
         alive: Callable[[], bool] = lambda: True,
+        router_lease_s: float = ROUTER_LEASE_S,
     ) -> None:
         """`traffic()`: KV bytes (in, out) so far. `alive()`: whether the engine makes progress;
         only then are there heartbeats."""
+        self._router_lease_s = router_lease_s
+        self._heard: dict[Channel, float] = {}
+        """When something last came over a router's channel."""
         self._epoch = epoch
         self._traffic = traffic
         self._alive = alive
@@ -129,6 +137,7 @@ class RouterService:
                 self._receive(channel, message)
         finally:
             del self._channels[channel]
+            self._heard.pop(channel, None)
             if self._compiling is not None:
                 self._compiling.forget(channel)
             self._engine.abort_client(channel)
@@ -143,7 +152,10 @@ class RouterService:
             if self._compiling is not None:
                 self._compiling.forget(channel, message.request_id)
             self._engine.abort(message.request_id)
+        elif isinstance(message, Alive):
+            self._heard[channel] = self._loop.time()
         elif isinstance(message, Submit):
+            self._heard[channel] = self._loop.time()
             if self._draining:
                 text = "This worker is leaving and takes nothing new."
                 self._refuse(channel, message, ErrorCode.DRAINING, text)
@@ -159,7 +171,7 @@ class RouterService:
     def _refuse(self, channel: Channel, message: ToWorker, code: ErrorCode, text: str) -> None:
         if isinstance(message, Submit):
             self._send(channel, [_failed(message.request_id, code, text)])
-        elif not isinstance(message, Abort):
+        elif not isinstance(message, (Abort, Alive)):
             self._answer(channel, OrderDone(error=WorkerError(code=code, message=text)))
 
     def _answer(self, channel: Channel, done: OrderDone) -> None:
@@ -214,6 +226,10 @@ class RouterService:
         self._status_timer = None
         if self._channels:
             self._status_timer = self._loop.call_later(HEARTBEAT_S, self._send_status)
+        for channel, heard_at in list(self._heard.items()):
+            if now - heard_at > self._router_lease_s:
+                log.warning("Router %s has said nothing for too long.", channel.peer)
+                channel.abort()
         self._moved = self._traffic()
         if self._status is not None:
             self._status = self._with_traffic(self._status)

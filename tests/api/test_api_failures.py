@@ -222,7 +222,7 @@ def test_nobody_comes(cluster: Cluster) -> None:
     """Before the first token an ordinary 503, after it an error in the stream; never a hang."""
     for die_at in (0, 5):
         harness, (worker,) = cluster("c")
-        harness.router.dispatcher._patience_s = 0.2
+        harness.router.dispatcher.waiting.patience_s = 0.2
         worker.die_at = die_at
         answer = harness.client.post(CHAT, json=BODY | {"stream": True})
         if die_at == 0:

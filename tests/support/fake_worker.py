@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from pdserve.cluster.channel import Channel, ChannelServer
-from pdserve.cluster.membership import Membership
+from pdserve.cluster.membership import Membership, RedisUnavailable
 from pdserve.cluster.records import ModelInfo, Role, WorkerRecord, WorkerState
 from pdserve.protocol import events
 from pdserve.protocol.errors import ErrorCode, WorkerError
@@ -117,7 +117,8 @@ class FakeWorker:
     async def __aexit__(self, *_: object) -> None:
         await self._stop()
         if not self.dead:
-            await self.membership.remove(self.worker_id, self.epoch)
+            with contextlib.suppress(RedisUnavailable):
+                await self.membership.remove(self.worker_id, self.epoch)
 
     async def die(self) -> None:
         """End as a killed process does: connections close, the lease runs out by itself."""
@@ -191,7 +192,8 @@ class FakeWorker:
     async def _renew(self) -> None:
         while True:
             await asyncio.sleep(LEASE_S / 4)
-            await self.membership.publish(self._record(), LEASE_S)
+            with contextlib.suppress(RedisUnavailable):  # as a real one, it goes on regardless
+                await self.membership.publish(self._record(), LEASE_S)
             for channel in self._channels:
                 self._send(channel, [])
 

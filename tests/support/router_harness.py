@@ -50,14 +50,20 @@ class RedisProcess:
 
     def __enter__(self) -> Self:
         self._folder = tempfile.mkdtemp(prefix="pdserve-redis-")
-        path = Path(self._folder) / "redis.sock"
+        self._path = Path(self._folder) / "redis.sock"
+        self.url = f"unix://{self._path}"
+        self.start()
+        return self
+
+    def start(self) -> None:
+        """With nothing in it."""
         self._process = subprocess.Popen(
             [
                 find_redis_server(),
                 "--port",
                 "0",
                 "--unixsocket",
-                str(path),
+                str(self._path),
                 "--save",
                 "",
                 "--dir",
@@ -65,7 +71,6 @@ class RedisProcess:
             ],
             stdout=subprocess.DEVNULL,
         )
-        self.url = f"unix://{path}"
         client = Redis.from_url(self.url)
         deadline = time.monotonic() + WAIT_S
         while True:
@@ -75,11 +80,14 @@ class RedisProcess:
             assert time.monotonic() < deadline and self._process.poll() is None, "no Redis"
             time.sleep(0.01)
         client.close()
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def stop(self) -> None:
+        """As if it were killed."""
         self._process.kill()
         self._process.wait()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
         shutil.rmtree(self._folder)
 
 

@@ -14,6 +14,7 @@ from pdserve.cluster.channel import Channel, ChannelServer, connect
 from pdserve.protocol.errors import ErrorCode
 from pdserve.protocol.messages import (
     Abort,
+    Alive,
     StepFrame,
     Submit,
     ToOperator,
@@ -42,10 +43,10 @@ async def worker() -> AsyncIterator[tuple[Bench, ChannelServer]]:
 
 @asynccontextmanager
 async def serving(
-    orders: OnOrder | None = None,
+    orders: OnOrder | None = None, router_lease_s: float = 10.0
 ) -> AsyncIterator[tuple[Bench, ChannelServer, RouterService]]:
     bench = Bench(num_blocks=64, budget=64)
-    service = RouterService(EPOCH, lambda: (11, 22))
+    service = RouterService(EPOCH, lambda: (11, 22), router_lease_s=router_lease_s)
     bench.engine._sink = service.sink
     service.attach(bench.engine, on_order=orders)
     bench.engine.start()
@@ -238,3 +239,27 @@ async def test_a_departure_by_signal() -> None:
         assert departure.begun and departure.at_once is at_once
         assert departure.code(Remains(0, 0)) == (0 if grace_s else 143)
         assert departure.code(Remains(1, 0)) == 143
+
+
+async def test_a_router_that_says_nothing_for_too_long_is_cut_off() -> None:
+    """Its requests end; one that says that it lives is left in peace, and so is an operator."""
+    async with serving(router_lease_s=0.5) as (_, server, service):
+        silent, alive, operator = [await router(server) for _ in range(3)]
+        silent.send(submit("a", [1, 2], 250))
+        alive.send(submit("b", [3], 5))
+        await frames_until(silent, lambda frames: tokens(frames, "a"))
+
+        async def live() -> None:
+            while True:
+                alive.send(Alive(epoch=EPOCH))
+                await asyncio.sleep(0.05)
+
+        living = asyncio.create_task(live())
+        async with asyncio.timeout(10):
+            async for _ in silent:
+                pass
+        assert not await service.remains(5)
+        assert not alive.closed and not operator.closed
+        living.cancel()
+        for channel in (silent, alive, operator):
+            await channel.close()
