@@ -101,9 +101,9 @@ class WorkerSettings(CommonSettings):
     )
     transport: str = option(
         "auto",
-        "How KV blocks travel between workers; auto takes NCCL between GPUs, else shared memory "
-        "within a host and TCP between hosts",
-        choices=("auto", "nccl", "shm", "tcp"),
+        "How KV blocks travel between workers; auto takes CUDA IPC within a host and NCCL between "
+        "GPUs, else shared memory within a host and TCP between hosts, or what proves faster",
+        choices=("auto", "ipc", "nccl", "shm", "tcp"),
     )
     device: str = option(
         "auto",

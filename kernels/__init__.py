@@ -26,6 +26,7 @@ from pdserve.kernels.sampling import (
     log_probabilities,
     sample,
 )
+from pdserve.kernels.sums import copy_blocks_summed, sum_blocks
 
 __all__ = [
     "GATES",
@@ -38,6 +39,8 @@ __all__ = [
     "apply_bitmask",
     "apply_penalties",
     "attention_decode",
+    "copy_blocks_summed",
+    "sum_blocks",
     "attention_prefill",
     "dequantize",
     "expert_weights",

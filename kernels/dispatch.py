@@ -49,6 +49,8 @@ MODULES: dict[str, dict[str, str]] = {
     "scatter_blocks": {"triton": "triton_blocks", "cuda": "cuda_blocks"},
     "pack_blocks": {"triton": "triton_wire"},
     "unpack_blocks": {"triton": "triton_wire"},
+    "sum_blocks": {"triton": "triton_sums"},
+    "copy_blocks_summed": {"triton": "triton_sums"},
     "apply_penalties": {"triton": "triton_sampling"},
     "apply_bitmask": {"triton": "triton_sampling"},
     "sample": {"triton": "triton_sampling"},

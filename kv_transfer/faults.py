@@ -112,6 +112,7 @@ class FaultySource:
 
     def __init__(self, inner: SourceHalf, dice: Dice) -> None:
         self._inner, self._dice = inner, dice
+        self.sums_itself = getattr(inner, "sums_itself", False)
 
     def objection(self, fetch: Fetch) -> str:
         return self._inner.objection(fetch)

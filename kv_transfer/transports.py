@@ -48,7 +48,9 @@ class TransportSettingError(PdserveError, ValueError):
 
 
 class SourceHalf(Protocol):
-    """Stateless but for the pool, so that any number of threads may use it at once."""
+    """Stateless but for the pool, so that any number of threads may use it at once. One that has
+    `sums_itself` puts checksums of its own kind into the header, which its other half understands.
+    """
 
     def objection(self, fetch: Fetch) -> str:
         """Why this reader cannot be served over this transport; "" if it can."""

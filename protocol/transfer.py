@@ -32,7 +32,20 @@ class Fetch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     host_id: str
     """Identity of the reader's host, for transports within one."""
     detail: str = ""
-    """What else the transport needs to know. "nccl": NCCL version / session that is over."""
+    """What else the transport needs to know. "nccl": NCCL version / session that is over.
+    "ipc": PCI bus id of the reader's GPU."""
+
+
+class DevicePool(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where a pool lies in the memory of a GPU."""
+
+    handle: bytes
+    """CUDA's name for the allocation."""
+    offset: int
+    """Bytes from the allocation's begin to the pool's."""
+    num_blocks: int
+    bus_id: str
+    """The GPU's PCI bus id."""
 
 
 class FetchHeader(
@@ -45,13 +58,16 @@ class FetchHeader(
     num_blocks: int
     block_nbytes: int
     checksums: tuple[int, ...]
-    """xxh3-64 of each block, in the order of `wanted`."""
+    """xxh3-64 of each block, in the order of `wanted`; over "ipc" as `pdserve.kernels.sums`."""
     pool_path: str = ""
     """"shm": path under which the source's pool can be opened by this reader."""
     pool_blocks: tuple[int, ...] = ()
-    """"shm": block numbers in that pool, in the order of `wanted`."""
+    """"shm", "ipc": block numbers in that pool, in the order of `wanted`."""
     pool_nonce: bytes = b""
-    """"shm": must be equal to the pool's own, found at its end: proves that the path names it."""
+    """"shm": must be equal to the pool's own, found at its end: proves that the path names it.
+    "ipc": names the pool among those of this source."""
+    pool_device: DevicePool | None = None
+    """"ipc": where the pool lies."""
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="refused"):

@@ -6,6 +6,8 @@ A role says which legs routers give it, not what it can do: so it may change at 
 from __future__ import annotations
 
 from pdserve.engine.loop import Engine
+from pdserve.kv_transfer import cuda_ipc
+from pdserve.kv_transfer.cuda_ipc import open_ipc
 from pdserve.kv_transfer.device import device_memory
 from pdserve.kv_transfer.faults import Dice, Faults, faulty_sink, faulty_source
 from pdserve.kv_transfer.nccl import open_nccl, sink_halves, source_halves
@@ -24,7 +26,9 @@ def compose(context: Context) -> Assembly:
     pool, fingerprint = loaded.built.pool, loaded.built.fingerprint
     memory = device_memory(pool.tensor) or pool
     nccl = open_nccl(memory, settings.transport)
-    giving, taking = source_halves(nccl, SOURCE_HALVES), sink_halves(nccl, SINK_HALVES)
+    ipc = open_ipc(memory, settings.transport)
+    giving = cuda_ipc.source_halves(ipc, source_halves(nccl, SOURCE_HALVES))
+    taking = cuda_ipc.sink_halves(ipc, sink_halves(nccl, SINK_HALVES))
     transports = offered_transports(memory, settings.transport, giving)
     engine: Engine
     source = TransferSource(

@@ -25,6 +25,7 @@ from pdserve.kernels import (
     triton_prefill,
     triton_quantized,
     triton_sampling,
+    triton_sums,
     triton_wire,
 )
 from pdserve.kernels.quantized_weight import QuantizedWeight
@@ -74,6 +75,9 @@ POINTERS = {
     "buffer_ptr": "*i32",
     "id_ptr": "*i64",
     "scale_ptr": "*fp32",
+    "source_id_ptr": "*i64",
+    "target_id_ptr": "*i64",
+    "total_ptr": "*i64",
 }
 """Types of pointers; all others have the dtype under test."""
 
@@ -118,6 +122,18 @@ def quantized_case(kind: str, group: int, *, many: bool) -> tuple[Any, dict[str,
 
 CASES: list[tuple[Any, dict[str, Any], dict[str, str]]] = [
     (triton_norm.rms_norm_kernel, {"WIDTH": 4096, "BLOCK": 4096, "ROWS": 1, "ADDS": True}, {}),
+    *[
+        (
+            triton_sums.summing_kernel,
+            {
+                **{name: getattr(triton_sums, name) for name in ("C0", "C1", "C2", "C3")},
+                "COPIES": copies,
+                "BLOCK": triton_sums.BLOCK,
+            },
+            {"source_ptr": "*i64", "target_ptr": "*i64"},
+        )
+        for copies in (True, False)
+    ],
     (triton_norm.rms_norm_kernel, {"WIDTH": 80, "BLOCK": 128, "ROWS": 32, "ADDS": False}, {}),
     *[
         (triton_activation.gated_kernel, {"KIND": kind, "BLOCK": 1024}, {})

@@ -15,12 +15,17 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import torch
+from fake_ipc import FakeDriver
+from fake_nccl import FakeNccl
 
+from pdserve.kv_transfer import cuda_ipc, nccl
+from pdserve.kv_transfer.device import DeviceMemory
 from pdserve.kv_transfer.line import Line
 from pdserve.kv_transfer.memory import HostMemory, Spans
 from pdserve.kv_transfer.sink import TransferSink
 from pdserve.kv_transfer.source import TransferSource
-from pdserve.kv_transfer.transports import SINK_HALVES, ShmSink, SinkHalf
+from pdserve.kv_transfer.transports import SINK_HALVES, SOURCE_HALVES, ShmSink, SinkHalf
 from pdserve.protocol.ticket import KVTicket, LayoutFingerprint
 from pdserve.protocol.transfer import FetchHeader, FetchReport
 
@@ -102,6 +107,9 @@ class Rig:
         self.fingerprint = FINGERPRINT
         self.secret = "a secret"
         self.returned = Returned()
+        self.between_devices = False
+        """Whether pools count as memory of devices, with CUDA IPC and NCCL over stand-ins."""
+        self._driver, self._nccl = FakeDriver(), FakeNccl()
         self._closers: list[Callable[[], None]] = []
 
     def memory(self, num_blocks: int = 64, block_nbytes: int = BLOCK_NBYTES) -> HostMemory:
@@ -121,8 +129,14 @@ class Rig:
             "transports": ("shm", "tcp"),
             "on_returned": self.returned,
         }
+        if self.between_devices:
+            halves = nccl.source_halves(self._owner(), SOURCE_HALVES)
+            if memory.block_nbytes % cuda_ipc.WORD == 0:
+                halves = cuda_ipc.source_halves(self._driver.runtime(), halves)
+            options["halves"] = halves
+            options["transports"] = tuple(name for name in halves if name != "shm")
         fingerprint = changes.pop("fingerprint", self.fingerprint)
-        source = TransferSource(memory, fingerprint, **{**options, **changes})
+        source = TransferSource(self._seen(memory), fingerprint, **{**options, **changes})
         self._closers.append(source.close)
         return source
 
@@ -131,10 +145,29 @@ class Rig:
             memory = self.memory()
             poison(memory)
         options: dict[str, Any] = {"name": "decode-0", "secret": self.secret, "threads": 2}
+        if self.between_devices:
+            runtime, nbytes = self._driver.runtime(), memory.block_nbytes
+            others = nccl.sink_halves(self._owner(), SINK_HALVES)
+            fits = nbytes % cuda_ipc.WORD == 0
+            options["halves"] = cuda_ipc.sink_halves(runtime if fits else None, others)
         fingerprint = changes.pop("fingerprint", self.fingerprint)
-        sink = TransferSink(memory, fingerprint, **{**options, **changes})
+        sink = TransferSink(self._seen(memory), fingerprint, **{**options, **changes})
         self._closers.append(sink.close)
         return sink
+
+    def _seen(self, memory: Any) -> Any:
+        """The memory as a worker sees it."""
+        if not self.between_devices:
+            return memory
+        blocks = torch.from_numpy(Spans(memory).span(0, memory.num_blocks)).view(
+            memory.num_blocks, memory.block_nbytes
+        )
+        return DeviceMemory(blocks)
+
+    def _owner(self) -> nccl.Owner:
+        owner = nccl.Owner(self._nccl, self._nccl.streams)
+        self._closers.append(owner.close)
+        return owner
 
     def ticket(self, source: TransferSource, request_id: str, block_ids: Sequence[int]) -> KVTicket:
         """Offer whole blocks of 16 tokens."""

@@ -1,0 +1,371 @@
+"""CUDA IPC: blocks from one GPU's pool into another's on the same host, device to device.
+
+    sink                                      source
+      │ ── Fetch("ipc", detail = bus id) ───► │  sums the blocks on its GPU
+      │ ◄── FetchHeader(checksums, handle) ── │
+      │ maps the pool once; copies and sums   │  (sees nothing of it, as with shared memory)
+      │ in one kernel, compares               │
+
+The sink reads the source's pool itself, so its copy counts only if the source confirms the lease
+afterwards (`borrows`). Checksums are those of `pdserve.kernels.sums`, computed where blocks lie:
+xxh3 would carry every byte to the host. What is summed is what the kernel has stored.
+
+A mapping belongs to the lines to one incarnation of a source (their `keeps`): it is closed when the
+last of them is, which happens when another epoch answers, the source dies, or nobody has used them
+for a while. Until then the driver keeps the source's memory, even if its process is gone.
+
+Waits are polls of an event under the fetch's deadlines. A kernel that was launched writes into the
+targets, so a fetch that is cancelled or late still waits for its end, a chunk's time, before it
+reports; only a device that does nothing for `LOST_S` is given up, and the worker with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import secrets
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import msgspec
+import torch
+import torch.utils.dlpack
+
+from pdserve.kernels import copy_blocks_summed, sum_blocks
+from pdserve.kv_transfer.device import DeviceMemory
+from pdserve.kv_transfer.line import Line
+from pdserve.kv_transfer.memory import NONCE_BYTES, Pool, host_id
+from pdserve.kv_transfer.nccl import CudaStreams, Streams
+from pdserve.kv_transfer.transports import (
+    SinkHalf,
+    SourceHalf,
+    TransportSettingError,
+    TransportUnfit,
+    Wait,
+)
+from pdserve.protocol.transfer import DevicePool, Fetch, FetchHeader
+
+log = logging.getLogger(__name__)
+
+WORD = 8
+"""Bytes; blocks must be whole numbers of words."""
+CHUNK_BYTES = 64 * 2**20
+"""Copied by one launch."""
+SUM_S = 5.0
+"""The source's checksums take no longer than this."""
+LOST_S = 60.0
+POLL_S = 0.00005
+LOOK_S = 0.05
+"""Who waits for a mapping that another thread opens looks this often whether it is still wanted."""
+
+
+class Runtime(Protocol):
+    """What is needed of CUDA's runtime. Whatever fails raises an exception of its own kind."""
+
+    streams: Streams
+
+    def bus_id(self) -> str:
+        """Of the own device, as other processes know it."""
+
+    def reaches(self, bus_id: str) -> bool:
+        """Whether the own device can read that one's memory, which may be its own."""
+
+    def share(self, tensor: torch.Tensor) -> tuple[bytes, int]:
+        """(handle of the allocation that the tensor lies in, bytes from its begin)."""
+
+    def open(self, handle: bytes) -> int:
+        """Map another process' allocation; its address here."""
+
+    def close(self, address: int) -> None:
+        """Undo `open`."""
+
+    def words(self, address: int, shape: tuple[int, int]) -> torch.Tensor:
+        """The memory at an address as int64, without owning it."""
+
+
+class CudaRuntime:
+    """CuPy's, and the driver's for what CuPy leaves out."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Raises TransportUnfit if CuPy or a device is missing."""
+        if not torch.cuda.is_available():
+            raise TransportUnfit("CUDA IPC needs a CUDA device, and this process sees none.")
+        try:
+            import cupy
+        except ImportError as error:
+            raise TransportUnfit(f"CUDA IPC needs CuPy (extra `gpu`): {error}.") from None
+        self._cupy: Any = cupy
+        self._device = torch.device("cuda", device.index or 0)
+        self.streams: Streams = CudaStreams(self._device)
+
+    @property
+    def _runtime(self) -> Any:
+        return self._cupy.cuda.runtime
+
+    def bus_id(self) -> str:
+        return str(self._runtime.deviceGetPCIBusId(self._device.index))
+
+    def reaches(self, bus_id: str) -> bool:
+        try:
+            other = int(self._runtime.deviceGetByPCIBusId(bus_id))
+        except Exception:  # hidden from this process
+            return False
+        own = self._device.index
+        return other == own or bool(self._runtime.deviceCanAccessPeer(own, other))
+
+    def share(self, tensor: torch.Tensor) -> tuple[bytes, int]:
+        begin, size = ctypes.c_uint64(), ctypes.c_size_t()
+        address = ctypes.c_uint64(tensor.data_ptr())
+        driver = ctypes.CDLL("libcuda.so.1")
+        if driver.cuMemGetAddressRange_v2(ctypes.byref(begin), ctypes.byref(size), address):
+            raise TransportUnfit("The driver does not know the allocation of the KV pool.")
+        with self._cupy.cuda.Device(self._device.index):
+            handle = self._runtime.ipcGetMemHandle(begin.value)
+        return bytes(handle), tensor.data_ptr() - begin.value
+
+    def open(self, handle: bytes) -> int:
+        with self._cupy.cuda.Device(self._device.index):
+            flags = self._runtime.cudaIpcMemLazyEnablePeerAccess
+            return int(self._runtime.ipcOpenMemHandle(handle, flags))
+
+    def close(self, address: int) -> None:
+        with self._cupy.cuda.Device(self._device.index):
+            self._runtime.ipcCloseMemHandle(address)
+
+    def words(self, address: int, shape: tuple[int, int]) -> torch.Tensor:
+        cupy = self._cupy
+        nbytes, device = shape[0] * shape[1] * WORD, self._device.index
+        memory = cupy.cuda.UnownedMemory(address, nbytes, owner=None, device_id=device)
+        array = cupy.ndarray(shape, cupy.int64, cupy.cuda.MemoryPointer(memory, 0))
+        tensor: torch.Tensor = torch.utils.dlpack.from_dlpack(array)
+        return tensor
+
+
+class _End:
+    """What both ends do: launch on a stream of the thread's own and wait for what comes of it."""
+
+    def __init__(self, pool: DeviceMemory, runtime: Runtime) -> None:
+        """Raises TransportUnfit for blocks that are no whole number of words."""
+        if pool.block_nbytes % WORD or pool.blocks.data_ptr() % WORD:
+            raise TransportUnfit(
+                f"CUDA IPC needs blocks of a multiple of {WORD} bytes, not {pool.block_nbytes}."
+            )
+        self._pool, self._runtime = pool, runtime
+        self._words = pool.blocks.view(torch.int64)
+        self._local = threading.local()
+
+    def _sums(self, launch: Callable[[], torch.Tensor], wait: Wait) -> list[int]:
+        """Launch what computes sums [n] int64 and wait for them. What `wait` raises is raised when
+        the device is done."""
+        streams = self._runtime.streams
+        if not hasattr(self._local, "stream"):
+            streams.enter()
+            self._local.stream = streams.new()
+        stream = self._local.stream
+        with streams.on(stream):
+            found = launch()
+            sums = torch.empty(found.shape, dtype=torch.int64, pin_memory=found.is_cuda)
+            sums.copy_(found, non_blocking=True)
+            mark = streams.mark(stream)
+        _wait_until_done(mark, wait)
+        return [value & (2**64 - 1) for value in sums.tolist()]
+
+    def _index(self, blocks: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(blocks, dtype=torch.int64, device=self._words.device)
+
+
+def _wait_until_done(mark: Any, wait: Wait) -> None:
+    lost = time.monotonic() + LOST_S
+    deadline, ended = lost, None
+    while not mark.query():
+        now = time.monotonic()
+        if ended is None:
+            try:
+                deadline = min(deadline, wait())
+                if now >= deadline:
+                    raise TransportUnfit("A copy between devices did not end in time.")
+            except Exception as error:
+                ended = error
+        if now >= lost:
+            log.critical("The device has not finished a copy for %.0f s; it is lost.", LOST_S)
+            raise TransportUnfit(f"The device has not finished a copy for {LOST_S:g} s.")
+        time.sleep(POLL_S)
+    if ended is not None:
+        raise ended
+
+
+class IpcSource(_End):
+    """Says where the blocks lie on the device; the reader copies them itself."""
+
+    sums_itself = True
+
+    def __init__(self, pool: DeviceMemory, runtime: Runtime) -> None:
+        super().__init__(pool, runtime)
+        handle, offset = runtime.share(pool.blocks)
+        self._shared = DevicePool(
+            handle=handle, offset=offset, num_blocks=pool.num_blocks, bus_id=runtime.bus_id()
+        )
+        self._nonce = secrets.token_bytes(NONCE_BYTES)
+        self._host_id = host_id()
+
+    def objection(self, fetch: Fetch) -> str:
+        if fetch.host_id != self._host_id:
+            return "CUDA IPC needs both workers on one host, under one user."
+        return "" if fetch.detail else "CUDA IPC needs a reader whose KV pool is on a GPU."
+
+    def describe(self, header: FetchHeader, block_ids: Sequence[int]) -> FetchHeader:
+        until = time.monotonic() + SUM_S
+        sums = self._sums(lambda: sum_blocks(self._words, self._index(block_ids)), lambda: until)
+        return msgspec.structs.replace(
+            header,
+            checksums=tuple(sums),
+            pool_blocks=tuple(block_ids),
+            pool_nonce=self._nonce,
+            pool_device=self._shared,
+        )
+
+    def send(self, line: Line, fetch: Fetch, block_ids: Sequence[int], wait: Wait) -> None:
+        """Nothing follows the header."""
+
+
+class _Mapping:
+    """Another process' pool, open as long as this object lives."""
+
+    def __init__(self, runtime: Runtime, shared: DevicePool, words: int) -> None:
+        address = runtime.open(shared.handle)
+        self._closer = weakref.finalize(self, _close, runtime, address)
+        self.words = runtime.words(address + shared.offset, (shared.num_blocks, words))
+
+
+def _close(runtime: Runtime, address: int) -> None:
+    try:
+        runtime.close(address)
+    except Exception as error:
+        log.warning("Closing a mapping of another worker's KV pool failed: %r.", error)
+
+
+class IpcSink(_End):
+    """Maps each source's pool once."""
+
+    borrows = True
+
+    def __init__(self, pool: DeviceMemory, runtime: Runtime) -> None:
+        super().__init__(pool, runtime)
+        self._lock = threading.Lock()
+        self._mapped: weakref.WeakValueDictionary[tuple[str, int, bytes], _Mapping] = (
+            weakref.WeakValueDictionary()
+        )
+
+    def detail(self, source: str, epoch: int) -> str:
+        """What `Fetch.detail` says to any source."""
+        return self._runtime.bus_id()
+
+    def receive(
+        self, line: Line, header: FetchHeader, targets: Sequence[int], wait: Wait
+    ) -> Iterator[list[int]]:
+        shared, blocks = header.pool_device, header.pool_blocks
+        if shared is None or len(blocks) != len(targets):
+            raise TransportUnfit("The source did not say where all the wanted blocks lie.")
+        if any(not 0 <= block < shared.num_blocks for block in blocks):
+            raise TransportUnfit(f"The source named a block outside its {shared.num_blocks}.")
+        mapping = self._map(line, header, shared, wait)
+        chunk = max(1, CHUNK_BYTES // self._pool.block_nbytes)
+        for start in range(0, len(targets), chunk):
+            wait()
+            there, here = blocks[start : start + chunk], targets[start : start + chunk]
+            yield self._copy(mapping, there, here, wait)
+
+    def _copy(
+        self, mapping: _Mapping, there: Sequence[int], here: Sequence[int], wait: Wait
+    ) -> list[int]:
+        def launch() -> torch.Tensor:
+            theirs, mine = self._index(there), self._index(here)
+            return copy_blocks_summed(mapping.words, theirs, self._words, mine)
+
+        try:
+            return self._sums(launch, wait)
+        except RuntimeError as error:  # CUDA's, through torch
+            raise TransportUnfit(f"Copying between devices failed: {error}") from error
+
+    def _map(self, line: Line, header: FetchHeader, shared: DevicePool, wait: Wait) -> _Mapping:
+        while not self._lock.acquire(timeout=LOOK_S):
+            wait()
+        try:
+            key = (line.peer, header.epoch, header.pool_nonce)
+            mapping = self._mapped.get(key)
+            if mapping is None:
+                mapping = self._mapped[key] = self._open(shared)
+        finally:
+            self._lock.release()
+        line.keeps = mapping
+        return mapping
+
+    def _open(self, shared: DevicePool) -> _Mapping:
+        try:
+            if not self._runtime.reaches(shared.bus_id):
+                raise TransportUnfit(
+                    f"The GPU {self._runtime.bus_id()} cannot read the memory of {shared.bus_id}."
+                )
+            return _Mapping(self._runtime, shared, self._words.shape[1])
+        except TransportUnfit:
+            raise
+        except Exception as error:  # CuPy's kinds
+            raise TransportUnfit(f"The source's KV pool cannot be mapped: {error!r}.") from error
+
+
+def open_ipc(pool: object, transport: str) -> Runtime | None:
+    """CUDA IPC for this pool if the setting `transport` allows it and the process can do it; else
+    None, and a line in the log says why. Raises TransportSettingError if it is asked for by name
+    and cannot be had."""
+    if transport not in ("auto", "ipc"):
+        return None
+    try:
+        if not isinstance(pool, DeviceMemory):
+            raise TransportUnfit("CUDA IPC joins pools on GPUs; this worker's pool is on none.")
+        runtime = CudaRuntime(pool.blocks.device)
+        with _as_unfit():
+            IpcSource(pool, runtime)  # as a source will: fail early
+        return runtime
+    except TransportUnfit as error:
+        if transport == "ipc":
+            raise TransportSettingError(f"{error} Choose another --transport.") from None
+        if isinstance(pool, DeviceMemory):
+            log.info("%s Blocks travel without it.", error)
+        return None
+
+
+@contextlib.contextmanager
+def _as_unfit() -> Iterator[None]:
+    try:
+        yield
+    except TransportUnfit:
+        raise
+    except Exception as error:  # CuPy's kinds
+        raise TransportUnfit(f"The KV pool cannot be shared: {error!r}.") from error
+
+
+def source_halves(
+    runtime: Runtime | None, others: Mapping[str, Callable[[Pool], SourceHalf]]
+) -> dict[str, Callable[[Pool], SourceHalf]]:
+    """`others`, after CUDA IPC if there is a runtime."""
+    if runtime is None:
+        return dict(others)
+    return {"ipc": lambda pool: IpcSource(_on_device(pool), runtime), **others}
+
+
+def sink_halves(
+    runtime: Runtime | None, others: Mapping[str, Callable[[Pool], SinkHalf]]
+) -> dict[str, Callable[[Pool], SinkHalf]]:
+    """`others`, after CUDA IPC if there is a runtime."""
+    if runtime is None:
+        return dict(others)
+    return {"ipc": lambda pool: IpcSink(_on_device(pool), runtime), **others}
+
+
+def _on_device(pool: Pool) -> DeviceMemory:
+    assert isinstance(pool, DeviceMemory), "CUDA IPC was opened for a pool on a device"
+    return pool

@@ -1,0 +1,195 @@
+"""The CUDA IPC transport's logic over a stand-in for the runtime (support/fake_ipc.py)."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+from fake_ipc import FakeDriver
+from transfer_rig import Reports, Rig
+
+from pdserve.kernels import copy_blocks_summed
+from pdserve.kv_transfer import cuda_ipc
+from pdserve.kv_transfer.cuda_ipc import open_ipc
+from pdserve.kv_transfer.device import DeviceMemory
+from pdserve.kv_transfer.sink import TransferSink
+from pdserve.kv_transfer.source import TransferSource
+from pdserve.kv_transfer.transports import SINK_HALVES, SOURCE_HALVES, TransportSettingError
+
+BLOCKS, NBYTES = 16, 1000
+STALL_S = 0.3
+
+
+def pool(seed: int, nbytes: int = NBYTES) -> torch.Tensor:
+    """Somewhere within a larger allocation, as torch's allocator gives it."""
+    generator = torch.Generator().manual_seed(seed)
+    whole = torch.randint(0, 256, (BLOCKS + 2, nbytes), dtype=torch.uint8, generator=generator)
+    return whole[1:-1]
+
+
+class Ends:
+    """A source and a sink on two pools of one fake driver."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.rig, self.driver = rig, FakeDriver()
+        self.theirs, self.ours = pool(1), pool(2)
+        self.source, self.sink = self.new_source(7), self.new_sink()
+        self.requests = 0
+
+    def new_source(self, epoch: int, port: int = 0) -> TransferSource:
+        return self.rig.source(
+            DeviceMemory(self.theirs),  # type: ignore[arg-type]
+            epoch=epoch,
+            port=port,
+            transports=("ipc", "tcp"),
+            halves=cuda_ipc.source_halves(self.driver.runtime(sound=True), SOURCE_HALVES),
+            stall_s=STALL_S,
+        )
+
+    def new_sink(self, transport: str = "auto") -> TransferSink:
+        return self.rig.sink(
+            DeviceMemory(self.ours),  # type: ignore[arg-type]
+            transport=transport,
+            halves=cuda_ipc.sink_halves(self.driver.runtime("0000:02:00.0"), SINK_HALVES),
+            stall_s=STALL_S,
+        )
+
+    def begin(self, blocks: range = range(8)) -> Reports:
+        self.requests += 1
+        ticket = self.rig.ticket(self.source, f"r{self.requests}", blocks)
+        return self.rig.fetch(self.sink, ticket, range(len(blocks)), blocks)
+
+    def fetch(self, expected: str, blocks: range = range(8)) -> None:
+        self.ours[blocks.start : blocks.stop] = 0
+        report = self.begin(blocks).only()
+        assert report.ok and report.transport == expected, report
+        assert torch.equal(self.ours[list(blocks)], self.theirs[list(blocks)])
+
+    def begin_stuck(self) -> Reports:
+        """A fetch whose copy has been launched and is not done."""
+        self.driver.trouble.stuck = True
+        reports = self.begin()
+        assert self.driver.trouble.reached.wait(10)
+        return reports
+
+
+@pytest.fixture
+def ends(rig: Rig) -> Iterator[Ends]:
+    ends = Ends(rig)
+    yield ends
+    ends.driver.trouble.let_go.set()
+
+
+def test_a_mapping_is_opened_once_and_closed_with_the_lines(ends: Ends) -> None:
+    for _ in range(3):
+        ends.fetch("ipc")
+    ends.fetch("ipc", range(5, 16))
+    assert len(ends.driver.opened) == 1
+    ends.sink.close()
+    assert ends.driver.opened == []
+
+
+def test_chunks_are_copied_one_after_the_other(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_ipc, "CHUNK_BYTES", 3 * NBYTES)
+    ends.fetch("ipc", range(16))
+
+
+def test_a_new_epoch_closes_the_mapping(ends: Ends) -> None:
+    ends.fetch("ipc")
+    port = ends.source.port
+    ends.source.close()
+    ends.theirs = pool(3)
+    ends.source = ends.new_source(8, port)
+    ends.fetch("ipc")
+    assert ends.driver.opened == [ends.theirs.untyped_storage().data_ptr()]
+
+
+def test_a_source_that_leaves_is_unmapped(ends: Ends) -> None:
+    ends.fetch("ipc")
+    ends.source.close()
+    end = time.monotonic() + 10
+    while ends.driver.opened and time.monotonic() < end:
+        threading.Event().wait(0.02)
+    assert ends.driver.opened == []
+
+
+@pytest.mark.parametrize(("switch", "says"), [("far", "cannot read"), ("failing", "mapped")])
+def test_what_cannot_be_mapped_goes_another_way(ends: Ends, switch: str, says: str) -> None:
+    setattr(ends.driver.trouble, switch, True)
+    ends.fetch("tcp")
+    ends.sink = ends.new_sink("ipc")
+    report = ends.begin().only()
+    assert report.failed and says in report.reason
+    assert ends.driver.opened == []
+
+
+def test_changed_blocks_are_named_and_fetched_again(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel sees another word than the source has."""
+
+    def wrongly(source: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        source[3, 5] ^= 1
+        sums = copy_blocks_summed(source, *rest)
+        source[3, 5] ^= 1
+        return sums
+
+    monkeypatch.setattr(cuda_ipc, "copy_blocks_summed", wrongly)
+    report = ends.begin().only()
+    assert report.ok and report.transport == "tcp"
+    assert report.nbytes == 9 * NBYTES
+    assert torch.equal(ends.ours[:8], ends.theirs[:8])
+
+
+def test_a_withdrawn_ticket_makes_the_copy_void(ends: Ends) -> None:
+    reports = ends.begin_stuck()
+    ends.source.withdraw("r1")
+    ends.driver.trouble.let_go.set()
+    report = reports.only()
+    assert report.failed == tuple(range(8)) and "lease" in report.reason
+
+
+def test_late_copies_are_waited_for_before_their_targets_go_back(ends: Ends) -> None:
+    reports = ends.begin_stuck()
+    time.sleep(2 * STALL_S)
+    assert reports.got == [], "the device may still write into the targets"
+    ends.driver.trouble.let_go.set()
+    report = reports.only()
+    assert report.ok and report.transport == "tcp", "late is unfit: the next one brings them"
+
+
+def test_a_cancelled_copy_is_waited_for(ends: Ends) -> None:
+    reports = ends.begin_stuck()
+    ends.sink.cancel("r1")
+    time.sleep(0.1)
+    assert reports.got == []
+    ends.driver.trouble.let_go.set()
+    report = reports.only()
+    assert report.failed and "cancelled" in report.reason
+
+
+def test_a_lost_device_is_given_up(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_ipc, "LOST_S", 0.5)
+    ends.sink = ends.new_sink("ipc")
+    report = ends.begin_stuck().only()
+    assert report.failed and "has not finished a copy for 0.5 s" in report.reason
+
+
+def test_other_block_sizes_are_refused(rig: Rig) -> None:
+    with pytest.raises(cuda_ipc.TransportUnfit, match="multiple of 8 bytes, not 1001"):
+        cuda_ipc.IpcSource(DeviceMemory(pool(1, 1001)), FakeDriver().runtime())
+
+
+def test_without_a_gpu_it_says_so() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    memory = DeviceMemory(pool(0))
+    assert open_ipc(memory, "auto") is None
+    assert open_ipc(object(), "tcp") is None
+    with pytest.raises(TransportSettingError, match=r"CUDA device.* Choose another --transport"):
+        open_ipc(memory, "ipc")
+    with pytest.raises(TransportSettingError, match="pool is on none"):
+        open_ipc(object(), "ipc")
