@@ -5,19 +5,26 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from pdserve.bench import check, compare, diff, serve
+from pdserve.bench import check, compare, diff, peers, serve
 
 HELP = """\
 usage: pdserve bench COMMAND [OPTION ...]
 
   serve URL   load on any OpenAI-compatible server, and what came of it
   compare     the same load on several topologies, and who wins; an HTML report
+  peers       pdserve and vLLM on this machine, the same load
   diff A B    two stored runs side by side, if they may be compared
   check       whether the load generator tells the truth on this machine
 
 `pdserve bench COMMAND --help` lists the options of a command with their units and defaults.
 """
-COMMANDS = {"serve": serve.main, "compare": compare.main, "check": check.main, "diff": diff.main}
+COMMANDS = {
+    "serve": serve.main,
+    "compare": compare.main,
+    "check": check.main,
+    "diff": diff.main,
+    "peers": peers.main,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
