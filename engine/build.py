@@ -25,6 +25,7 @@ from pdserve.engine.kv_scales import read_scales, scale_names
 from pdserve.engine.models.decoder import OUTPUT, Decoder, weight_shapes
 from pdserve.engine.pool import KVPool, block_nbytes
 from pdserve.engine.runner import ModelRunner
+from pdserve.kernels import dispatch, trials, tuning
 from pdserve.protocol.ticket import LayoutFingerprint
 
 CPU_KV_BYTES = 1 << 30
@@ -82,9 +83,28 @@ def build_runner(
         model, digest, config.kv_cache_dtype, config.block_size, config.batch_invariant
     )
     runner = ModelRunner(decoder, pool, config.device)
+    if config.device == "cuda" and tuning.wanted():
+        _tune(pool, model, config)  # before decode steps are recorded
     if config.cuda_graphs and kernels.records(config.device):
         runner.record(config.max_num_seqs, config.max_model_len, cuda_capture())
     return Built(runner, pool, model, config, fingerprint)
+
+
+@torch.inference_mode()
+def _tune(pool: KVPool, model: ModelConfig, config: EngineConfig) -> None:
+    """Choose the configurations of this process's kernels, on a pool that nobody owns yet."""
+    sizes = trials.Model(
+        dtype=DTYPES[config.dtype],
+        heads=model.num_heads,
+        hidden_size=model.hidden_size,
+        vocab_size=model.vocab_size,
+        invariant=config.batch_invariant,
+    )
+    words = dispatch.choices(config.device)
+    chosen = (
+        trial for trial in trials.trials(pool.tensor, sizes) if words[trial.public] != "reference"
+    )
+    tuning.tune(chosen, key=tuning.fingerprint(), timer=tuning.cuda_seconds)
 
 
 def resolve(config: EngineConfig, model: ModelConfig) -> EngineConfig:

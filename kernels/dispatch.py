@@ -83,11 +83,12 @@ def choices(device: str) -> Mapping[str, str]:
 
 def settle(operation: str, word: str) -> bool:
     """Let `word` compute `operation` on CUDA from now on, because it was measured to be faster;
-    for the start of a process. False, and nothing changes, where PDSERVE_KERNELS has a say."""
-    if operation in _override(os.environ.get(ENVIRONMENT, "")):
-        return False
+    for the start of a process. False, and nothing changes, where PDSERVE_KERNELS has a say or the
+    word's compiler is not installed."""
     if word not in MODULES[operation]:
         raise KernelError(f"{operation} has no implementation {word!r}.")
+    if operation in _override(os.environ.get(ENVIRONMENT, "")) or not _is_installed(word):
+        return False
     _chosen("cuda")[operation] = word
     _resolved.cache_clear()
     return True

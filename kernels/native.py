@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 
 from pdserve.kernels.checks import KernelError
+from pdserve.kernels.user_cache import cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -131,11 +132,7 @@ def compiled(machine_flags: Sequence[str] = MACHINE_FLAGS, folder: Path | None =
     texts = [Path(__file__).with_name(name).read_bytes() for name in (HEADER, *SOURCES)]
     for part in (*texts, repr(compiler).encode(), _processor()):
         digest.update(len(part).to_bytes(8, "little") + part)
-    if folder is None:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pdserve"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
-        raise PermissionError(f"the cache folder {folder} belongs to another user")
+    folder = cache_folder(folder)
     path = folder / f"native-{digest.hexdigest()}.so"
     if path.exists():
         return path

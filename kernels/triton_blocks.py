@@ -11,9 +11,8 @@ import triton
 import triton.language as tl
 
 from pdserve.kernels.block_geometry import geometry
+from pdserve.kernels.configs import chosen
 
-TILE = 2048
-"""Words per program."""
 WORDS = {4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 
@@ -52,7 +51,8 @@ def _launch(
     shape = geometry(pool, buffer, heads, tuple(WORDS))
     word = WORDS[shape.word_nbytes]
     words = shape.lots * shape.other * shape.taken
-    copy_blocks_kernel[(buffer.shape[0], triton.cdiv(words, TILE))](
+    config = chosen("gather_blocks" if gathers else "scatter_blocks")
+    copy_blocks_kernel[(buffer.shape[0], triton.cdiv(words, config["TILE"]))](
         pool.view(-1).view(word),
         buffer.view(-1).view(word),
         block_ids,
@@ -63,9 +63,8 @@ def _launch(
         WIDTH=shape.width,
         FIRST=shape.first,
         TAKEN=shape.taken,
-        TILE=TILE,
         GATHERS=gathers,
-        num_warps=4,
+        **config,
     )
 
 

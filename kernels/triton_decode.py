@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from pdserve.kernels.configs import attention_class, chosen
 from pdserve.kernels.triton_attention import fold_tiles
 
 SPLIT = 256
@@ -46,7 +47,7 @@ def attention_decode(
         (batch, queries, heads, splits, dim), dtype=torch.float32, device=query.device
     )
     tops = torch.empty((2, batch, queries, heads, splits), dtype=torch.float32, device=query.device)
-    wide = query.dtype == torch.float32 or dim > 128
+    wide, classes = attention_class(query, cache)
     shared = {
         "QUERIES": queries,
         "HEADS": heads,
@@ -75,10 +76,8 @@ def attention_decode(
         GROUP=group,
         ROWS=max(16, triton.next_power_of_2(group * queries)),
         SIZE=size,
-        KEYS=32 if wide else 64,
         CAPPED=soft_cap is not None,
-        num_warps=4,
-        num_stages=2 if wide else 3,
+        **chosen("attention_decode" + wide, *classes),
         **shared,
     )
     combine_kernel[(heads, queries, batch)](

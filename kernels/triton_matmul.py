@@ -6,9 +6,13 @@ in any batch. That costs speed beside a library that chooses by the shape.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import triton
 import triton.language as tl
+
+from pdserve.kernels.configs import chosen
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -36,11 +40,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return out
 
 
-def tile_of(dtype: torch.dtype) -> dict[str, int]:
+def tile_of(dtype: torch.dtype) -> Mapping[str, int]:
     """Rows and columns of a program, elements of the sum per step, warps and stages: from the dtype
     alone, so that a row's bits are the same in any batch."""
-    depth, stages = (32, 3) if dtype == torch.float32 else (128, 3)
-    return {"ROWS": 64, "COLUMNS": 64, "DEPTH": depth, "num_warps": 4, "num_stages": stages}
+    return chosen("linear wide" if dtype == torch.float32 else "linear")
 
 
 @triton.jit

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from pdserve.kernels.configs import attention_class, chosen
 from pdserve.kernels.triton_attention import fold_tiles
 
 
@@ -37,7 +38,9 @@ def attention_prefill(
     tokens, heads, dim = query.shape
     _, _, size, kv_heads, _ = cache.shape
     group, batch = heads // kv_heads, context_lens.shape[0]
-    rows, keys, warps, stages = _tile(dim, query.dtype, group)
+    wide, shape = attention_class(query, cache)
+    tile = dict(chosen("attention_prefill" + wide, *shape))
+    rows = max(tile.pop("ROWS"), triton.next_power_of_2(group))
     per_tile = rows // triton.next_power_of_2(group)
     # Sequence b begins at tile query_start[b] // per_tile + b at the latest: room for everyone's
     # last, half-full tile without knowing the lengths.
@@ -67,24 +70,12 @@ def attention_prefill(
         SIZE=size,
         TOKENS=per_tile,
         ROWS=rows,
-        KEYS=keys,
         WINDOW=window or 0,
         CAPPED=soft_cap is not None,
         UNIFORM=invariant,
-        num_warps=warps,
-        num_stages=stages,
+        **tile,
     )
     return out
-
-
-def _tile(dim: int, dtype: torch.dtype, group: int) -> tuple[int, int, int, int]:
-    """(query rows, keys, warps, stages) of a program: from the shape of the model alone, so that
-    the order of every sum is the same in any batch."""
-    if dtype == torch.float32 or dim > 128:
-        rows, keys, warps, stages = 64, 32, 4, 2
-    else:
-        rows, keys, warps, stages = 128, 64, 8, 3
-    return max(rows, triton.next_power_of_2(group)), keys, warps, stages
 
 
 @triton.jit

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from pdserve.kernels.configs import chosen
+
 CHUNK = 4096
 """Tokens per program of a pass over all rows."""
 SEARCH = 4096
@@ -70,7 +72,8 @@ def sample(
     device = logits.device
     if rows == 0:
         return torch.empty(0, dtype=torch.int64, device=device)
-    chunks = triton.cdiv(vocab, CHUNK)
+    config = chosen("sample")
+    chunks = triton.cdiv(vocab, config["CHUNK"])
     least = torch.empty(rows, dtype=torch.float32, device=device)
     threshold_kernel[(rows,)](
         logits,
@@ -97,8 +100,7 @@ def sample(
         vocab,
         chunks,
         logits.stride(0),
-        CHUNK=CHUNK,
-        num_warps=8,
+        **config,
     )
     winner = keys.argmax(dim=1, keepdim=True)
     return tokens.gather(1, winner).squeeze(1)

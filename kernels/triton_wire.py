@@ -9,11 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
+from pdserve.kernels.configs import chosen
 from pdserve.kernels.triton_float8 import to_e4m3
 from pdserve.kernels.wire import LARGEST
-
-ELEMENTS = 8192
-"""Elements per program."""
 
 
 def pack_blocks(
@@ -54,7 +52,8 @@ def _launch(
     first, count = heads or (0, kv_heads)
     other = data.shape[3]
     dim_pad = triton.next_power_of_2(dim)
-    rows = max(1, ELEMENTS // dim_pad)
+    config = chosen("pack_blocks" if packs else "unpack_blocks")
+    rows = max(1, config["ELEMENTS"] // dim_pad)
     wire_kernel[(data.shape[0], triton.cdiv(layers * kinds * other * count, rows))](
         pool,
         data,
@@ -75,7 +74,7 @@ def _launch(
         LARGEST=LARGEST[data.dtype],
         ROUNDS=data.dtype == torch.int8,
         PACKS=packs,
-        num_warps=4,
+        num_warps=config["num_warps"],
     )
 
 
