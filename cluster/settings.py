@@ -131,6 +131,12 @@ class WorkerSettings(CommonSettings):
         "Give a token the same bits in any batch, any chunk and on any worker, so that an answer "
         "does not depend on what else is served, nor on a worker that died; slower",
     )
+    quantization: str = option(
+        "none",
+        "Round the linear layers of a full-precision checkpoint to 8 bits while loading, one scale "
+        "per output; checkpoints that are quantised already need no option",
+        choices=("none", "int8", "fp8"),
+    )
     kv_cache_memory: int = option(
         0,
         "Memory for the KV cache of each worker",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,14 +21,19 @@ from pdserve.engine.config import (
 )
 from pdserve.engine.graphs import cuda_capture
 from pdserve.engine.kv_scales import read_scales, scale_names
-from pdserve.engine.models.decoder import OUTPUT, Decoder, weight_shapes
+from pdserve.engine.models.checkpoint import OUTPUT, quantized_layers, weight_specs
+from pdserve.engine.models.decoder import Decoder
 from pdserve.engine.pool import KVPool, block_nbytes
+from pdserve.engine.quantization import AtLoad, Quantization
 from pdserve.engine.runner import ModelRunner
 from pdserve.kernels import dispatch, trials, tuning
 from pdserve.protocol.ticket import LayoutFingerprint
 
 CPU_KV_BYTES = 1 << 30
 """KV pool on the CPU if kv_cache_memory is 0."""
+
+QUANTIZATIONS = {"int8": AtLoad(kind="int8"), "fp8": AtLoad(kind="fp8")}
+"""What --quantization makes of a checkpoint in full precision."""
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +60,7 @@ def build_runner(
 ) -> Built:
     """Load the model in `folder`. Raises ModelError, a sentence, for a folder or settings that
     cannot work together. Sets torch's thread count for the whole process."""
-    model = read_model_config(folder)
+    model = quantized(read_model_config(folder), config.quantization)
     config = resolve(config, model)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -69,9 +73,10 @@ def build_runner(
         device=config.device,
     )
     log.info(
-        "%s: %s on %s, %d KV blocks of %d tokens in %s (%d MiB), up to %d tokens per request",
+        "%s: %s%s on %s, %d KV blocks of %d tokens in %s (%d MiB), up to %d tokens per request",
         model.architecture,
         config.dtype,
+        "" if model.quantization is None else f", weights {model.quantization.scheme.format},",
         config.device,
         config.num_blocks,
         config.block_size,
@@ -105,6 +110,24 @@ def _tune(pool: KVPool, model: ModelConfig, config: EngineConfig) -> None:
         trial for trial in trials.trials(pool.tensor, sizes) if words[trial.public] != "reference"
     )
     tuning.tune(chosen, key=tuning.fingerprint(), timer=tuning.cuda_seconds)
+
+
+def quantized(model: ModelConfig, kind: str) -> ModelConfig:
+    """The model with its linear layers rounded at load; `kind` is --quantization's value."""
+    if kind == "none":
+        return model
+    if kind not in QUANTIZATIONS:
+        raise ModelError(
+            f"--quantization must be none or one of {', '.join(QUANTIZATIONS)}, not {kind!r}."
+        )
+    if model.experts is not None:
+        raise ModelError(f"--quantization {kind}: mixtures of experts are not supported.")
+    if model.quantization is not None:
+        raise ModelError(
+            f"--quantization {kind}: the checkpoint is quantised already "
+            f"({model.quantization.scheme.format}); leave the option out."
+        )
+    return replace(model, quantization=Quantization(scheme=QUANTIZATIONS[kind]))
 
 
 def resolve(config: EngineConfig, model: ModelConfig) -> EngineConfig:
@@ -165,11 +188,11 @@ def _free_memory(model: ModelConfig, device: str, dtype: str) -> int:
     if device == "cpu":
         return CPU_KV_BYTES
     free, total = torch.cuda.mem_get_info()
-    weights = sum(math.prod(shape) for shape in weight_shapes(model).values())
-    room = free - weights * DTYPES[dtype].itemsize - total // 10
+    weights = sum(spec.nbytes(DTYPES[dtype]) for spec in weight_specs(model).values())
+    room = free - weights - total // 10
     if room <= 0:
         raise ModelError(
-            f"The weights take {weights * DTYPES[dtype].itemsize >> 20} MiB of the "
+            f"The weights take {weights >> 20} MiB of the "
             f"{free >> 20} MiB that are free on the GPU, which leaves no room for a KV cache."
         )
     return room
@@ -179,22 +202,26 @@ def _load(
     folder: Path, model: ModelConfig, config: EngineConfig, progress: loading.Progress
 ) -> tuple[Decoder, str]:
     """The decoder and the digest of its weights."""
-    dtype, shapes = DTYPES[config.dtype], weight_shapes(model)
+    dtype, specs = DTYPES[config.dtype], weight_specs(model)
     if config.load_format == "dummy":
         tensors = loading.dummy_weights(
-            shapes, dtype=dtype, device=config.device, seed=config.seed, progress=progress
+            specs, dtype=dtype, device=config.device, seed=config.seed, progress=progress
         )
         digest = loading.dummy_digest(config.seed)
     else:
         tied = frozenset({OUTPUT}) if model.tie_word_embeddings else frozenset()
         optional = tied | scale_names(model.num_layers)
         tensors = loading.load_weights(
-            folder, shapes, dtype=dtype, device=config.device, optional=optional, progress=progress
+            folder, specs, dtype=dtype, device=config.device, optional=optional, progress=progress
         )
         if config.kv_cache_dtype == FLOAT8:
             tensors |= read_scales(folder, model.num_layers)
         digest = loading.weights_digest(folder)
+    weights = loading.Weights(tensors, {})
+    if model.quantization is not None:
+        scheme = model.quantization.scheme
+        weights = loading.assemble(tensors, quantized_layers(model), scheme, config.device)
     decoder = Decoder(
-        model, tensors, config.max_model_len, config.device, invariant=config.batch_invariant
+        model, weights, config.max_model_len, config.device, invariant=config.batch_invariant
     )
     return decoder, digest

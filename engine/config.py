@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from pdserve.engine.quantization import Quantization
+from pdserve.engine.quantization_config import read_quantization
 from pdserve.engine.rope_config import RopeConfig, read_rope
 from pdserve.protocol.errors import PdserveError
 from pdserve.protocol.ticket import LayoutFingerprint
@@ -121,6 +123,8 @@ class ModelConfig:
     mlp_bias: bool
     qk_norm: bool
     experts: ExpertsConfig | None = None
+    quantization: Quantization | None = None
+    """How linear layers are stored in fewer bits; None: in full precision."""
 
     def digest(self) -> str:
         """A short text that is equal for equal configurations, wherever the folder lies."""
@@ -154,6 +158,8 @@ class EngineConfig:
     """"auto": safetensors files; "dummy": random weights made from the configuration."""
     batch_invariant: bool = False
     """A token's KV and logits have the same bits in any batch and any chunk."""
+    quantization: str = "none"
+    """"int8" or "fp8": round the linear layers of a full-precision checkpoint; "none"."""
     cuda_graphs: bool = True
     """Record decode steps when the model is loaded (CUDA only)."""
     seed: int = 0
@@ -202,8 +208,14 @@ def model_config(raw: dict[str, Any], source: str = "config.json") -> ModelConfi
     positions = _positive(raw, "max_position_embeddings", source)
     try:
         rope = read_rope(raw, positions)
+        quantization = read_quantization(raw)
     except ValueError as error:
         raise ModelError(f"{source}: {error}") from None
+    if quantization is not None and kind.experts:
+        raise ModelError(
+            f"{source}: quantization_config with the architecture {name}: mixtures of experts with "
+            "quantised weights are not supported; use the unquantised checkpoint."
+        )
     return ModelConfig(
         architecture=name,
         dtype=_dtype(raw, source),
@@ -225,6 +237,7 @@ def model_config(raw: dict[str, Any], source: str = "config.json") -> ModelConfi
         mlp_bias=_flag(raw, kind.mlp_bias),
         qk_norm=kind.qk_norm,
         experts=_experts(raw, kind.experts, layers, source),
+        quantization=quantization,
     )
 
 
@@ -261,11 +274,6 @@ def _architecture_name(raw: dict[str, Any], source: str) -> str:
 
 
 def _refuse_unsupported(raw: dict[str, Any], source: str) -> None:
-    if raw.get("quantization_config") is not None:
-        raise ModelError(
-            f"{source}: quantised weights (quantization_config) are not supported; "
-            "use the unquantised checkpoint."
-        )
     if raw.get("partial_rotary_factor", 1.0) not in (None, 1.0):
         raise ModelError(f"{source}: partial_rotary_factor must be 1.")
 

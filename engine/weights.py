@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from pdserve import kernels
 from pdserve.engine.config import ModelError
+from pdserve.engine.quantization import Scheme
+from pdserve.engine.tensor_spec import Specs, TensorSpec
 
 Progress = Callable[[float], None]
 """Called with the share of the weights that is loaded, 0.0 to 1.0."""
@@ -23,24 +27,26 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 SAMPLE_BYTES = 1024
 """Bytes of a tensor that its digest looks at, at each of three places."""
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""What tensors of full precision may be stored in."""
 _IGNORED = ("rotary_emb.inv_freq",)
 """Endings of tensors that old checkpoints carry and that follow from the configuration."""
 
 
 def load_weights(
     folder: Path,
-    expected: Mapping[str, tuple[int, ...]],
+    expected: Specs,
     *,
     dtype: torch.dtype,
     device: str,
     optional: frozenset[str] = frozenset(),
     progress: Progress = lambda share: None,
 ) -> dict[str, torch.Tensor]:
-    """The tensors that `expected` names, with their shapes, from the checkpoint in `folder`.
+    """The tensors that `expected` names, as it describes them, from the checkpoint in `folder`.
 
     optional: names that the checkpoint may hold besides (a tied output layer), not loaded.
     Raises ModelError, naming file and tensor, for one that is missing, left over, in two files, of
-    another shape or not of a floating dtype, and for files that are missing or damaged.
+    another shape or dtype, and for files that are missing or damaged.
     """
     tensors: dict[str, torch.Tensor] = {}
     for path in _weight_files(folder):
@@ -51,17 +57,10 @@ def load_weights(
                 raise ModelError(f"{path} holds the tensor {name}, which this architecture lacks.")
             if name in tensors:
                 raise ModelError(f"{path} holds the tensor {name}, as another file does.")
-            if tuple(tensor.shape) != expected[name]:
-                raise ModelError(
-                    f"{path}: the tensor {name} has the shape {list(tensor.shape)}, but by "
-                    f"config.json it must have {list(expected[name])}."
-                )
-            if not tensor.is_floating_point():
-                raise ModelError(
-                    f"{path}: the tensor {name} is {str(tensor.dtype)[6:]}; quantised weights are "
-                    "not supported."
-                )
-            tensors[name] = tensor.to(device=device, dtype=dtype)
+            _check(path, name, tensor, expected[name])
+            if not expected[name].dtypes:
+                tensor = tensor.to(device=device, dtype=dtype)
+            tensors[name] = tensor
             progress(len(tensors) / len(expected))
     missing = sorted(set(expected) - set(tensors))
     if missing:
@@ -80,8 +79,24 @@ def read_some(folder: Path, names: Collection[str]) -> dict[str, torch.Tensor]:
     }
 
 
+def _check(path: Path, name: str, tensor: torch.Tensor, spec: TensorSpec) -> None:
+    shape = tuple(tensor.shape)
+    if shape not in spec.shapes:
+        allowed = " or ".join(str(list(shape)) for shape in spec.shapes)
+        raise ModelError(
+            f"{path}: the tensor {name} has the shape {list(shape)}, but by config.json it must "
+            f"have {allowed}."
+        )
+    if tensor.dtype not in (spec.dtypes or FLOATS):
+        allowed = " or ".join(str(dtype)[6:] for dtype in spec.dtypes or FLOATS)
+        raise ModelError(
+            f"{path}: the tensor {name} is {str(tensor.dtype)[6:]}, but by config.json it must be "
+            f"{allowed}."
+        )
+
+
 def dummy_weights(
-    expected: Mapping[str, tuple[int, ...]],
+    expected: Specs,
     *,
     dtype: torch.dtype,
     device: str,
@@ -90,19 +105,65 @@ def dummy_weights(
 ) -> dict[str, torch.Tensor]:
     """Random weights: each tensor depends on the seed, its name and its shape, and on no order.
 
-    Matrices are normal with deviation 0.02; vectors (norms and biases) one and zero.
+    Matrices are normal with deviation 0.02; vectors (norms and biases) one and zero. What a
+    checkpoint holds in fewer bits cannot be made up: ModelError.
     """
     tensors = {}
-    for done, (name, shape) in enumerate(expected.items()):
+    for done, (name, spec) in enumerate(expected.items()):
+        shape = spec.shapes[0]
+        if spec.dtypes and dtype not in spec.dtypes:
+            raise ModelError(
+                f"--load-format dummy makes {str(dtype)[6:]} weights, but by config.json {name} is "
+                f"{str(spec.dtypes[0])[6:]}: remove its quantization_config (--quantization can "
+                "stand in for it)."
+            )
         if len(shape) == 1:
             value = torch.full(shape, 0.0 if name.endswith(".bias") else 1.0)
         else:
             digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
             value = torch.empty(shape).normal_(0.0, 0.02, generator=generator)
-        tensors[name] = value.to(device=device, dtype=dtype)
+        tensors[name] = value.to(device="cpu" if spec.dtypes else device, dtype=dtype)
         progress((done + 1) / len(expected))
     return tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Everything that a decoder computes with, on its device."""
+
+    tensors: Mapping[str, torch.Tensor]
+    quantized: Mapping[str, kernels.QuantizedWeight]
+    """By the names of the linear layers."""
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
+
+    def get(self, name: str) -> torch.Tensor | None:
+        return self.tensors.get(name)
+
+    def matrix(self, layer: str) -> torch.Tensor | kernels.QuantizedWeight:
+        """The weight of the linear layer of this name."""
+        return self.quantized.get(layer) or self.tensors[layer + ".weight"]
+
+
+def assemble(
+    tensors: dict[str, torch.Tensor],
+    layers: Mapping[str, Iterable[str]],
+    scheme: Scheme,
+    device: str,
+) -> Weights:
+    """Make the weights of quantised layers: `layers` has the last parts of the names of each one's
+    tensors, which are taken out of `tensors`, so that they need not all stay in memory. Raises
+    ModelError where they do not fit together."""
+    made = {}
+    for layer, names in layers.items():
+        parts = {name: tensors.pop(f"{layer}.{name}") for name in names}
+        try:
+            made[layer] = scheme.weight(parts, device)
+        except ValueError as error:
+            raise ModelError(f"The weight of {layer} cannot be used: {error}") from None
+    return Weights(tensors, made)
 
 
 def weights_digest(folder: Path) -> str:

@@ -75,6 +75,7 @@ def load(context: Context) -> Loaded:
         kv_cache_dtype=settings.kv_cache_dtype,
         device=settings.device,
         load_format=settings.load_format,
+        quantization=settings.quantization,
         batch_invariant=settings.batch_invariant,
         seed=settings.seed,
         threads=settings.threads or len(os.sched_getaffinity(0)),

@@ -7,7 +7,7 @@ E hidden size, D head size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,14 +16,11 @@ import torch.nn.functional as functional
 
 from pdserve import kernels
 from pdserve.engine.config import ExpertsConfig, ModelConfig
+from pdserve.engine.models.checkpoint import EMBEDDING, NAMES, OUTPUT
+from pdserve.engine.weights import Weights
 
-Weights = Mapping[str, torch.Tensor]
-Shapes = dict[str, tuple[int, ...]]
 Angles = tuple[torch.Tensor, torch.Tensor]
 """cos and sin of a step's tokens, [T, D / 2] float32 each."""
-
-EMBEDDING = "model.embed_tokens.weight"
-OUTPUT = "lm_head.weight"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,71 +42,27 @@ class Batch:
     num_decodes: int
 
 
-NAMES = {
-    "qwen3": ("mlp", ("gate_proj", "up_proj", "down_proj")),
-    "mixtral": ("block_sparse_moe", ("w1", "w3", "w2")),
-}
-"""Of a mixture's tensors in a layer: the block, and each expert's gate, up and down."""
-
-
-def weight_shapes(config: ModelConfig) -> Shapes:
-    """The name and shape of every tensor of a checkpoint, in Hugging Face's naming."""
-    hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
-    query, kv = config.num_heads * dim, config.num_kv_heads * dim
-    shapes: Shapes = {EMBEDDING: (config.vocab_size, hidden), "model.norm.weight": (hidden,)}
-    if not config.tie_word_embeddings:
-        shapes[OUTPUT] = (config.vocab_size, hidden)
-    for layer in range(config.num_layers):
-        prefix = f"model.layers.{layer}."
-        shapes[prefix + "input_layernorm.weight"] = (hidden,)
-        shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
-        linears = [
-            ("self_attn.q_proj", query, hidden, config.qkv_bias),
-            ("self_attn.k_proj", kv, hidden, config.qkv_bias),
-            ("self_attn.v_proj", kv, hidden, config.qkv_bias),
-            ("self_attn.o_proj", hidden, query, config.o_bias),
-        ]
-        experts = config.experts
-        if experts is None or not experts.layers[layer]:
-            linears += [
-                ("mlp.gate_proj", inner, hidden, config.mlp_bias),
-                ("mlp.up_proj", inner, hidden, config.mlp_bias),
-                ("mlp.down_proj", hidden, inner, config.mlp_bias),
-            ]
-        else:
-            block, (gate, up, down) = NAMES[experts.naming]
-            size = experts.intermediate_size
-            linears.append((f"{block}.gate", experts.count, hidden, False))
-            for expert in range(experts.count):
-                one = f"{block}.experts.{expert}."
-                linears += [(one + name, size, hidden, False) for name in (gate, up)]
-                linears.append((one + down, hidden, size, False))
-        for name, rows, columns, bias in linears:
-            shapes[f"{prefix}{name}.weight"] = (rows, columns)
-            if bias:
-                shapes[f"{prefix}{name}.bias"] = (rows,)
-        if config.qk_norm:
-            shapes[prefix + "self_attn.q_norm.weight"] = (dim,)
-            shapes[prefix + "self_attn.k_norm.weight"] = (dim,)
-    return shapes
-
-
 class Linear:
     """y = x Wᵀ + b for x [T, columns], W [rows, columns].
 
     invariant, here and below: a row has the same bits in any batch and any chunk."""
 
     def __init__(self, weights: Weights, name: str, invariant: bool) -> None:
-        self.weight = weights[name + ".weight"]
+        self.weight = weights.matrix(name)
         self.bias = weights.get(name + ".bias")
         self.invariant = invariant
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return kernels.linear(x, self.weight, self.bias, invariant=self.invariant)
+        weight = self.weight
+        if isinstance(weight, kernels.QuantizedWeight):
+            return kernels.quantized_linear(x, weight, self.bias, invariant=self.invariant)
+        return kernels.linear(x, weight, self.bias, invariant=self.invariant)
 
     @property
-    def tensors(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return self.weight, self.bias
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """Weight and bias; None where the weight is quantised."""
+        weight = self.weight
+        return None if isinstance(weight, kernels.QuantizedWeight) else (weight, self.bias)
 
 
 class Attention:
@@ -135,9 +88,8 @@ class Attention:
         self.scale = config.head_dim**-0.5
         self.window = config.windows[layer]
         # Of a float8 cache (engine.kv_scales); absent, and 1, for every other one.
-        self.k_scale, self.v_scale = (
-            float(weights.get(f"{prefix}{kind}_scale", 1.0)) for kind in "kv"
-        )
+        scales = [weights.get(f"{prefix}{kind}_scale") for kind in "kv"]
+        self.k_scale, self.v_scale = (1.0 if one is None else float(one) for one in scales)
 
     def __call__(
         self, x: torch.Tensor, angles: Angles, cache: torch.Tensor, batch: Batch
@@ -277,21 +229,29 @@ class Layer:
         return self.mlp(x), residual
 
     def tensors(self) -> kernels.LayerTensors | None:
-        """Everything that the layer computes with, for `kernels.DecodeStep`; None with experts."""
+        """Everything that the layer computes with, for `kernels.DecodeStep`; None with experts or
+        quantised weights, which that does not know."""
         if isinstance(self.mlp, Experts):
+            return None
+        attention, mlp = self.attention, self.mlp
+        linears = {
+            "query": attention.query.tensors,
+            "key": attention.key.tensors,
+            "value": attention.value.tensors,
+            "output": attention.output.tensors,
+            "gate": mlp.gate.tensors,
+            "up": mlp.up.tensors,
+            "down": mlp.down.tensors,
+        }
+        plain = {name: pair for name, pair in linears.items() if pair is not None}
+        if len(plain) < len(linears):
             return None
         return kernels.LayerTensors(
             attention_norm=self.before_attention,
             mlp_norm=self.before_mlp,
-            head_norms=self.attention.norms,
-            query=self.attention.query.tensors,
-            key=self.attention.key.tensors,
-            value=self.attention.value.tensors,
-            output=self.attention.output.tensors,
-            gate=self.mlp.gate.tensors,
-            up=self.mlp.up.tensors,
-            down=self.mlp.down.tensors,
-            window=self.attention.window,
+            head_norms=attention.norms,
+            window=attention.window,
+            **plain,
         )
 
 
@@ -307,7 +267,7 @@ class Decoder:
         *,
         invariant: bool = False,
     ) -> None:
-        """weights: the tensors of `weight_shapes(config)`, on `device`. invariant: a token's KV and
+        """weights: what `weight_specs(config)` describes, on `device`. invariant: a token's KV and
         logits have the same bits in whatever batch and chunk it is computed, alone too."""
         self.config = config
         self.invariant = invariant

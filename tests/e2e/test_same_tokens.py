@@ -12,6 +12,7 @@ import torch
 from checkpoints import make_checkpoint
 from live_cluster import Cluster, metrics
 from openai import AsyncOpenAI
+from quantised_checkpoints import quantise_checkpoint
 from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.timeout(300)
@@ -117,3 +118,20 @@ def test_batch_invariant_bfloat16_tokens_are_the_same_alone_together_and_apart(
             cluster.wait_until_clean()
     apart, colocated = found.values()
     assert apart == colocated
+
+
+async def greedy(url: str) -> list[list[int]]:
+    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        return await asyncio.gather(*(ask(client, prompt, temperature=0) for prompt in prompts()))
+
+
+def test_a_quantised_checkpoint_gives_the_tokens_of_its_dequantised_twin(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "qwen3", "qwen3", "nano", seed=3)
+    quantised, twin = quantise_checkpoint(folder, tmp_path, "gptq_v2 act-order")
+    model = AutoModelForCausalLM.from_pretrained(twin, dtype=torch.float32).eval()
+    reference = [expected(model, prompt) for prompt in prompts()]
+    for topology in ("1P+1D over shared memory", "colocated"):
+        options = ("--model", quantised, "--served-model-name", "m", *OPTIONS)
+        with Cluster(*options, *TOPOLOGIES[topology]) as cluster:
+            assert asyncio.run(greedy(cluster.url)) == reference, topology
+            cluster.wait_until_clean()
