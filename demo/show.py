@@ -20,6 +20,7 @@ _READY = "ready "
 PHASES = (
     ("queue", "queued", "scheduled"),
     ("prefill", "scheduled", "first_token"),
+    ("transfer", "resumed", "fetched"),
     ("transfer", "fetch_started", "fetched"),
     ("decode", "fetched", "finished"),
     ("decode", "first_token", "finished"),
@@ -54,7 +55,7 @@ def phases_of(measured: Mapping[str, Any]) -> dict[str, float]:
         found: dict[str, float] = {}
         for phase, begin, end in PHASES:
             if begin in at and end in at and not (leg["kind"] == "decode" and phase == "prefill"):
-                found.setdefault(phase, at[end] - at[begin])
+                found.setdefault(phase, max(0.0, at[end] - at[begin]))
         for phase, span_s in found.items():
             spans[phase] = spans.get(phase, 0.0) + span_s
     return spans

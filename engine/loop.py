@@ -1,6 +1,6 @@
 """The engine thread: takes commands, plans a step, runs it, gives out its tokens.
 
-    submit / abort / fetched / returned          (any thread → queue)
+    submit / resume / abort / fetched / returned     (any thread → queue)
                  │
                  ▼
     take commands → expire deadlines → plan → start fetches → run → apply → sink
@@ -20,16 +20,19 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from pdserve.engine.blocks import BlockPool, IntegrityError
+import msgspec
+
+from pdserve.engine.blocks import BlockPool
 from pdserve.engine.grammar import Matcher
+from pdserve.engine.outgoing import Outgoing
 from pdserve.engine.pace import Pace
 from pdserve.engine.ports import ChunkResult, Exporter, Importer, Runner
 from pdserve.engine.request import Request, State
 from pdserve.engine.scheduler import Limits, Plan, Scheduler
 from pdserve.protocol.blocks import root_hash
 from pdserve.protocol.errors import ErrorCode, WorkerError
-from pdserve.protocol.events import FINISHED, FIRST_TOKEN, HELD
-from pdserve.protocol.messages import FinishReason, Output, Submit, WorkerStatus
+from pdserve.protocol.events import FINISHED, FIRST_TOKEN, RESUMED
+from pdserve.protocol.messages import Continue, FinishReason, Output, Submit, WorkerStatus
 from pdserve.protocol.ticket import KVTicket, LayoutFingerprint
 from pdserve.protocol.transfer import FetchReport
 
@@ -48,15 +51,6 @@ class StepOutcome:
     status: WorkerStatus
     news: dict[bytes, bool] = field(default_factory=dict)
     """Route hashes that the prefix cache now holds (True) or has lost (False)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """Blocks in the outbox, as the engine accounts for them."""
-
-    request_id: str
-    client: object
-    blocks: list[int]
 
 
 @dataclass(slots=True)
@@ -86,7 +80,8 @@ class Engine:
     ) -> None:
         self._pool = pool
         self._limits = limits
-        self._scheduler = Scheduler(pool, limits)
+        self._outgoing = Outgoing(pool, exporter)
+        self._scheduler = Scheduler(pool, limits, self._outgoing.let_go)
         self._runner = runner
         self._layout = fingerprint.digest()
         self._vocab_size = vocab_size
@@ -94,7 +89,6 @@ class Engine:
         self._exporter = exporter
         self._importer = importer
         self._requests: dict[str, Request] = {}
-        self._held: dict[str, Held] = {}
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._bag = _Bag()
         self._steps = 0
@@ -130,6 +124,11 @@ class Engine:
         follows its constraint, if it has one, and has seen its outputs so far."""
         self._post(lambda: self._submit(message, client, matcher))
 
+    def resume(self, message: Continue) -> None:
+        """The first tokens of a request that came with a growing ticket; unknown ids are
+        ignored."""
+        self._post(lambda: self._resume(message))
+
     def abort(self, request_id: str) -> None:
         """End a request in whatever state; unknown ids are ignored. Nothing comes out."""
         self._post(lambda: self._abort(request_id))
@@ -140,7 +139,7 @@ class Engine:
 
     def returned(self, ticket_id: str) -> None:
         """The outbox has given back the ticket's blocks. Exactly once per ticket."""
-        self._post(lambda: self._returned(ticket_id))
+        self._post(lambda: self._outgoing.returned(ticket_id))
 
     def call(self, function: Callable[[Engine], None]) -> None:
         """Run something on the engine thread between two steps (tests, integrity probes)."""
@@ -199,7 +198,8 @@ class Engine:
         command()
 
     def _until_next_deadline(self) -> float:
-        deadlines = [request.deadline for request in self._requests.values()]
+        # One whose fetch is being cancelled may be past its deadline: its report wakes the loop.
+        deadlines = [r.deadline for r in self._requests.values() if not r.abort_requested]
         nearest = min(deadlines, default=float("inf")) - time.monotonic()
         return min(IDLE_WAIT_S, max(nearest, 0.001))
 
@@ -231,6 +231,7 @@ class Engine:
             hand_off=message.hand_off,
             ticket=message.ticket,
             matcher=matcher,
+            awaits_token=message.ticket is not None and message.ticket.growing,
             client=client,
             salt=message.cache_salt,
         )
@@ -274,7 +275,13 @@ class Engine:
         assert ticket is not None
         if self._importer is None:
             return "This worker cannot fetch KV blocks: it is not a decode worker."
-        if not 0 < ticket.num_tokens < len(known):
+        if ticket.growing:
+            if message.output_token_ids or ticket.num_tokens != len(known):
+                return (
+                    f"A growing ticket covers the prompt, and its first token is to come. This one "
+                    f"covers {ticket.num_tokens} tokens; {len(known)} are known."
+                )
+        elif not 0 < ticket.num_tokens < len(known):
             return (
                 f"The ticket covers {ticket.num_tokens} tokens; of {len(known)} known ones it must "
                 "cover at least one and leave at least one to compute."
@@ -283,10 +290,33 @@ class Engine:
             return f"The ticket names {ticket.num_blocks} blocks for {ticket.num_tokens} tokens."
         return ""
 
+    def _resume(self, message: Continue) -> None:
+        request = self._requests.get(message.request_id)
+        if request is None or not request.awaits_token or request.abort_requested:
+            return
+        tokens = message.output_token_ids
+        if not 0 < len(tokens) < request.sampling.max_tokens:
+            problem = f"{len(tokens)} tokens came of at most {request.sampling.max_tokens}."
+        elif min(tokens) < 0 or max(tokens) >= self._vocab_size:
+            problem = f"Token ids must be between 0 and {self._vocab_size - 1}."
+        else:
+            request.awaits_token = False
+            request.token_ids += tokens
+            if request.matcher is not None:
+                request.matcher.follow(tokens)
+            request.mark(RESUMED)
+            if request.state is State.ARRIVED:
+                self._scheduler.resume(request)
+            elif request.state is State.WAITING:  # by now the ticket is like any other
+                assert request.ticket is not None
+                request.ticket = msgspec.structs.replace(request.ticket, growing=False)
+            return
+        self._fail(request, ErrorCode.INVALID_REQUEST, problem)
+
     def _abort(self, request_id: str) -> None:
         request = self._requests.get(request_id)
         if request is None:
-            self._withdraw(lambda held: held.request_id == request_id)
+            self._outgoing.withdraw(lambda held: held.request_id == request_id)
         elif request.state is State.FETCHING:
             request.abort_requested = True
             assert self._importer is not None
@@ -297,18 +327,7 @@ class Engine:
     def _abort_client(self, client: object) -> None:
         for request in [r for r in self._requests.values() if r.client is client]:
             self._abort(request.request_id)
-        self._withdraw(lambda held: held.client is client)
-
-    def _withdraw(self, which: Callable[[Held], bool]) -> None:
-        for held in [h for h in self._held.values() if which(h)]:
-            assert self._exporter is not None
-            self._exporter.withdraw(held.request_id)
-
-    def _returned(self, ticket_id: str) -> None:
-        held = self._held.pop(ticket_id, None)
-        if held is None:
-            raise IntegrityError(f"The blocks of ticket {ticket_id} were returned twice.")
-        self._pool.release(held.blocks)
+        self._outgoing.withdraw(lambda held: held.client is client)
 
     def _fetched(self, report: FetchReport) -> None:
         request = self._requests[report.request_id]
@@ -317,6 +336,9 @@ class Engine:
         self._scheduler.fetched(request, report)
         if request.abort_requested:
             self._finish(request)
+        elif request.awaits_token and not report.ok:
+            # Whoever computes the prompt will have a ticket for all of it, or has failed.
+            self._fail(request, ErrorCode.KV_LOST, f"The early transfer failed: {report.reason}")
 
     # A step ------------------------------------------------------------------------------------
 
@@ -363,6 +385,13 @@ class Engine:
                 chunk.request.prompt_logprobs += result.prompt_logprobs
             if chunk.samples:
                 self._accept_or_fail(chunk.request, result)
+            elif chunk.request.hand_off:
+                self._offer_early(chunk.request)
+
+    def _offer_early(self, request: Request) -> None:
+        ticket = self._outgoing.grow(request)
+        if ticket is not None:
+            self._bag.put(request.client, Output(request_id=request.request_id, ticket=ticket))
 
     def _accept_or_fail(self, request: Request, result: ChunkResult) -> None:
         """A grammar that runs out of its limits ends its own request and no other."""
@@ -417,16 +446,9 @@ class Engine:
 
     def _hold(self, request: Request) -> KVTicket:
         """Pass the blocks to the outbox; returns the ticket."""
-        assert self._exporter is not None
-        num_tokens = request.num_computed
-        full = num_tokens // self._pool.block_size
-        hashes = request.hashes[:full]
         del self._requests[request.request_id]
-        blocks = self._scheduler.hand_over(request)
-        ticket = self._exporter.offer(request.request_id, blocks, num_tokens, hashes)
-        self._held[ticket.ticket_id] = Held(request.request_id, request.client, blocks)
-        request.mark(HELD)
-        return ticket
+        self._scheduler.part(request)
+        return self._outgoing.hand_over(request, request.num_computed)
 
     def _finish(self, request: Request) -> None:
         request.mark(FINISHED)
@@ -445,20 +467,20 @@ class Engine:
             blocks_total=pool.num_blocks,
             blocks_free=pool.num_free,
             blocks_cached=pool.num_evictable,
-            blocks_held=sum(len(held.blocks) for held in self._held.values()),
+            blocks_held=self._outgoing.num_blocks,
             waiting=len(scheduler.waiting),
             running=len(scheduler.running),
             fetching=len(scheduler.fetching),
             queued_tokens=scheduler.queued_tokens,
             steps=self._steps,
             preemptions=scheduler.preemptions,
-            tickets=len(self._held),
+            tickets=len(self._outgoing.blocks),
         )
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless every block is accounted for. Engine thread only."""
         tables: Sequence[Sequence[int]] = [request.block_table for request in self._scheduler]
-        self._pool.check_integrity(tables, [held.blocks for held in self._held.values()])
+        self._pool.check_integrity(tables, self._outgoing.blocks)
 
 
 def _error(

@@ -48,7 +48,8 @@ class Runner(Protocol):
     """Turns a plan into tokens. Raises nothing for bad luck in sampling, anything for a fault."""
 
     def execute(self, chunks: Sequence[Chunk]) -> list[ChunkResult]:
-        """Run one step; the result has one entry per chunk, in order."""
+        """Run one step; the result has one entry per chunk, in order. When it returns, the KV of
+        chunks whose request is to be handed over is in memory, not merely on its way there."""
 
 
 class Exporter(Protocol):
@@ -67,6 +68,21 @@ class Exporter(Protocol):
     def withdraw(self, request_id: str) -> None:
         """End the offer now, if there is one: the request was aborted. Still reported returned,
         once nobody reads the blocks any more."""
+
+    def open(self, request_id: str, num_tokens: int, block_hashes: Sequence[bytes]) -> KVTicket:
+        """Mint a growing ticket: the blocks follow, and stay the request's until `seal` or `cut`.
+        Exactly one of the two ends every opened ticket."""
+
+    def extend(self, request_id: str, block_ids: Sequence[int]) -> None:
+        """The growing ticket's next full blocks: from now on others may read them."""
+
+    def seal(self, request_id: str, block_ids: Sequence[int]) -> KVTicket:
+        """The growing ticket's last blocks; all of them are taken over, as by `offer`. Returns the
+        ticket, of the same id."""
+
+    def cut(self, request_id: str) -> bool:
+        """End a growing ticket. True: nobody reads the blocks, nothing is reported. False: they are
+        taken over, and reported returned once nobody reads them."""
 
 
 class Importer(Protocol):

@@ -23,6 +23,8 @@ class State(enum.Enum):
     """Owns no blocks."""
     FETCHING = enum.auto()
     """Owns blocks that the transfer is filling; they must not be freed before it reports."""
+    ARRIVED = enum.auto()
+    """Owns the blocks of its prompt, and waits for the token that the prefill worker has drawn."""
     RUNNING = enum.auto()
     """Owns the blocks of its computed tokens; prefill while more than one token is uncomputed."""
     FINISHED = enum.auto()
@@ -50,6 +52,8 @@ class Request:
     ticket: KVTicket | None = None
     matcher: Matcher | None = None
     """Where its outputs stand in its `sampling.constraint`."""
+    awaits_token: bool = False
+    """Its ticket was growing when it came: the first token follows in a `Continue`."""
     client: object = None
     """Whoever submitted it; outputs are grouped by it. Opaque to the engine."""
 
@@ -62,6 +66,10 @@ class Request:
     """Cache salt, for its route hashes."""
     routes: list[bytes] = field(default_factory=list)
     """Its route hashes, as far as computed; empty if nobody listens to the pool."""
+    offered: KVTicket | None = None
+    """Its growing ticket, while it is computed here: its first blocks may be read by others."""
+    num_offered: int = 0
+    """Blocks, from the first, that were offered with it."""
     num_registered: int = 0
     """Full blocks, from the first, that were offered to the prefix cache."""
     cached_tokens: int | None = None

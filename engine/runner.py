@@ -49,6 +49,8 @@ class ModelRunner:
         else:
             hidden = self._decoder.forward(batch, self._caches)
         drawn = self._draw(ordered, ends, hidden)
+        if self._device.startswith("cuda") and any(chunk.request.hand_off for chunk in chunks):
+            torch.cuda.current_stream(self._device).synchronize()  # others read it from here on
         results = [ChunkResult()] * len(chunks)
         for index, chunk, end, draw in zip(order, ordered, ends, drawn, strict=True):
             prompt = self._prompt_logprobs(chunk, hidden[end - chunk.length : end])

@@ -11,10 +11,11 @@ computes its tokens again (its full blocks often still lie in the prefix cache).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from pdserve.engine.blocks import BlockPool
+from pdserve.engine.overlap import takes_early
 from pdserve.engine.ports import Chunk
 from pdserve.engine.request import Request, State
 from pdserve.protocol.blocks import block_hashes, is_route_position, route_hashes, route_index
@@ -54,7 +55,8 @@ class Plan:
 class Scheduler:
     """Owns the queues and, through the pool, every request's blocks. Engine thread only."""
 
-    def __init__(self, pool: BlockPool, limits: Limits) -> None:
+    def __init__(self, pool: BlockPool, limits: Limits, let_go: Callable[[Request], None]) -> None:
+        """`let_go` frees a request's blocks, or keeps them from being used while others read."""
         if limits.max_num_batched_tokens < limits.max_num_seqs:
             raise PdserveError(
                 f"max_num_batched_tokens ({limits.max_num_batched_tokens}) must be at least "
@@ -62,8 +64,10 @@ class Scheduler:
             )
         self.pool = pool
         self.limits = limits
+        self._let_go = let_go
         self.waiting: deque[Request] = deque()
         self.fetching: dict[str, Request] = {}
+        """FETCHING and ARRIVED."""
         self.running: list[Request] = []
         self.preemptions = 0
 
@@ -133,19 +137,41 @@ class Scheduler:
         self.waiting.appendleft(request)
 
     def _admit(self, plan: Plan, budget: int) -> None:
-        """Let waiting requests in, first come first served, while tokens and blocks last."""
-        while self.waiting and len(self.running) + len(self.fetching) < self.limits.max_num_seqs:
-            request = self.waiting[0]
+        """Let waiting requests in, first come first served, while tokens and blocks last. One that
+        awaits its token lets others pass."""
+        passed = 0
+        while passed < len(self.waiting) and self._places_taken < self.limits.max_num_seqs:
+            request = self.waiting[passed]
+            if request.awaits_token and not self._takes_early(request):
+                passed += 1
+                continue
             if request.ticket is None and not budget:
                 return
             if not self._reserve(request):
-                return
-            self.waiting.popleft()
+                if not request.awaits_token:
+                    return
+                passed += 1
+                continue
+            del self.waiting[passed]
             if request.ticket is not None:
                 plan.fetches.append(self._start_fetch(request))
             else:
                 self._start(request)
                 budget -= self._extend(plan, request, budget)
+
+    @property
+    def _places_taken(self) -> int:
+        return len(self.running) + len(self.fetching)
+
+    def _takes_early(self, request: Request) -> bool:
+        assert request.ticket is not None
+        return takes_early(
+            self.pool.num_available,
+            request.ticket.num_blocks,
+            self.pool.num_blocks,
+            self._places_taken,
+            self.limits.max_num_seqs,
+        )
 
     def _reserve(self, request: Request) -> bool:
         """Pin what the cache has of the prompt and check (for a ticket: take) the room for the
@@ -202,23 +228,32 @@ class Scheduler:
         )
 
     def fetched(self, request: Request, report: FetchReport) -> None:
-        """The transfer is done with the request's blocks: run it, or compute it here instead."""
-        del self.fetching[request.request_id]
+        """The transfer is done with the request's blocks: run it (once its token has come), or
+        compute it here instead."""
         ticket = request.ticket
         assert ticket is not None
         request.ticket = None
         if report.ok:
             request.num_computed = ticket.num_tokens
-            request.state = State.RUNNING
+            request.state = State.ARRIVED
             request.mark(FETCHED)
-            self.running.append(request)
             self._register_full_blocks(request)
+            if not request.awaits_token:
+                self.resume(request)
             return
+        del self.fetching[request.request_id]
         # Blocks before the first bad one are sound; in the cache they survive the recomputation.
         request.num_computed = min(report.failed) * self.pool.block_size
         self._register_full_blocks(request)
-        request.mark(RECOMPUTED)
+        if not request.awaits_token:
+            request.mark(RECOMPUTED)
         self._requeue(request)
+
+    def resume(self, request: Request) -> None:
+        """Its blocks are here and its token is known."""
+        del self.fetching[request.request_id]
+        request.state = State.RUNNING
+        self.running.append(request)
 
     def computed(self, chunk: Chunk) -> None:
         """A chunk's KV is in the pool."""
@@ -244,29 +279,27 @@ class Scheduler:
 
     def free(self, request: Request) -> None:
         """Give back all blocks. Never while the transfer writes into them (state FETCHING)."""
-        self.pool.release(request.block_table)
+        self._let_go(request)
         request.block_table = []
         request.num_computed = 0
         request.num_registered = 0
 
     def remove(self, request: Request) -> None:
-        """Take a waiting or running request out and free its blocks."""
+        """Take a request out and free its blocks."""
         assert request.state is not State.FETCHING, "The transfer still owns its blocks."
         if request.state is State.RUNNING:
             self.running.remove(request)
+        elif request.state is State.ARRIVED:
+            del self.fetching[request.request_id]
         else:
             self.waiting.remove(request)
         self.free(request)
         request.state = State.FINISHED
 
-    def hand_over(self, request: Request) -> list[int]:
-        """Take a running request out; its blocks now belong to the outbox and are returned."""
+    def part(self, request: Request) -> None:
+        """Take a running request out; what becomes of its blocks is the caller's affair."""
         self.running.remove(request)
-        blocks = request.block_table
-        self.pool.hold(blocks)
-        request.block_table = []
         request.state = State.FINISHED
-        return blocks
 
     @property
     def queued_tokens(self) -> int:

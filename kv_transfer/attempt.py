@@ -1,4 +1,4 @@
-"""One attempt: everything that a fetch still misses is asked for over one transport.
+"""One attempt: everything that a fetch misses and can have is asked for over one transport.
 
 The thread asks for the blocks in pieces, the next piece before it has received the last, and
 verifies each block before it counts as arrived.
@@ -55,7 +55,7 @@ class Attempts:
         self._host_id = host_id()
 
     def make(self, job: Job, name: str) -> None:
-        """Ask for everything missing over one transport. Blocks whose checksum differs stay in
+        """Ask for everything due over one transport. Blocks whose checksum differs stay in
         `job.missing` without an exception. Raises TransportUnfit, Ended, OSError, ProtocolError."""
         half = self._halves[name]
         job.transport = name
@@ -64,7 +64,7 @@ class Attempts:
             self._line(job, job.wait(self._stall_s)) as line,
             self._credits.account(job.ticket.source) as account,
         ):
-            waiting = deque(_pieces(list(job.missing), size))
+            waiting = deque(_pieces(job.due, size))
             asked: deque[list[int]] = deque()
             while waiting or asked:
                 ahead = len(asked) < ASKED_AHEAD and bool(waiting)

@@ -29,6 +29,10 @@ class Job:
     deadline: float
     done: Done
     renew_at: float
+    ready: int
+    """Blocks of the ticket, from the first, that the source is known to have."""
+    growing: bool
+    """The source is still computing further ones."""
     late: str = "The request's deadline passed before all its KV blocks had arrived."
     """What to say when `deadline` has passed."""
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -49,6 +53,11 @@ class Job:
     """Seconds in which the bytes came, waits for the source's answers aside."""
     borrowed: bool = False
     """Some blocks were copied from memory that the source could have taken back."""
+
+    @property
+    def due(self) -> list[int]:
+        """Missing blocks that can be asked for now."""
+        return [index for index in self.missing if index < self.ready]
 
     def take(self) -> bool:
         """Become the one who works on it (or ends it unworked)."""

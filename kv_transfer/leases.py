@@ -92,8 +92,9 @@ class Leases:
     def release(self, job: Job) -> bool:
         """Tell the source that the fetch is over; True if the lease stood until now. Asked again
         on a new connection if the first one fails, since the answer decides about a borrowed copy.
+        A ticket that grows is not this side's to release: another reader may take it up.
         """
-        if not job.releasable:
+        if not job.releasable or job.growing:
             return False
         message = Release(
             ticket_id=job.ticket.ticket_id, epoch=job.ticket.epoch, outcome=job.outcome

@@ -1,6 +1,10 @@
-"""The outbox: who may read the blocks of finished prefills, and when they go back to the pool.
+"""The outbox: who may read the blocks of prefills, and when they go back to the pool.
 
-                 begin                 end
+    open ─► GROWING ── extend: more blocks can be read; no lease, only the engine ends it
+               │ │
+          seal │ └── cut ─► read by nobody: over, the engine keeps the blocks; else ENDING
+               ▼
+             begin                 end
     READY ──────────────► SENDING ──────────► READY          (any number of readers at once)
       │                      │
       │ release, withdraw,   │ release, withdraw, expiry, close
@@ -10,9 +14,10 @@
     RETURNED ◄──────────────────────────────────────────┘    reported exactly once
 
 Pure but for a lock and the callback: no sockets, no threads, and the clock is given. Blocks belong
-to the outbox from `offer` until `on_returned` is called for their ticket. Readers of shared memory
-do not count as readers here, since nobody can see them: they learn from `release` whether the
-ticket still stood when they were done, and throw their copy away if it did not.
+to the outbox from `offer` or `seal` (or a `cut` that is not at once over) until `on_returned` is
+called for their ticket; while it grows they are the request's. Readers of shared memory do not
+count as readers here, since nobody can see them: they learn from `release` whether the ticket still
+stood when they were done, and throw their copy away if it did not.
 """
 
 from __future__ import annotations
@@ -26,6 +31,8 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from pdserve.protocol.errors import PdserveError
 from pdserve.protocol.ticket import KVTicket, LayoutFingerprint
 from pdserve.protocol.transfer import Fetch, Outcome
@@ -37,6 +44,7 @@ REMEMBERED = 4096
 
 
 class TicketState(enum.Enum):
+    GROWING = enum.auto()
     READY = enum.auto()
     SENDING = enum.auto()
     ENDING = enum.auto()
@@ -51,7 +59,7 @@ class Ending(enum.StrEnum):
     ABORTED = "aborted"
     """These three are the fetching side's word (`Outcome`)."""
     WITHDRAWN = "withdrawn"
-    """The own engine's: the request was aborted here."""
+    """The own engine's: the request was aborted here, or preempted while its ticket grew."""
     EXPIRED = "expired"
     FENCED = "fenced"
     """The worker's epoch is over."""
@@ -67,6 +75,8 @@ class Refusal(PdserveError):
 class OutboxCounters:
     """A moment's view."""
 
+    growing: int
+    """Tickets whose prompt is still being computed; their blocks are not among the held ones."""
     held_tickets: int
     held_blocks: int
     offered: int
@@ -80,6 +90,8 @@ class _Held:
     ticket: KVTicket
     block_ids: tuple[int, ...]
     deadline: float
+    growing: bool = False
+    """The engine still computes: it alone ends the ticket, and nothing is returned."""
     readers: int = 0
     ending: Ending | None = None
     checksums: dict[int, int] = field(default_factory=dict)
@@ -87,7 +99,10 @@ class _Held:
     @property
     def state(self) -> TicketState:
         if self.ending is not None:
-            return TicketState.ENDING if self.readers else TicketState.RETURNED
+            busy = self.readers or self.growing
+            return TicketState.ENDING if busy else TicketState.RETURNED
+        if self.growing:
+            return TicketState.GROWING
         return TicketState.SENDING if self.readers else TicketState.READY
 
 
@@ -97,6 +112,8 @@ class Read:
 
     held: _Held
     wanted: tuple[int, ...]
+    early: bool = False
+    """Begun while the ticket was growing."""
 
     @property
     def block_ids(self) -> tuple[int, ...]:
@@ -144,6 +161,7 @@ class Outbox:
         self._on_returned = on_returned
         self._clock = clock
         self._lock = threading.Lock()
+        self._grown = threading.Condition(self._lock)
         self._held: dict[str, _Held] = {}
         self._by_request: dict[str, _Held] = {}
         self._verdicts: OrderedDict[str, str] = OrderedDict()
@@ -161,34 +179,84 @@ class Outbox:
     ) -> KVTicket:
         """Take blocks over and mint their ticket. Raises ValueError if the numbers contradict each
         other or the request is offered already, RuntimeError after `close`."""
+        ticket = self._mint(request_id, num_tokens, block_hashes, growing=False)
+        _check_blocks(ticket, block_ids, whole=True)
+        held = _Held(ticket, tuple(block_ids), self._clock() + self._lease_s)
+        with self._lock:
+            self._add(held)
+            self._held_blocks += len(held.block_ids)
+        return ticket
+
+    def open(self, request_id: str, num_tokens: int, block_hashes: Sequence[bytes]) -> KVTicket:
+        """Mint the ticket of a prompt that is still being computed. Raises as `offer` does."""
+        ticket = self._mint(request_id, num_tokens, block_hashes, growing=True)
+        with self._lock:
+            self._add(_Held(ticket, (), float("inf"), growing=True))
+        return ticket
+
+    def extend(self, request_id: str, block_ids: Sequence[int]) -> str:
+        """The next blocks of a growing ticket are ready and will not be written to again. Returns
+        its ticket id. Raises ValueError if they cannot belong to it or it does not grow."""
+        with self._lock:
+            held = self._growing(request_id)
+            blocks = (*held.block_ids, *block_ids)
+            _check_blocks(held.ticket, blocks, whole=False)
+            held.block_ids = blocks
+            self._grown.notify_all()
+            return held.ticket.ticket_id
+
+    def seal(self, request_id: str, block_ids: Sequence[int]) -> KVTicket:
+        """A growing ticket is complete, with these last blocks: from now on all of them belong to
+        the outbox, and the lease runs. Raises ValueError as `extend` does."""
+        with self._lock:
+            held = self._growing(request_id)
+            blocks = (*held.block_ids, *block_ids)
+            _check_blocks(held.ticket, blocks, whole=True)
+            held.block_ids = blocks
+            held.ticket = msgspec.structs.replace(held.ticket, growing=False)
+            held.deadline = self._clock() + self._lease_s
+            self._let_go(held)
+            returned = self._settle(held)
+        if returned:
+            self._report(held)
+        return held.ticket
+
+    def cut(self, request_id: str) -> bool:
+        """End a growing ticket. True: nobody reads its blocks, they are the caller's alone and
+        nothing will be reported. False: the outbox has them until it reports them returned.
+        Raises ValueError if it does not grow."""
+        with self._lock:
+            held = self._growing(request_id)
+            held.ending = held.ending or Ending.WITHDRAWN
+            self._let_go(held)
+            return self._settle(held)
+
+    def watch(self, ticket_id: str, epoch: int, have: int, wait_s: float) -> tuple[int, bool]:
+        """Wait at most `wait_s` seconds until more than `have` blocks of a ticket are ready, or
+        all are. Returns (how many are, whether these are all). Raises Refusal once it is over."""
+        until = time.monotonic() + wait_s
+        with self._lock:
+            while epoch == self._epoch and (held := self._held.get(ticket_id)) is not None:
+                if held.ending is not None or held.deadline <= self._clock():
+                    break
+                left = until - time.monotonic()
+                if len(held.block_ids) > have or not held.growing or left <= 0:
+                    return len(held.block_ids), not held.growing
+                self._grown.wait(left)
+        raise Refusal(f"The ticket {ticket_id} is unknown, released or expired.")
+
+    def _mint(
+        self, request_id: str, num_tokens: int, block_hashes: Sequence[bytes], growing: bool
+    ) -> KVTicket:
+        host, port = self._endpoint
         size = self._fingerprint.block_size
-        if num_tokens < 1 or len(block_ids) != -(-num_tokens // size):
-            raise ValueError(
-                f"{num_tokens} tokens in blocks of {size} do not fill {len(block_ids)} blocks."
-            )
+        if num_tokens < 1:
+            raise ValueError(f"A ticket covers at least one token. Given: {num_tokens}.")
         if len(block_hashes) != num_tokens // size:
             raise ValueError(
                 f"{num_tokens} tokens fill {num_tokens // size} blocks of {size}; "
                 f"{len(block_hashes)} hashes were given."
             )
-        if len(set(block_ids)) != len(block_ids):
-            raise ValueError("A block was offered twice in one ticket.")
-        ticket = self._mint(request_id, len(block_ids), num_tokens, tuple(block_hashes))
-        with self._lock:
-            if self._closed:
-                raise RuntimeError("The outbox is closed and takes no more blocks.")
-            if request_id in self._by_request:
-                raise ValueError(f"The request {request_id} has blocks in the outbox already.")
-            held = _Held(ticket, tuple(block_ids), self._clock() + self._lease_s)
-            self._held[ticket.ticket_id] = self._by_request[request_id] = held
-            self._offered += 1
-            self._held_blocks += len(held.block_ids)
-        return ticket
-
-    def _mint(
-        self, request_id: str, num_blocks: int, num_tokens: int, hashes: tuple[bytes, ...]
-    ) -> KVTicket:
-        host, port = self._endpoint
         return KVTicket(
             ticket_id=secrets.token_hex(16),
             request_id=request_id,
@@ -199,15 +267,18 @@ class Outbox:
             transports=self._transports,
             fingerprint=self._fingerprint,
             num_tokens=num_tokens,
-            num_blocks=num_blocks,
-            block_hashes=hashes,
+            num_blocks=-(-num_tokens // size),
+            block_hashes=tuple(block_hashes),
             lease_s=self._lease_s,
+            growing=growing,
         )
 
     def withdraw(self, request_id: str) -> None:
-        """End the request's ticket, if there is one."""
+        """End the request's ticket, if there is one and it does not grow (see `cut`)."""
         with self._lock:
             held = self._by_request.get(request_id)
+            if held is not None and held.growing:
+                return
             returned = held is not None and self._end(held, Ending.WITHDRAWN)
         if held is not None and returned:
             self._report(held)
@@ -225,9 +296,9 @@ class Outbox:
         with self._lock:
             held, lapsed = self._standing(fetch.ticket_id)
             if held is not None:
-                _check_wanted(fetch, held.ticket)
+                _check_wanted(fetch, held.ticket, len(held.block_ids))
                 held.readers += 1
-                return Read(held, fetch.wanted)
+                return Read(held, fetch.wanted, held.growing)
         if lapsed is not None:
             self._report(lapsed)
         raise Refusal(f"The ticket {fetch.ticket_id} is unknown, released or expired.")
@@ -240,7 +311,7 @@ class Outbox:
         if held is None:
             return
         for index, block in enumerate(held.block_ids):
-            if held.state is not TicketState.READY:
+            if held.ending is not None or held.readers:
                 return
             if index in held.checksums:
                 continue
@@ -262,10 +333,10 @@ class Outbox:
             self._report(held)
 
     def renew(self, ticket_id: str, epoch: int) -> bool:
-        """Start the lease anew. False if it does not stand any more."""
+        """Start the lease anew; a growing ticket has none. False if it does not stand any more."""
         with self._lock:
             held, lapsed = self._standing(ticket_id) if epoch == self._epoch else (None, None)
-            if held is not None:
+            if held is not None and not held.growing:
                 held.deadline = self._clock() + self._lease_s
         if lapsed is not None:
             self._report(lapsed)
@@ -273,12 +344,15 @@ class Outbox:
 
     def release(self, ticket_id: str, epoch: int, outcome: Outcome, reader: str) -> bool:
         """The reader is done. True if the lease stood until now; the same reader may ask again
-        and gets the same answer, any other one gets False."""
+        and gets the same answer, any other one gets False. A growing ticket stands whoever turns
+        away from it: another reader may come."""
         with self._lock:
             if epoch != self._epoch:
                 return False
             held, lapsed = self._standing(ticket_id)
-            if held is None:
+            if held is not None and held.growing:
+                valid = True
+            elif held is None:
                 valid = self._verdicts.get(ticket_id) == reader
             else:
                 valid = True
@@ -296,7 +370,7 @@ class Outbox:
         None if nothing is held under a lease."""
         now = self._clock()
         with self._lock:
-            due = [held for held in self._held.values() if held.ending is None]
+            due = [held for held in self._held.values() if held.ending is None and not held.growing]
             over = [held for held in due if held.deadline <= now]
             returned = [held for held in over if self._end(held, Ending.EXPIRED)]
             following = min((held.deadline for held in due if held.ending is None), default=None)
@@ -319,7 +393,8 @@ class Outbox:
             self._report(held)
 
     def close(self) -> None:
-        """End every ticket and take no more offers. Idempotent."""
+        """End every ticket and take no more offers; what grows stays the engine's, which lets go
+        of it as ever. Idempotent."""
         with self._lock:
             self._closed = True
             returned = self._end_all(Ending.CLOSED)
@@ -333,8 +408,10 @@ class Outbox:
 
     def counters(self) -> OutboxCounters:
         with self._lock:
+            growing = sum(held.growing for held in self._held.values())
             return OutboxCounters(
-                held_tickets=len(self._held),
+                growing=growing,
+                held_tickets=len(self._held) - growing,
                 held_blocks=self._held_blocks,
                 offered=self._offered,
                 returned=dict(self._returned),
@@ -355,6 +432,7 @@ class Outbox:
     def _end_all(self, ending: Ending) -> list[_Held]:
         """Mark every entry; those that are to be reported now."""
         live = [held for held in self._held.values() if held.ending is None]
+        self._grown.notify_all()
         return [held for held in live if self._end(held, ending)]
 
     def _end(self, held: _Held, ending: Ending) -> bool:
@@ -363,11 +441,40 @@ class Outbox:
         if held.ending is not None:
             return False
         held.ending = ending
+        if held.growing:
+            return False
         self._by_request.pop(held.ticket.request_id)
-        if held.readers:
+        return self._settle(held)
+
+    def _settle(self, held: _Held) -> bool:
+        """Forget an entry if it is over and unread; whether it was."""
+        if held.state is not TicketState.RETURNED:
             return False
         self._forget(held)
         return True
+
+    def _add(self, held: _Held) -> None:
+        request_id = held.ticket.request_id
+        if self._closed:
+            raise RuntimeError("The outbox is closed and takes no more blocks.")
+        if request_id in self._by_request:
+            raise ValueError(f"The request {request_id} has blocks in the outbox already.")
+        self._held[held.ticket.ticket_id] = self._by_request[request_id] = held
+        self._offered += 1
+
+    def _growing(self, request_id: str) -> _Held:
+        held = self._by_request.get(request_id)
+        if held is None or not held.growing:
+            raise ValueError(f"The request {request_id} has no ticket that grows.")
+        return held
+
+    def _let_go(self, held: _Held) -> None:
+        """The engine computes no more for it; its blocks count as the outbox's."""
+        held.growing = False
+        self._held_blocks += len(held.block_ids)
+        if held.ending is not None:
+            self._by_request.pop(held.ticket.request_id)
+        self._grown.notify_all()
 
     def _forget(self, held: _Held) -> None:
         assert held.ending is not None
@@ -383,7 +490,18 @@ class Outbox:
             log.exception("Giving back the blocks of %s failed.", held.ticket.request_id)
 
 
-def _check_wanted(fetch: Fetch, ticket: KVTicket) -> None:
+def _check_blocks(ticket: KVTicket, blocks: Sequence[int], whole: bool) -> None:
+    missing = ticket.num_blocks - len(blocks)
+    if missing < 0 or (whole and missing):
+        size = ticket.fingerprint.block_size
+        raise ValueError(
+            f"{ticket.num_tokens} tokens in blocks of {size} do not fill {len(blocks)} blocks."
+        )
+    if len(set(blocks)) != len(blocks):
+        raise ValueError("A block was offered twice in one ticket.")
+
+
+def _check_wanted(fetch: Fetch, ticket: KVTicket, ready: int) -> None:
     if fetch.request_id != ticket.request_id:
         raise Refusal(f"The ticket {ticket.ticket_id} belongs to another request.")
     previous = -1
@@ -393,6 +511,8 @@ def _check_wanted(fetch: Fetch, ticket: KVTicket) -> None:
                 f"The wanted blocks must be ascending and below {ticket.num_blocks}. "
                 f"Given: {index} after {previous}."
             )
+        if index >= ready:
+            raise Refusal(f"Block {index} is still to be computed; {ready} are ready.")
         previous = index
     if not fetch.wanted:
         raise Refusal("A fetch must want at least one block.")

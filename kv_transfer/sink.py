@@ -4,7 +4,8 @@ A fetch waits in a queue until one of a few threads takes it. That thread asks f
 blocks over the best transport (`attempt.py`), once more (over the next transport, if there is one,
 `routes.py`) for blocks that did not arrive intact, releases the ticket (`leases.py`) and reports.
 One more thread keeps the leases of all fetches alive, waiting ones included, ends those that time
-out in the queue and closes connections that nobody needs.
+out in the queue and closes connections that nobody needs. A ticket that still grows has a thread of
+its own, which mostly waits for the source (`growth.py`).
 
     QUEUED ──► ACTIVE ──► DONE      done(report) is called on entering DONE, exactly once;
        └─────────────────►          the targets belong to the transfer until then
@@ -25,6 +26,7 @@ from typing import Self
 
 from pdserve.kv_transfer.attempt import Attempts
 from pdserve.kv_transfer.credits import Credits
+from pdserve.kv_transfer.growth import follow
 from pdserve.kv_transfer.job import Done, Ended, Job
 from pdserve.kv_transfer.leases import Leases
 from pdserve.kv_transfer.line import EpochChanged, LinePool
@@ -71,7 +73,8 @@ class TransferSink:
     one if it fails) or the name of the only one to use. `stall_s`: a peer that says nothing for so
     long is given up; `limit_s`: a fetch that takes so long from its start (not counting the queue)
     is given up. `halves` are the transports' implementations, best first. `in_flight_per_source`,
-    `in_flight`: bytes that may have been asked for and not yet received.
+    `in_flight`: bytes that may have been asked for and not yet received. `growing`:
+    growing tickets fetched at the same time; further ones fail at once.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class TransferSink:
         limit_s: float = 60.0,
         in_flight_per_source: int = 256 * 2**20,
         in_flight: int = 512 * 2**20,
+        growing: int = 32,
     ) -> None:
         """Raises ValueError if the transport is unknown or a limit makes no sense."""
         halves = SINK_HALVES if halves is None else halves
@@ -119,6 +123,8 @@ class TransferSink:
         self._fetches: Counter[str] = Counter()
         self._transports: Counter[str] = Counter()
         self._closing = False
+        self._most_growing = growing
+        self._growing: set[threading.Thread] = set()
         self._next_look = float("inf")
         """When the keeper looks again by itself."""
         self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
@@ -151,6 +157,8 @@ class TransferSink:
             deadline=deadline,
             done=done,
             renew_at=time.monotonic() + ticket.lease_s / 3,
+            ready=0 if ticket.growing else ticket.num_blocks,
+            growing=ticket.growing,
         )
         with self._lock:
             if ticket.request_id in self._jobs:
@@ -161,9 +169,25 @@ class TransferSink:
         if closing:
             self._report(job, job.wanted, "The transfer is closed.")
             return
-        self._queue.put(job)
+        if job.growing:
+            self._start_growing(job)
+        else:
+            self._queue.put(job)
         if min(job.deadline, job.renew_at) < self._next_look:
             self._wake.set()
+
+    def _start_growing(self, job: Job) -> None:
+        name = "kv-sink-growing"
+        thread = threading.Thread(target=self._grow, args=(job,), name=name, daemon=True)
+        with self._lock:
+            room = len(self._growing) < self._most_growing
+            if room:
+                self._growing.add(thread)
+        if room:
+            thread.start()
+        else:
+            reason = f"{self._most_growing} growing tickets are being fetched already."
+            self._report(job, job.wanted, reason)
 
     def _check(self, ticket: KVTicket, wanted: Sequence[int], targets: Sequence[int]) -> None:
         if len(wanted) != len(targets):
@@ -213,13 +237,14 @@ class TransferSink:
         with self._lock:
             self._closing = True
             jobs = list(self._jobs.values())
+            growing = list(self._growing)
         self._leases.close(deadline)
         for job in jobs:
             job.stop("The transfer was closed.", Outcome.ABORTED)
         for _ in self._threads:
             self._queue.put(None)
         self._wake.set()
-        for thread in self._threads:
+        for thread in [*self._threads, *growing]:
             if thread is not threading.current_thread():
                 thread.join(max(0.0, deadline - time.monotonic()))
         for job in jobs:  # only those of a thread that is stuck beyond our reach
@@ -236,24 +261,43 @@ class TransferSink:
 
     def _work(self) -> None:
         while (job := self._queue.get()) is not None:
-            try:
-                if job.take():
-                    job.start(self._limit_s)
-                    self._run(job)
-                else:
-                    self._leases.release(job)
-            except Exception as error:
-                log.exception("Fetching for %s failed.", job.ticket.request_id)
-                self._report(job, job.wanted, f"The transfer failed: {error}")
+            self._attend(job)
+
+    def _grow(self, job: Job) -> None:
+        try:
+            self._attend(job)
+        finally:
+            with self._lock:
+                self._growing.discard(threading.current_thread())
+
+    def _attend(self, job: Job) -> None:
+        try:
+            if job.take():
+                self._run(job)
+            else:
                 self._leases.release(job)
+        except Exception as error:
+            log.exception("Fetching for %s failed.", job.ticket.request_id)
+            self._report(job, job.wanted, f"The transfer failed: {error}")
+            self._leases.release(job)
 
     def _run(self, job: Job) -> None:
         try:
-            self._fetch_all(job)
+            while True:
+                if job.growing:
+                    self._follow(job)
+                if not job.growing:
+                    job.start(self._limit_s)
+                self._fetch_due(job)
+                if job.due or not job.growing:
+                    break
         except Ended as ended:
             job.reason = str(ended)
-        if job.missing:
-            self._report(job)  # first, because the source may not answer any more
+        if job.missing or job.growing:
+            # First, because the source may not answer any more. A ticket that ended before its
+            # prompt was complete is worth nothing, whatever came and even if nothing was wanted.
+            last = (job.ticket.num_blocks - 1,)
+            self._report(job, (job.wanted or last) if job.growing else None)
             self._leases.release(job)
             return
         if not job.stopped:
@@ -265,9 +309,24 @@ class TransferSink:
         else:
             self._report(job)
 
-    def _fetch_all(self, job: Job) -> None:
-        """Ask for what is missing until nothing is, or there is nothing left to try. What remains
-        in `job.missing` failed for `job.reason`."""
+    def _follow(self, job: Job) -> None:
+        """Wait for the source to have more; asked once more on a new connection. Raises Ended."""
+        for last in (False, True):
+            try:
+                follow(job, self._lines, self._stall_s)
+                return
+            except EpochChanged as error:
+                job.releasable = False
+                raise Ended(str(error)) from None
+            except (OSError, ProtocolError) as error:
+                job.wait(self._stall_s)  # stopped or late: that is the better reason
+                if last:
+                    source = job.ticket.source
+                    raise Ended(f"Asking {source} for its progress failed: {error}") from None
+
+    def _fetch_due(self, job: Job) -> None:
+        """Ask for what is due until nothing is, or there is nothing left to try. What remains in
+        `job.due` failed for `job.reason`."""
         if difference := self._fingerprint.difference(job.ticket.fingerprint):
             raise Ended(difference)
         names = self._routes.plan(job.ticket, len(job.missing) * self._pool.block_nbytes)
@@ -277,7 +336,7 @@ class TransferSink:
                 f"this worker uses {', '.join(self._routes.names)}."
             )
         tries = 0
-        while job.missing and tries < TRIES:
+        while job.due and tries < TRIES:
             name = names[0]
             try:
                 tries += 1

@@ -39,13 +39,16 @@ from pdserve.kv_transfer.transports import SOURCE_HALVES, SourceHalf
 from pdserve.protocol.errors import ProtocolError
 from pdserve.protocol.ticket import KVTicket, LayoutFingerprint
 from pdserve.protocol.transfer import (
+    WATCH_S,
     Fetch,
     FetchHeader,
+    Grown,
     Refused,
     Release,
     Released,
     Renew,
     ToSource,
+    Watch,
 )
 from pdserve.protocol.wire import MessageDecoder
 
@@ -70,6 +73,8 @@ class SourceCounters:
     outbox: OutboxCounters
     bytes_out: int
     """KV bytes sent or shown to readers since the start."""
+    bytes_early: int
+    """Those of them whose prompt was still being computed."""
     connections: int
     complaints: int
     """Connections ended for a fault of the peer: strangers, malformed or oversized frames."""
@@ -136,7 +141,7 @@ class TransferSource:
         self._complain = Complaints(log)
         self._lock = threading.Lock()
         self._lines: dict[Line, threading.Thread] = {}
-        self._bytes_out = 0
+        self._bytes_out = self._bytes_early = 0
         self._closing = threading.Event()
         self._fresh: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         """Tickets whose checksums nobody has computed yet; None: the end."""
@@ -156,12 +161,35 @@ class TransferSource:
         block_hashes: Sequence[bytes],
     ) -> KVTicket:
         """See `Outbox.offer`. Raises ValueError also for blocks outside the pool."""
-        if any(not 0 <= block_id < self._pool.num_blocks for block_id in block_ids):
-            raise ValueError(f"A block lies outside the pool of {self._pool.num_blocks} blocks.")
+        self._check(block_ids)
         ticket = self.outbox.offer(request_id, block_ids, num_tokens, block_hashes)
         if not _sums_itself(next(iter(self._halves.values()))):  # what readers will take
             self._fresh.put(ticket.ticket_id)
         return ticket
+
+    def open(self, request_id: str, num_tokens: int, block_hashes: Sequence[bytes]) -> KVTicket:
+        """See `Outbox.open`."""
+        return self.outbox.open(request_id, num_tokens, block_hashes)
+
+    def extend(self, request_id: str, block_ids: Sequence[int]) -> None:
+        """See `Outbox.extend`. Raises ValueError also for blocks outside the pool."""
+        self._check(block_ids)
+        self._fresh.put(self.outbox.extend(request_id, block_ids))
+
+    def seal(self, request_id: str, block_ids: Sequence[int]) -> KVTicket:
+        """See `Outbox.seal`. Raises ValueError also for blocks outside the pool."""
+        self._check(block_ids)
+        ticket = self.outbox.seal(request_id, block_ids)
+        self._fresh.put(ticket.ticket_id)
+        return ticket
+
+    def cut(self, request_id: str) -> bool:
+        """See `Outbox.cut`."""
+        return self.outbox.cut(request_id)
+
+    def _check(self, block_ids: Sequence[int]) -> None:
+        if any(not 0 <= block_id < self._pool.num_blocks for block_id in block_ids):
+            raise ValueError(f"A block lies outside the pool of {self._pool.num_blocks} blocks.")
 
     def withdraw(self, request_id: str) -> None:
         """End the request's ticket, if there is one: at once, or when its last reader has stopped,
@@ -175,8 +203,10 @@ class TransferSource:
 
     def counters(self) -> SourceCounters:
         with self._lock:
-            connections, bytes_out = len(self._lines), self._bytes_out
-        return SourceCounters(self.outbox.counters(), bytes_out, connections, self._complain.count)
+            connections, sent, early = len(self._lines), self._bytes_out, self._bytes_early
+        return SourceCounters(
+            self.outbox.counters(), sent, early, connections, self._complain.count
+        )
 
     def close(self) -> None:
         """Stop serving and return all blocks. Idempotent; takes at most CLOSE_TIMEOUT_S."""
@@ -263,9 +293,12 @@ class TransferSource:
             with self._lock:
                 self._lines.pop(line, None)
 
-    def _answer(self, line: Line, message: Fetch | Renew | Release) -> None:
+    def _answer(self, line: Line, message: Fetch | Watch | Renew | Release) -> None:
         if isinstance(message, Fetch):
             self._send(line, message)
+            return
+        if isinstance(message, Watch):
+            self._tell(line, message)
             return
         if isinstance(message, Renew):
             valid = self.outbox.renew(message.ticket_id, message.epoch)
@@ -274,6 +307,15 @@ class TransferSource:
                 message.ticket_id, message.epoch, message.outcome, line.peer
             )
         self._say(line, Released(ticket_id=message.ticket_id, valid=valid))
+
+    def _tell(self, line: Line, watch: Watch) -> None:
+        """How far a growing ticket is, once there is news; the line's thread waits for it."""
+        try:
+            ready, sealed = self.outbox.watch(watch.ticket_id, watch.epoch, watch.have, WATCH_S)
+        except Refusal as refusal:
+            self._say(line, Refused(ticket_id=watch.ticket_id, reason=str(refusal)))
+        else:
+            self._say(line, Grown(ticket_id=watch.ticket_id, ready=ready, sealed=sealed))
 
     def _send(self, line: Line, fetch: Fetch) -> None:
         half = self._halves.get(fetch.transport)
@@ -306,8 +348,10 @@ class TransferSource:
             half.send(line, fetch, blocks, lambda: self._patience(read))
         finally:
             self.outbox.end(read)
+        nbytes = len(blocks) * self._pool.block_nbytes
         with self._lock:
-            self._bytes_out += len(blocks) * self._pool.block_nbytes
+            self._bytes_out += nbytes
+            self._bytes_early += nbytes if read.early else 0
 
     def _patience(self, read: Read) -> float:
         """The deadline of a reader's next step; raises _Stopped if nobody wants it any more."""
@@ -335,7 +379,7 @@ class TransferSource:
             ),
         )
 
-    def _say(self, line: Line, message: FetchHeader | Refused | Released) -> None:
+    def _say(self, line: Line, message: FetchHeader | Refused | Grown | Released) -> None:
         line.send(message, time.monotonic() + self._stall_s)
 
 

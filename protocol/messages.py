@@ -1,8 +1,8 @@
 """Messages between routers and workers.
 
-One connection per router and worker carries everything. Downwards: `Submit` and `Abort`.
-Upwards: one `StepFrame` per engine step with that step's tokens of all the router's requests, so
-that the cost of a step does not grow with the number of client streams.
+One connection per router and worker carries everything. Downwards: `Submit`, `Continue` and
+`Abort`. Upwards: one `StepFrame` per engine step with that step's tokens of all the router's
+requests, so that the cost of a step does not grow with the number of client streams.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """A request for a worker.
 
     - `hand_off`: draw the first token, keep the KV blocks and answer with a ticket (prefill leg).
-    - `ticket`: fetch the prompt's KV blocks with it instead of computing them (decode leg).
+    - `ticket`: fetch the prompt's KV blocks with it instead of computing them (decode leg). While
+      the ticket is still growing there is no token yet: it comes in a `Continue`.
     - neither: do everything here (colocated, or a prompt not worth a transfer).
     """
 
@@ -79,6 +80,16 @@ class Abort(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     epoch: int
 
 
+class Continue(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="go"):
+    """The first tokens of a request that was submitted with a growing ticket. Never answered; a
+    request that has ended meanwhile has said so."""
+
+    request_id: str
+    epoch: int
+    output_token_ids: list[int]
+    """At least one. They are not sent again."""
+
+
 class Alive(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="alive"):
     """The router lives; never answered. One that says nothing at all for a while is cut off, and
     its requests end."""
@@ -86,7 +97,7 @@ class Alive(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     epoch: int
 
 
-ToWorker = Submit | Abort | Alive | Drain | SwitchRole
+ToWorker = Submit | Continue | Abort | Alive | Drain | SwitchRole
 
 
 class Output(
@@ -104,7 +115,8 @@ class Output(
     stop_token_id: int | None = None
     """The token (of `stop_token_ids`) that ended it; None for eos and length."""
     ticket: KVTicket | None = None
-    """Set on the last output of a prefill leg whose request goes on elsewhere."""
+    """Set on the last output of a prefill leg whose request goes on elsewhere; or, with nothing
+    else, a growing one while the prompt is still being computed: the last output repeats it."""
     error: WorkerError | None = None
     """Set with finish_reason `error`."""
     prompt_logprobs: list[PositionLogprobs | None] | None = None
@@ -142,6 +154,8 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """KV bytes fetched from others since the start."""
     bytes_out: int = 0
     """KV bytes others fetched from here since the start."""
+    bytes_early: int = 0
+    """Those of `bytes_out` that left while their prompt was still being computed."""
 
 
 class StepFrame(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="step"):

@@ -1,4 +1,4 @@
-"""The KV ticket: the right to fetch the blocks of one finished prefill, once, for a while."""
+"""The KV ticket: the right to fetch the blocks of one prefill, once, for a while."""
 
 from __future__ import annotations
 
@@ -70,4 +70,7 @@ class KVTicket(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     block_hashes: tuple[bytes, ...]
     """Hashes of the full blocks (num_tokens // block_size of them)."""
     lease_s: float
-    """Seconds, from the minting, after which the source may take the blocks back."""
+    """Seconds, from the moment all blocks are there, after which the source may take them back."""
+    growing: bool = False
+    """Minted while the prompt was still being computed: the blocks become ready one after the
+    other, the first token follows them, and the source may end the ticket at any time."""

@@ -8,6 +8,9 @@ import msgspec
 
 from pdserve.protocol.ticket import LayoutFingerprint
 
+WATCH_S = 1.0
+"""Longest a source lets a reader of a growing ticket wait for news."""
+
 
 class Outcome(enum.StrEnum):
     """What became of a ticket, said by the side that fetched."""
@@ -46,6 +49,25 @@ class DevicePool(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     num_blocks: int
     bus_id: str
     """The GPU's PCI bus id."""
+
+
+class Watch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="watch"):
+    """Ask how far a growing ticket is. Answered once more than `have` blocks are ready or all are,
+    at the latest after WATCH_S."""
+
+    ticket_id: str
+    epoch: int
+    have: int
+
+
+class Grown(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="grown"):
+    """The answer to `Watch`."""
+
+    ticket_id: str
+    ready: int
+    """Blocks, from the first, that can be fetched."""
+    sealed: bool
+    """These are all, and the lease has begun."""
 
 
 class FetchHeader(
@@ -113,8 +135,8 @@ class Released(
     valid: bool
 
 
-ToSource = Fetch | Renew | Release
-ToReader = FetchHeader | Refused | Released | Ready
+ToSource = Fetch | Watch | Renew | Release
+ToReader = FetchHeader | Refused | Grown | Released | Ready
 
 
 class FetchReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -1,6 +1,7 @@
 """The life of one answer over its legs.
 
-    choose ─pair──► PREFILL ──first token, ticket──► DECODE ──tokens … finish──► done
+                 growing ticket ┌──► EARLY ──first token──┐
+    choose ─pair──► PREFILL ────┴─first token, ticket──► DECODE ──tokens … finish──► done
       │                │ worker lost, refused            │ lost, refused, blocks lost
       │                └──► place again                  └──► moved: prompt + tokens so far are
       └─colocated──► FULL ──tokens … finish──► done            computed by another worker
@@ -9,7 +10,9 @@
 Every leg that fails for a reason that another worker may not have is retried, at most MAX_MOVES
 times without a token in between and MAX_MOVES_IN_ALL times in a life; tokens already delivered are
 never drawn again: they travel with the submission, and the generator keyed by (seed, position) goes
-on where it was. While no worker is there, the answer waits for one (`waiting.py`).
+on where it was. While no worker is there, the answer waits for one (`waiting.py`). An
+EARLY leg fetches while the prompt is still being computed; if it ends before the first token comes,
+nothing is lost.
 
 All of this happens in callbacks on the event loop; sends never wait, so neither does any of this,
 and an abort cannot be cancelled half way. What comes out is put into the request's `Mailbox`.
@@ -31,7 +34,7 @@ import msgspec
 
 from pdserve.protocol.blocks import route_hashes
 from pdserve.protocol.errors import ErrorCode, RequestError, WorkerError
-from pdserve.protocol.events import RECOMPUTED
+from pdserve.protocol.events import FETCHED, RECOMPUTED
 from pdserve.protocol.messages import LifeEvent, Output, Submit
 from pdserve.protocol.sampling import SamplingParams
 from pdserve.protocol.ticket import KVTicket
@@ -141,6 +144,8 @@ class AnswerLeg:
     """Tokens that it brought."""
     source: str = ""
     """The worker from which it fetches blocks."""
+    early: bool = False
+    """Sent before the prompt was complete."""
 
     def receive(self, output: Output) -> None:
         self.answered = True
@@ -155,9 +160,23 @@ class AnswerLeg:
         self.answer.on_failure(self, error)
 
 
+@dataclass(slots=True, eq=False)
+class _Early:
+    """A hand-over that began before its prompt was complete."""
+
+    ticket: KVTicket
+    tries: int = 0
+    leg: AnswerLeg | None = None
+    """None: it is being placed, or has ended badly."""
+    successor: KVTicket | None = None
+    """The ticket that came with the first token, if it is another one: it waits for the end of the
+    leg, which has the same id."""
+
+
 class Answer:
-    """One answer on its way: at most one running leg, at most one prefill leg whose blocks may
-    still lie in its worker's outbox (`_held`)."""
+    """One answer on its way: at most one running leg, at most one decode leg that awaits the token
+    of a running prefill leg (`_early`), at most one prefill leg whose blocks may still lie in its
+    worker's outbox (`_held`)."""
 
     def __init__(
         self,
@@ -177,6 +196,7 @@ class Answer:
         self._tokens: list[int] = []
         self._running: AnswerLeg | None = None
         self._held: AnswerLeg | None = None
+        self._early: _Early | None = None
         self._avoid: set[str] = set()
         self._routes: list[bytes] = []
         self._moves = self._moves_in_all = 0
@@ -197,6 +217,7 @@ class Answer:
         """The client has what it wanted, or is gone: abort whatever still goes on. Idempotent."""
         self.done = True
         self._dispatcher.waiting.leave(self)
+        self._drop_early()
         for leg in (self._running, self._held):
             if leg is not None:
                 leg.link.abort(leg.request_id)
@@ -211,9 +232,9 @@ class Answer:
 
     def learn_from(self, leg: AnswerLeg) -> None:
         """A leg has told what happened when."""
-        if leg.source:
-            arrived = all(event.name != RECOMPUTED for event in leg.events)
-            self._dispatcher.pairs.note(leg.source, leg.link.worker_id, arrived)
+        told = {event.name for event in leg.events}
+        if leg.source and told & {FETCHED, RECOMPUTED}:
+            self._dispatcher.pairs.note(leg.source, leg.link.worker_id, RECOMPUTED not in told)
         self._dispatcher.predictor.learn(
             LegFacts(
                 worker_id=leg.link.worker_id,
@@ -293,7 +314,7 @@ class Answer:
         try:
             if link is None:
                 raise RequestError(ErrorCode.WORKER_LOST, f"{worker_id} has just left.")
-            self._submit(link, kind, ticket, verdict)
+            self._running = self._submit(link, kind, ticket, verdict)
         except RequestError:
             self._avoid.add(worker_id)
             if link is not None:
@@ -305,7 +326,7 @@ class Answer:
 
     def _submit(
         self, link: WorkerLink, kind: str, ticket: KVTicket | None, verdict: Verdict
-    ) -> None:
+    ) -> AnswerLeg:
         """One more leg. Raises RequestError(WORKER_LOST)."""
         now = time.monotonic()
         if ticket is None:
@@ -317,6 +338,7 @@ class Answer:
         length = len(self._spec.prompt_token_ids) + len(self._tokens)
         source = ticket.source if ticket is not None else ""
         leg = AnswerLeg(self, link, request_id, kind, now, verdict, length=length, source=source)
+        leg.early = ticket is not None and ticket.growing
         message = Submit(
             request_id=leg.request_id,
             epoch=link.epoch,
@@ -331,17 +353,23 @@ class Answer:
         link.submit(message, leg)
         self._dispatcher.pairs.sent(source, link.worker_id)
         self.legs.append(leg)
-        self._running = leg
+        return leg
 
     # from the workers
 
     def on_output(self, leg: AnswerLeg, output: Output) -> None:
-        if self.done or leg is not self._running:
-            return
         if output.error is not None:
             self.on_failure(leg, output.error)
             return
-        if leg.kind == "decode":
+        if self.done or leg is not self._running:
+            return
+        if output.ticket is not None and output.ticket.growing:
+            self._early = _Early(output.ticket)
+            self._place_early(self._early)
+            return
+        if leg.early:
+            self._drop_held()  # it may have given the ticket up before that was complete
+        elif leg.kind == "decode":
             self._held = None  # it has tokens, so it has the blocks
         self._tokens.extend(output.token_ids)
         self._moves = 0
@@ -349,24 +377,88 @@ class Answer:
             self._prompt_logprobs_sent = True
         if output.finish_reason is not None:
             self.done = True
+            self._drop_early()
             self._running = self._held = None
         self._mailbox.put(self._index, output)
         if output.ticket is not None and not self.done:
             self._running, self._held = None, leg
-            self._hand_over(output.ticket)
+            if not self._go_on_early(output.ticket):
+                self._hand_over(output.ticket)
+
+    def _place_early(self, early: _Early) -> None:
+        """Choose who shall fetch while the prompt is still being computed; maybe nobody."""
+        assert self._running is not None
+        candidates = self._readers(early.ticket, self._running)
+        if candidates and early.tries < MAX_MOVES:
+            early.tries += 1
+            self._choose(candidates, lambda verdict: self._send_early(verdict, early), fetches=True)
+
+    def _send_early(self, verdict: Verdict, early: _Early) -> None:
+        """Carry that choice out, unless the first token was quicker."""
+        if self._early is not early:
+            return
+        worker_id = verdict.candidate.worker.worker_id
+        link = self._dispatcher.pool.link(worker_id)
+        if link is None:
+            return
+        try:
+            early.leg = self._submit(link, "decode", early.ticket, verdict)
+        except RequestError:
+            self._avoid.add(worker_id)
+            link.listed = False
+            self._place_early(early)
+
+    def _go_on_early(self, ticket: KVTicket) -> bool:
+        """The first token and its ticket are here: whether an early leg takes over."""
+        early = self._early
+        if early is None or early.leg is None:
+            self._early = None
+            return False
+        if early.ticket.ticket_id != ticket.ticket_id:
+            early.successor = ticket
+            return True
+        self._early = None
+        try:
+            early.leg.link.resume(early.leg.request_id, list(self._tokens))
+        except RequestError:
+            return False
+        self._running = early.leg
+        return True
+
+    def _early_failed(self, early: _Early, leg: AnswerLeg, error: WorkerError) -> None:
+        """Nothing is lost but time: another worker may fetch early, or one does it later."""
+        leg.error, early.leg = error, None
+        log.info("%s: fetching early on %s ended (%s)", leg.request_id, leg.link.worker_id, error)
+        elsewhere = error.code in RETRYABLE and error.code is not ErrorCode.KV_LOST
+        if elsewhere:
+            self._avoid.add(leg.link.worker_id)
+        if early.successor is not None:
+            self._early = None
+            self._hand_over(early.successor)
+        elif elsewhere:
+            self._place_early(early)
+
+    def _drop_early(self) -> None:
+        """Nobody needs the early leg any more."""
+        early, self._early = self._early, None
+        if early is not None and early.leg is not None:
+            early.leg.link.abort(early.leg.request_id)
 
     def _hand_over(self, ticket: KVTicket) -> None:
         """From prefill to decode, on fresh numbers."""
         assert self._held is not None
-        workers = self._dispatcher.pool.snapshot()
-        fingerprint = self._held.link.fingerprint
-        avoid = self._avoid | self._dispatcher.pairs.shunned(ticket.source)
-        candidates = decode_options(workers, fingerprint, avoid, FETCH)
+        candidates = self._readers(ticket, self._held)
         if candidates:
             self._choose(candidates, lambda verdict: self._send(verdict, ticket), fetches=True)
         else:
             self._drop_held()
             self.place()
+
+    def _readers(self, ticket: KVTicket, leg: AnswerLeg) -> list[Candidate]:
+        """Who may fetch the blocks that the leg's worker has."""
+        workers = self._dispatcher.pool.snapshot()
+        avoid = self._avoid | self._dispatcher.pairs.shunned(ticket.source)
+        return decode_options(workers, leg.link.fingerprint, avoid, FETCH)
 
     def _drop_held(self) -> None:
         """The blocks in the outbox are of no use any more."""
@@ -376,10 +468,16 @@ class Answer:
 
     def on_failure(self, leg: AnswerLeg, error: WorkerError) -> None:
         """A leg ended badly: go on elsewhere if that can help."""
-        if self.done or leg is not self._running:
+        if self.done:
+            return
+        if self._early is not None and leg is self._early.leg:
+            self._early_failed(self._early, leg, error)
+            return
+        if leg is not self._running:
             return
         leg.error = error
         self._running = None
+        self._drop_early()
         self._drop_held()
         spent = self._moves >= MAX_MOVES or self._moves_in_all >= MAX_MOVES_IN_ALL
         if error.code not in RETRYABLE or spent:

@@ -98,7 +98,6 @@ PHASE_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5
 PHASES = (
     ("queue", events.QUEUED, events.SCHEDULED),
     ("prefill", events.SCHEDULED, events.FIRST_TOKEN),
-    ("transfer", events.FETCH_STARTED, events.FETCHED),
     ("decode", events.FIRST_TOKEN, events.FINISHED),
 )
 """Phase, the event that begins it, the event that ends it (both of one leg)."""
@@ -284,6 +283,9 @@ class RouterMetrics:
         for phase, begin, end in PHASES:
             if begin in at and end in at:
                 self._phase(kind, phase).observe(at[end] - at[begin])
+        waited = events.fetch_s(at)
+        if waited is not None:
+            self._phase(kind, "transfer").observe(waited)
         if kind in ("prefill", "full") and events.FIRST_TOKEN in at and events.SCHEDULED in at:
             self._queue.observe(at[events.SCHEDULED] - at.get(events.QUEUED, 0.0))
             self._prefill.observe(at[events.FIRST_TOKEN] - at[events.SCHEDULED])

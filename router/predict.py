@@ -135,9 +135,9 @@ class Predictor:
         if first is not None and events.SCHEDULED in at and events.FETCHED not in at:
             took = first - at[events.SCHEDULED]
             self._prefill.add(leg.worker_id, _prefill_x(missing, leg.cached), took)
-        if events.FETCH_STARTED in at and events.FETCHED in at and missing:
-            took = at[events.FETCHED] - at[events.FETCH_STARTED]
-            self._transfer.add(leg.worker_id, (1.0, missing / 1000), took)
+        waited = events.fetch_s(at)
+        if waited is not None and missing:
+            self._transfer.add(leg.worker_id, (1.0, missing / 1000), waited)
         if first is not None and events.FINISHED in at and leg.drawn >= 4:
             took = (at[events.FINISHED] - first) / (leg.drawn - 1)
             self._step.add(leg.worker_id, _step_x(leg.requests, leg.length + leg.drawn), took)

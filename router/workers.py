@@ -29,6 +29,7 @@ from pdserve.protocol.errors import ErrorCode, ProtocolError, RequestError, Work
 from pdserve.protocol.messages import (
     Abort,
     Alive,
+    Continue,
     FinishReason,
     Output,
     StepFrame,
@@ -172,6 +173,17 @@ class WorkerLink:
         compute = length if message.ticket is None else 0
         self._charges[message.request_id] = _Charge(compute, length, self._statuses)
 
+    def resume(self, request_id: str, tokens: list[int]) -> None:
+        """The first tokens of a request that was submitted with a growing ticket.
+
+        Raises RequestError(WORKER_LOST) if the channel has just closed.
+        """
+        message = Continue(request_id=request_id, epoch=self.epoch, output_token_ids=tokens)
+        try:
+            self.channel.send(message)
+        except ConnectionError as error:
+            raise RequestError(ErrorCode.WORKER_LOST, str(error)) from None
+
     def abort(self, request_id: str) -> None:
         """End a request there, its outbox included; its leg hears nothing more. Never fails: a
         worker that is gone has nothing to end."""
@@ -200,7 +212,8 @@ class WorkerLink:
             if leg is None:
                 continue  # aborted, and the abort is on its way
             self._charges.pop(output.request_id, None)
-            if output.finish_reason is not None or output.ticket is not None:
+            moves_on = output.ticket is not None and not output.ticket.growing
+            if output.finish_reason is not None or moves_on:
                 del self._legs[output.request_id]
             if output.error is None:
                 self._breaker.success()

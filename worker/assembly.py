@@ -30,8 +30,8 @@ class Assembly:
     model: ModelInfo
     grammars: Grammars
     transports: tuple[str, ...]
-    traffic: Callable[[], tuple[int, int]]
-    """KV bytes (in, out) so far."""
+    traffic: Callable[[], tuple[int, int, int]]
+    """KV bytes (in, out, out early) so far; see `WorkerStatus`."""
     routes: Callable[[], dict[str, str]]
     """Source → the transport over which its blocks last came."""
     speeds: Callable[[], dict[str, dict[str, float]]]

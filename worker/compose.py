@@ -54,6 +54,10 @@ def compose(context: Context) -> Assembly:
     )
     engine = loaded.engine(context.sink, exporter=source, importer=sink)
 
+    def traffic() -> tuple[int, int, int]:
+        out = source.counters()
+        return sink.counters().bytes_in, out.bytes_out, out.bytes_early
+
     def close() -> None:
         source.close()
         sink.close()
@@ -66,7 +70,7 @@ def compose(context: Context) -> Assembly:
         model=loaded.info,
         grammars=loaded.grammars,
         transports=transports,
-        traffic=lambda: (sink.counters().bytes_in, source.counters().bytes_out),
+        traffic=traffic,
         routes=lambda: sink.counters().routes,
         speeds=lambda: sink.counters().speeds,
         begin_epoch=source.begin_epoch,

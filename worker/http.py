@@ -18,7 +18,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from pdserve.cluster.records import WorkerRecord
 from pdserve.protocol.messages import WorkerStatus
 
-COUNTERS = {"steps", "preemptions", "bytes_in", "bytes_out"}
+COUNTERS = {"steps", "preemptions", "bytes_in", "bytes_out", "bytes_early"}
 HELP = {
     "blocks_total": "KV blocks of this worker.",
     "blocks_free": "KV blocks in the free list.",
@@ -33,6 +33,7 @@ HELP = {
     "preemptions": "Requests that lost their blocks and are computed again.",
     "bytes_in": "KV bytes fetched from other workers.",
     "bytes_out": "KV bytes that other workers fetched.",
+    "bytes_early": "Those of them whose prompt was still being computed.",
 }
 
 

@@ -14,6 +14,7 @@ from pdserve.protocol.errors import ErrorCode, ProtocolError, WorkerError
 from pdserve.protocol.messages import (
     Abort,
     Alive,
+    Continue,
     FinishReason,
     Output,
     StepFrame,
@@ -46,12 +47,12 @@ class RouterService:
     def __init__(
         self,
         epoch: int,
-        traffic: Callable[[], tuple[int, int]],
+        traffic: Callable[[], tuple[int, int, int]],
         alive: Callable[[], bool] = lambda: True,
         router_lease_s: float = ROUTER_LEASE_S,
     ) -> None:
-        """`traffic()`: KV bytes (in, out) so far. `alive()`: whether the engine makes progress;
-        only then are there heartbeats."""
+        """`traffic()`: KV bytes (in, out, out early) so far. `alive()`: whether the engine makes
+        progress; only then are there heartbeats."""
         self._router_lease_s = router_lease_s
         self._heard: dict[Channel, float] = {}
         """When something last came over a router's channel."""
@@ -65,7 +66,7 @@ class RouterService:
         self._on_order: OnOrder | None = None
         self._draining = False
         self._compiling: Compiling | None = None
-        self._moved = (0, 0)
+        self._moved = (0, 0, 0)
         self._step = 0
         self._status: WorkerStatus | None = None
         self._status_timer: asyncio.TimerHandle | None = None
@@ -154,6 +155,8 @@ class RouterService:
             self._engine.abort(message.request_id)
         elif isinstance(message, Alive):
             self._heard[channel] = self._loop.time()
+        elif isinstance(message, Continue):
+            self._engine.resume(message)
         elif isinstance(message, Submit):
             self._heard[channel] = self._loop.time()
             if self._draining:
@@ -171,7 +174,7 @@ class RouterService:
     def _refuse(self, channel: Channel, message: ToWorker, code: ErrorCode, text: str) -> None:
         if isinstance(message, Submit):
             self._send(channel, [_failed(message.request_id, code, text)])
-        elif not isinstance(message, (Abort, Alive)):
+        elif not isinstance(message, Abort | Alive | Continue):
             self._answer(channel, OrderDone(error=WorkerError(code=code, message=text)))
 
     def _answer(self, channel: Channel, done: OrderDone) -> None:
@@ -240,9 +243,13 @@ class RouterService:
                 self._send(channel, [])
 
     def _with_traffic(self, status: WorkerStatus) -> WorkerStatus:
-        bytes_in, bytes_out = self._moved
+        bytes_in, bytes_out, early = self._moved
         return msgspec.structs.replace(
-            status, bytes_in=bytes_in, bytes_out=bytes_out, draining=self._draining
+            status,
+            bytes_in=bytes_in,
+            bytes_out=bytes_out,
+            bytes_early=early,
+            draining=self._draining,
         )
 
     def _send(self, channel: Channel, outputs: list[Output]) -> None:

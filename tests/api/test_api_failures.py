@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import json
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import httpx
 import pytest
 from fake_worker import FakeWorker
-from router_harness import TEXT, RouterHarness
+from router_harness import BODY, CHAT, LONG, TEXT, RouterHarness, asking, hold
 
 from pdserve.cluster.records import Role
 from pdserve.protocol.errors import ErrorCode, WorkerError
-
-CHAT = "/v1/chat/completions"
-BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
-LONG = BODY | {"max_tokens": 2000, "ignore_eos": True, "stream": True}
 
 Start = Callable[..., RouterHarness]
 
@@ -53,26 +47,6 @@ def text_of(events: list[Any]) -> str:
     return "".join(
         choice["delta"].get("content") or "" for event in events for choice in event["choices"]
     )
-
-
-def hold(worker: FakeWorker) -> None:
-    worker.go.clear()
-
-
-@contextmanager
-def asking(harness: RouterHarness, body: dict[str, Any]) -> Iterator[list[httpx.Response]]:
-    """Post in a thread; the list holds the answer after the block."""
-    found: list[httpx.Response] = []
-
-    def post() -> None:
-        found.append(httpx.post(harness.url + CHAT, json=body, timeout=10, trust_env=False))
-
-    thread = threading.Thread(target=post)
-    thread.start()
-    try:
-        yield found
-    finally:
-        thread.join(15)
 
 
 def one_dies(at: int, workers: list[FakeWorker]) -> None:

@@ -35,7 +35,9 @@ SHARED = random.Random(7).choices(range(10, VOCAB), k=70)
 def prompts() -> list[list[int]]:
     """One token; a block and its neighbours; several chunks; a long shared prefix."""
     rng = random.Random(1)
-    alone = [rng.choices(range(10, VOCAB), k=length) for length in (1, 15, 16, 17, 32, 150, 201)]
+    alone = [
+        rng.choices(range(10, VOCAB), k=length) for length in (1, 15, 16, 17, 32, 150, 201, 330)
+    ]
     return alone + [[*SHARED, *rng.choices(range(10, VOCAB), k=n)] for n in (1, 10, 11, 26)]
 
 
@@ -95,8 +97,12 @@ def test_every_topology_gives_the_tokens_of_transformers(architecture: str, tmp_
             assert answers["together"] == (reference * 2)[:16], name
             seeded[name] = answers["seeded"]
             cluster.wait_until_clean()
-            moved = sum(metrics(w["host"], w["http_port"])["bytes_in"] for w in cluster.workers())
+            states = [metrics(w["host"], w["http_port"]) for w in cluster.workers()]
+            moved, early = (
+                sum(state[key] for state in states) for key in ("bytes_in", "bytes_early")
+            )
             assert (moved > 0) is (name != "colocated"), f"{name} moved {moved} bytes of KV"
+            assert (early > 0) is (name != "colocated"), f"{name} moved {early} bytes early"
     first = seeded.pop("colocated")
     assert first != (reference * 2)[:16], "the seeded requests were greedy"
     for name, tokens in seeded.items():

@@ -11,11 +11,14 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 
+import msgspec
+
 from pdserve.engine.blocks import BlockPool
 from pdserve.engine.loop import Engine, StepOutcome
 from pdserve.engine.ports import Chunk, ChunkResult
 from pdserve.engine.scheduler import Limits
-from pdserve.protocol.messages import Output, Submit
+from pdserve.protocol.errors import ErrorCode
+from pdserve.protocol.messages import Continue, Output, Submit
 from pdserve.protocol.sampling import SamplingParams
 from pdserve.protocol.ticket import KVTicket, LayoutFingerprint
 from pdserve.protocol.transfer import FetchReport
@@ -85,6 +88,12 @@ class FakeOutbox:
         self.returned: Callable[[str], None] = lambda ticket_id: None
         self.source = source
         self.minted = 0
+        self.growing: dict[str, str] = {}
+        """Request id → ticket id."""
+        self.read: set[str] = set()
+        """Requests whose blocks somebody is looking at when they are cut."""
+        self.cut_tickets: set[str] = set()
+        """Tickets that were cut while somebody looked."""
 
     def offer(
         self,
@@ -93,8 +102,43 @@ class FakeOutbox:
         num_tokens: int,
         block_hashes: Sequence[bytes],
     ) -> KVTicket:
+        ticket = self._mint(request_id, num_tokens, block_hashes, False)
+        self.tickets[ticket.ticket_id] = (ticket, list(block_ids))
+        assert len(block_ids) == ticket.num_blocks
+        return ticket
+
+    def open(self, request_id: str, num_tokens: int, block_hashes: Sequence[bytes]) -> KVTicket:
+        assert request_id not in self.growing
+        ticket = self._mint(request_id, num_tokens, block_hashes, True)
+        self.tickets[ticket.ticket_id] = (ticket, [])
+        self.growing[request_id] = ticket.ticket_id
+        return ticket
+
+    def extend(self, request_id: str, block_ids: Sequence[int]) -> None:
+        self.tickets[self.growing[request_id]][1].extend(block_ids)
+
+    def seal(self, request_id: str, block_ids: Sequence[int]) -> KVTicket:
+        ticket_id = self.growing.pop(request_id)
+        ticket, blocks = self.tickets[ticket_id]
+        blocks.extend(block_ids)
+        assert len(blocks) == ticket.num_blocks == len(set(blocks))
+        return msgspec.structs.replace(ticket, growing=False)
+
+    def cut(self, request_id: str) -> bool:
+        ticket_id = self.growing.pop(request_id)
+        if request_id in self.read:
+            self.cut_tickets.add(ticket_id)
+            return False
+        del self.tickets[ticket_id]
+        return True
+
+    def _mint(
+        self, request_id: str, num_tokens: int, block_hashes: Sequence[bytes], growing: bool
+    ) -> KVTicket:
         self.minted += 1
-        ticket = KVTicket(
+        size = FINGERPRINT.block_size
+        assert len(block_hashes) == num_tokens // size
+        return KVTicket(
             ticket_id=f"t{self.minted}",
             request_id=request_id,
             source=self.source,
@@ -104,19 +148,20 @@ class FakeOutbox:
             transports=("fake",),
             fingerprint=FINGERPRINT,
             num_tokens=num_tokens,
-            num_blocks=len(block_ids),
+            num_blocks=-(-num_tokens // size),
             block_hashes=tuple(block_hashes),
             lease_s=30.0,
+            growing=growing,
         )
-        self.tickets[ticket.ticket_id] = (ticket, list(block_ids))
-        return ticket
 
     def withdraw(self, request_id: str) -> None:
         for ticket, _ in list(self.tickets.values()):
-            if ticket.request_id == request_id:
+            taken = request_id not in self.growing and ticket.ticket_id not in self.cut_tickets
+            if ticket.request_id == request_id and taken:
                 self.give_back(ticket.ticket_id)
 
     def give_back(self, ticket_id: str) -> None:
+        self.cut_tickets.discard(ticket_id)
         del self.tickets[ticket_id]
         self.returned(ticket_id)
 
@@ -148,14 +193,15 @@ class FakeInbox:
         self.kept.remove(ticket.request_id)
 
         def finish(failed: tuple[int, ...] = ()) -> None:
-            if ticket.ticket_id in self.outbox.tickets:
+            over = {*self.outbox.growing.values(), *self.outbox.cut_tickets}
+            if ticket.ticket_id in self.outbox.tickets and ticket.ticket_id not in over:
                 _, blocks = self.outbox.tickets[ticket.ticket_id]
                 for index, target in zip(wanted, targets, strict=True):
                     if index not in failed:
                         self.target.slots[target][:] = self.source.slots[blocks[index]]
                 self.outbox.give_back(ticket.ticket_id)
-            elif wanted:
-                failed = tuple(wanted)
+            else:
+                failed = tuple(wanted) or (ticket.num_blocks - 1,)
             done(FetchReport(request_id=ticket.request_id, failed=failed, reason="fake"))
 
         self.pending[ticket.request_id] = finish
@@ -233,6 +279,10 @@ class Bench:
         )
         self.engine.submit(message, client)
 
+    def resume(self, request_id: str, tokens: Sequence[int]) -> None:
+        message = Continue(request_id=request_id, epoch=1, output_token_ids=list(tokens))
+        self.engine.resume(message)
+
     def run(self, limit: int = 500) -> None:
         """Step until nothing is left to do."""
         deadline = time.monotonic() + 20
@@ -247,6 +297,11 @@ class Bench:
 
     def tokens(self, request_id: str) -> list[int]:
         return [t for output in self.outputs.get(request_id, []) for t in output.token_ids]
+
+    def lost(self, request_id: str) -> bool:
+        """Whether it ended here because its blocks did not come."""
+        error = self.outputs[request_id][-1].error if request_id in self.outputs else None
+        return error is not None and error.code is ErrorCode.KV_LOST
 
     def last(self, request_id: str) -> Output:
         return self.outputs[request_id][-1]

@@ -23,6 +23,7 @@ from pdserve.protocol import events
 from pdserve.protocol.errors import ErrorCode, WorkerError
 from pdserve.protocol.messages import (
     Abort,
+    Continue,
     FinishReason,
     LifeEvent,
     Output,
@@ -82,6 +83,11 @@ class FakeWorker:
     on_death: Callable[[], None] = lambda: None
     """Called when it dies, on its event loop."""
     draining: bool = False
+    early: bool = False
+    """Give a growing ticket out before the first token."""
+    preempted: bool = False
+    """The ticket that comes with the first token is not the growing one."""
+    continues: list[Continue] = field(default_factory=list)
     submits: list[Submit] = field(default_factory=list)
     aborts: list[str] = field(default_factory=list)
     _numbers = itertools.count()
@@ -94,6 +100,8 @@ class FakeWorker:
         self._changed = asyncio.Event()
         self.dead = False
         self._running: dict[str, _Running] = {}
+        self._awaiting: dict[str, tuple[Submit, Channel]] = {}
+        """Requests that came with a growing ticket, until their first token comes."""
         self._channels: set[Channel] = set()
         self._work = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -150,7 +158,14 @@ class FakeWorker:
 
     @property
     def running(self) -> int:
-        return len(self._running)
+        return len(self._running) + len(self._awaiting)
+
+    async def lose(self, code: ErrorCode) -> None:
+        """End what awaits its token."""
+        while self._awaiting:
+            _, (submit, channel) = self._awaiting.popitem()
+            error = WorkerError(code=code, message="The early transfer failed.")
+            self._send(channel, [_failed(submit, error)])
 
     # the wire
 
@@ -213,12 +228,17 @@ class FakeWorker:
                 elif isinstance(message, Abort):
                     self.aborts.append(message.request_id)
                     self._running.pop(message.request_id, None)
+                    self._awaiting.pop(message.request_id, None)
+                else:
+                    self.continues.append(message)
+                    self._continue(message)
                 self._tell()
         finally:
             self._channels.discard(channel)
             for request_id, running in list(self._running.items()):
                 if running.channel is channel:
                     del self._running[request_id]
+            self._awaiting.clear()
 
     async def _take(self, submit: Submit, channel: Channel) -> None:
         self.submits.append(submit)
@@ -230,11 +250,24 @@ class FakeWorker:
             self._send(channel, [_failed(submit, error)])
         elif self.refuse:
             self._send(channel, [_failed(submit, self.refuse.pop(0))])
+        elif submit.ticket is not None and submit.ticket.growing:
+            assert not submit.output_token_ids
+            self._awaiting[submit.request_id] = (submit, channel)
         else:
-            position = len(submit.output_token_ids)
-            tokens = self.script(submit)[position:]
-            self._running[submit.request_id] = _Running(submit, channel, tokens, position)
-            self._work.set()
+            if submit.hand_off and self.early:
+                growing = _ticket(self, submit, growing=True)
+                self._send(channel, [Output(request_id=submit.request_id, ticket=growing)])
+            self._run(submit, channel, len(submit.output_token_ids))
+
+    def _run(self, submit: Submit, channel: Channel, position: int) -> None:
+        tokens = self.script(submit)[position:]
+        self._running[submit.request_id] = _Running(submit, channel, tokens, position)
+        self._work.set()
+
+    def _continue(self, message: Continue) -> None:
+        if message.request_id in self._awaiting:
+            submit, channel = self._awaiting.pop(message.request_id)
+            self._run(submit, channel, len(message.output_token_ids))
 
     # the "engine"
 
@@ -320,10 +353,12 @@ def _failed(submit: Submit, error: WorkerError) -> Output:
     return Output(request_id=submit.request_id, finish_reason=FinishReason.ERROR, error=error)
 
 
-def _ticket(worker: FakeWorker, submit: Submit) -> KVTicket:
+def _ticket(worker: FakeWorker, submit: Submit, growing: bool = False) -> KVTicket:
     length = len(submit.prompt_token_ids)
+    name = "second" if worker.preempted and not growing else "ticket"
     return KVTicket(
-        ticket_id=f"ticket-{submit.request_id}",
+        ticket_id=f"{name}-{submit.request_id}",
+        growing=growing,
         request_id=submit.request_id,
         source=worker.worker_id,
         epoch=worker.epoch,

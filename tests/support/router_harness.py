@@ -20,7 +20,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -43,6 +43,10 @@ TEXT = "Hello! A prefill worker reads the prompt, a decode worker writes the ans
 """What fake workers answer."""
 
 T = TypeVar("T")
+
+CHAT = "/v1/chat/completions"
+BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
+LONG = BODY | {"max_tokens": 2000, "ignore_eos": True, "stream": True}
 
 
 class RedisProcess:
@@ -202,3 +206,23 @@ class RouterHarness:
         self.wait(
             lambda: not any(w.running for w in self.workers if not w.dead), "for idle workers"
         )
+
+
+def hold(worker: FakeWorker) -> None:
+    worker.go.clear()
+
+
+@contextlib.contextmanager
+def asking(harness: RouterHarness, body: dict[str, Any]) -> Iterator[list[httpx.Response]]:
+    """Post in a thread; the list holds the answer after the block."""
+    found: list[httpx.Response] = []
+
+    def post() -> None:
+        found.append(httpx.post(harness.url + CHAT, json=body, timeout=10, trust_env=False))
+
+    thread = threading.Thread(target=post)
+    thread.start()
+    try:
+        yield found
+    finally:
+        thread.join(15)

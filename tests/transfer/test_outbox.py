@@ -78,7 +78,7 @@ def test_ticket_says_what_was_offered(outbox: Outbox, fingerprint: LayoutFingerp
     [
         ([1], 17, [b"h"], "do not fill 1 blocks"),
         ([1, 2], 16, [b"h"], "do not fill 2 blocks"),
-        ([], 0, [], "do not fill"),
+        ([], 0, [], "at least one token"),
         ([1, 2], 17, [], "0 hashes"),
         ([1, 1], 32, [b"h", b"h"], "twice"),
     ],
@@ -324,3 +324,64 @@ def test_another_epoch_ends_what_was_offered(
         with pytest.raises(Refusal, match="epoch 3"):
             outbox.begin(ask(ticket))
     assert offer(outbox, "new").epoch == 9
+
+
+def test_a_growing_ticket_has_no_lease_until_it_is_complete(
+    outbox: Outbox, clock: Clock, returned: list[tuple[str, str]]
+) -> None:
+    ticket = outbox.open("r", 20, [b"h"])
+    assert outbox.state(ticket.ticket_id) is TicketState.GROWING
+    clock.now += 1000.0
+    assert outbox.expire() is None
+    assert outbox.renew(ticket.ticket_id, ticket.epoch)
+    outbox.withdraw("r")
+    assert release(outbox, ticket), "nobody but its engine ends it"
+    assert outbox.counters().growing == 1
+    outbox.extend("r", [1])
+    outbox.seal("r", [2])
+    assert outbox.expire() == clock.now + 10.0
+    assert outbox.counters().held_blocks == 2
+    assert release(outbox, ticket) and returned == [("r", "committed")]
+
+
+def test_progress_is_told_at_once_or_after_the_wait(outbox: Outbox) -> None:
+    ticket = outbox.open("r", 40, [b"h", b"h"])
+    assert outbox.watch(ticket.ticket_id, 3, 0, 0.001) == (0, False)
+    outbox.extend("r", [4, 5])
+    assert outbox.watch(ticket.ticket_id, 3, 0, 60.0) == (2, False)
+    assert outbox.watch(ticket.ticket_id, 3, 2, 0.001) == (2, False)
+    outbox.seal("r", [6])
+    assert outbox.watch(ticket.ticket_id, 3, 3, 60.0) == (3, True)
+    with pytest.raises(Refusal, match="unknown"):
+        outbox.watch(ticket.ticket_id, 2, 0, 60.0)
+
+
+def test_growing_blocks_that_cannot_be_are_refused(outbox: Outbox) -> None:
+    with pytest.raises(ValueError, match="no ticket that grows"):
+        outbox.extend("r", [1])
+    outbox.open("r", 40, [b"h", b"h"])
+    outbox.extend("r", [4])
+    for blocks, says in (([4], "twice"), ([5, 6, 7], "do not fill 4 blocks")):
+        with pytest.raises(ValueError, match=says):
+            outbox.extend("r", blocks)
+    with pytest.raises(ValueError, match="do not fill 2 blocks"):
+        outbox.seal("r", [5])
+    assert outbox.cut("r")
+    with pytest.raises(ValueError, match="no ticket that grows"):
+        outbox.cut("r")
+    assert outbox.counters().returned == {"withdrawn": 1}
+
+
+@pytest.mark.parametrize("end", ["seal", "cut"])
+def test_closed_while_it_grows(outbox: Outbox, returned: list[tuple[str, str]], end: str) -> None:
+    ticket = outbox.open("r", 20, [b"h"])
+    outbox.close()
+    assert not returned and outbox.state(ticket.ticket_id) is TicketState.ENDING
+    with pytest.raises(Refusal, match="unknown"):
+        outbox.watch(ticket.ticket_id, 3, 0, 60.0)
+    if end == "cut":
+        assert outbox.cut("r") and not returned
+    else:
+        outbox.seal("r", [1, 2])
+        assert returned == [("r", "closed")]
+    assert outbox.counters().held_blocks == outbox.counters().growing == 0

@@ -46,7 +46,7 @@ async def serving(
     orders: OnOrder | None = None, router_lease_s: float = 10.0
 ) -> AsyncIterator[tuple[Bench, ChannelServer, RouterService]]:
     bench = Bench(num_blocks=64, budget=64)
-    service = RouterService(EPOCH, lambda: (11, 22), router_lease_s=router_lease_s)
+    service = RouterService(EPOCH, lambda: (11, 22, 3), router_lease_s=router_lease_s)
     bench.engine._sink = service.sink
     service.attach(bench.engine, on_order=orders)
     bench.engine.start()
@@ -152,7 +152,7 @@ async def test_idle_routers_hear_of_the_load() -> None:
         assert all(not frame.outputs for frame in frames)
         status = frames[-1].status
         assert status is not None
-        assert (status.bytes_in, status.bytes_out) == (11, 22)
+        assert (status.bytes_in, status.bytes_out, status.bytes_early) == (11, 22, 3)
         await busy.close()
         await idle.close()
 
