@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from pdserve.bench.kernel_cases import GROUPS, LARGE, SMALL, Case, Run, Sizes
-from pdserve.kernels import dispatch, native
+from pdserve.kernels import dispatch, native, trials, tuning
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -62,6 +62,8 @@ def main() -> None:
                         help="of the cases (auto: large on a GPU, small on the CPU)")  # fmt: skip
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS),
                         help="of operations (default: all)")  # fmt: skip
+    parser.add_argument("--tune", action="store_true",
+                        help="first measure configurations, as a worker on a GPU does")  # fmt: skip
     parser.add_argument("--only", default="", help="run the cases whose name holds this text")
     parser.add_argument("--repeat", type=int, default=20, help="timed runs per case (default 20)")
     parser.add_argument("--check", action="store_true", help="fail if an error is too large")
@@ -72,6 +74,8 @@ def main() -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no CUDA device is available here; use --device cpu.")
+    if args.tune and device == "cpu":
+        parser.error("--tune: there is nothing to choose on the CPU; leave it out.")
     small = args.size == "small" or (args.size == "auto" and device == "cpu")
     clock = Clock(device, args.repeat)
     copy, product = ceilings(clock, device, DTYPES[args.dtype], small)
@@ -79,6 +83,11 @@ def main() -> None:
     print(f"{'operation':42} {'us':>10} {'rate':>14} {'share':>6} {'x torch':>8} {'error':>9}")
     results: list[Result] = []
     failures: list[Failure] = []
+    if args.tune:
+        try:
+            tune(DTYPES[args.dtype])
+        except Exception as error:  # the table's first entries will do
+            failures.append(failure("tuning", error))
     for group in args.groups:
         torch.manual_seed(0)
         for case in cases(group, SMALL if small else LARGE, device, DTYPES[args.dtype]):
@@ -116,6 +125,21 @@ def failure(name: str, error: Exception) -> Failure:
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     print(f"{name:42} FAILED: {reason}", flush=True)
     return Failure(name=name, reason=reason)
+
+
+@torch.inference_mode()
+def tune(dtype: torch.dtype) -> None:
+    """Measure, or read what was measured, for the shapes of the attention cases; print it."""
+    for kept in dict.fromkeys((dtype, torch.float8_e4m3fn)):
+        pool = torch.zeros(2048, 8, 2, 16, 4, 128, dtype=kept, device="cuda")
+        model = trials.Model(
+            dtype=dtype, heads=32, hidden_size=4096, vocab_size=151_936, invariant=True
+        )
+        found = tuning.tune(
+            trials.trials(pool, model), key=tuning.fingerprint(), timer=tuning.cuda_seconds
+        )
+        for name, config in found.items():
+            print(f"{name}: {', '.join(f'{key} {value}' for key, value in config.items())}")
 
 
 class Clock:

@@ -106,10 +106,16 @@ def _tune(pool: KVPool, model: ModelConfig, config: EngineConfig) -> None:
         invariant=config.batch_invariant,
     )
     words = dispatch.choices(config.device)
+    if "triton" not in words.values():
+        return
     chosen = (
         trial for trial in trials.trials(pool.tensor, sizes) if words[trial.public] != "reference"
     )
-    tuning.tune(chosen, key=tuning.fingerprint(), timer=tuning.cuda_seconds)
+    try:
+        tuning.tune(chosen, key=tuning.fingerprint(), timer=tuning.cuda_seconds)
+    except Exception:  # a worker can do without, and must not fail to start for it
+        log.exception("The kernels' configurations could not be measured.")
+    torch.cuda.empty_cache()
 
 
 def quantized(model: ModelConfig, kind: str) -> ModelConfig:

@@ -41,6 +41,8 @@ class Sizes:
     context: int = 2048
     blocks: int = 256
     rows: int = 64
+    nbytes: int = 256 << 20
+    """Of the blocks that are copied."""
     pool: int = 4096
     """Blocks of the pool that are written."""
 
@@ -97,7 +99,8 @@ def _attention(cache: torch.Tensor, model: Model, sizes: Sizes) -> Iterator[Tria
 
 
 def _copies(pool: torch.Tensor, sizes: Sizes) -> Iterator[Trial]:
-    ids = torch.randperm(pool.shape[0], device=pool.device)[: sizes.blocks]
+    count = min(sizes.blocks, max(1, sizes.nbytes // pool[0].nbytes))
+    ids = torch.randperm(pool.shape[0], device=pool.device)[:count]
     formats: tuple[str | None, ...] = (None, "int8")
     if pool.dtype == FLOAT8:
         pool, formats = pool.view(torch.uint8), (None,)
@@ -114,7 +117,7 @@ def _copies(pool: torch.Tensor, sizes: Sizes) -> Iterator[Trial]:
         def scattered(scatter: Run = scatter) -> torch.Tensor:
             pool.zero_()
             scatter()
-            return pool
+            return pool.index_select(0, ids)
 
         yield Trial("pack_blocks" if wire else "gather_blocks", (), gather)
         yield Trial("unpack_blocks" if wire else "scatter_blocks", (), scatter, scattered)

@@ -80,18 +80,24 @@ def tune(
     """Settle every trial's configuration for this process; returns them by name.
 
     key: what results depend on besides (see `fingerprint`); folder: default the user's cache. One
-    that cannot be read or written costs the measurement, and a sentence in the log. Several
-    processes may do this at once: the last one's file stays, and every one is whole.
+    that cannot be read or written costs the measurement, and a sentence in the log, as does a
+    trial that fails, which leaves the table's first entry. Several processes may do this at once:
+    the last one's file stays, and every one is whole.
     """
     path = _path(folder, key)
     known = {} if path is None else _read(path)
     found = {}
     for trial in trials:
         config = known.get(trial.name)
-        if config not in configs.TABLE[trial.operation] or not _use(trial, config):
-            config = _fastest(trial, timer)
-        _use(trial, config)
-        trial.run()  # compiled and loaded now, not by the first request
+        try:
+            if config not in configs.TABLE[trial.operation] or not _use(trial, config):
+                config = _fastest(trial, timer)
+            _use(trial, config)
+            trial.run()  # compiled and loaded now, not by the first request
+        except Exception as error:  # whatever it is, requests can do without
+            log.warning("%s was not measured: %s: %s", trial.name, type(error).__name__, error)
+            _use(trial, configs.TABLE[trial.operation][0])
+            continue
         found[trial.name] = config
         log.info("%s: %s", trial.name, _text(config))
     if path is not None and any(known.get(name) != found[name] for name in found):

@@ -70,12 +70,23 @@ if [ -d "$wheels" ]; then
   told wheels $?
 fi
 
+# What a worker does when it starts; what it finds is on disk for the processes after it. Workers of
+# the clusters below have other shapes, too small to gain from it.
+tune=--tune
+step tuning 110 "$python" -P -m pdserve.bench.kernels --device cuda --dtype bfloat16 --tune \
+  --groups pointwise --only rms_norm --repeat 1 --check
+code=$?
+cat "$results/tuning.txt"
+[ $code -eq 0 ] || tune=
+told tuning $code
+export PDSERVE_TUNING=off
+
 # A group has a process of its own: one that breaks the device takes no other with it.
 kernels() {
   local dtype=$1 size=$2 name=$3
   shift 3
   step "kernels-$dtype-$name" 120 "$python" -P -m pdserve.bench.kernels --device cuda \
-    --dtype "$dtype" --size "$size" --groups "$@" --json "$results/kernels-$dtype-$name.json"
+    --dtype "$dtype" --size "$size" $([ "$size" = large ] && echo "$tune") --groups "$@" --json "$results/kernels-$dtype-$name.json"
   local code=$?
   cat "$results/kernels-$dtype-$name.txt"
   [ $code -eq 0 ] || told "kernels-$dtype-$name" $code

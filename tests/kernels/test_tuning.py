@@ -224,3 +224,11 @@ def test_every_trial_runs_and_leaves_the_pool_empty(
     assert {(trial.operation, trial.shape) for trial in given} == asked
     assert len(found) == len(given) == (6 if dtype == torch.float8_e4m3fn else 8)
     assert pool.view(torch.uint8).count_nonzero() == 0
+
+
+def test_a_trial_that_fails_leaves_the_first_entry(
+    thing: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert Bench(TIMES, broken=1).tune(tmp_path) == 1
+    assert "thing a 7 was not measured: RuntimeError: out of resource" in caplog.text
+    assert list(tmp_path.iterdir()) == []
