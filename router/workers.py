@@ -8,7 +8,8 @@
 
 A link owns the legs submitted over it until they answer for the last time; when it goes, each of
 them is told once. When Redis is away the last view stands and running requests go on. A worker
-whose lease has run out gets nothing new, and is given up once it is silent as well.
+whose lease has run out gets nothing new (unless Redis may have lost its memory, see `excused`), and
+is given up once it is silent as well.
 """
 
 from __future__ import annotations
@@ -48,6 +49,10 @@ FIRST_BACKOFF_S = 0.05
 LAST_BACKOFF_S = 2.0
 SILENCE_S = 2.0
 """A worker without a lease is given up after so many seconds without a frame."""
+EXCUSE_S = 3.0
+"""A worker that speaks may be without a record for so long, from the moment that this is seen."""
+SPEAKS_S = 1.0
+"""It speaks if something came within so long: two heartbeats."""
 CONNECT_TIMEOUT_S = 5.0
 BEAT_S = 1.0
 """Workers hear so often that this router lives."""
@@ -90,6 +95,8 @@ class WorkerLink:
         self.listed = True
         """Its lease runs and it says that it is ready."""
         self.heard_at = time.monotonic()
+        self._missing_at: float | None = None
+        """When its record was first seen to be gone."""
         self.status: WorkerStatus | None = record.status
         self._statuses = 0
         self._charges: dict[str, _Charge] = {}
@@ -118,8 +125,18 @@ class WorkerLink:
         draining = self.status is not None and self.status.draining
         return self.listed and not draining and not self._over and not self.channel.closed
 
+    @property
+    def excused(self) -> bool:
+        """Whether to overlook that its record is gone: it speaks, so Redis may have been restarted
+        empty and it has not published itself again yet. Not for long."""
+        now = time.monotonic()
+        if self._missing_at is None:
+            self._missing_at = now
+        return now - self._missing_at < EXCUSE_S and now - self.heard_at < SPEAKS_S
+
     def follow(self, record: WorkerRecord) -> bool:
         """Take what the worker says of itself now; True if that changes whom to choose."""
+        self._missing_at = None
         before = (self.listed, self.role)
         self.record = record
         self.listed = record.state is WorkerState.READY
@@ -354,6 +371,8 @@ class WorkerPool:
         for link in self.links:
             record = self._records.get(link.worker_id)
             if record is None or record.epoch != link.epoch:
+                if record is None and link.excused:
+                    continue
                 link.listed = False
                 if record is not None or time.monotonic() - link.heard_at > self._silence_s:
                     self._give_up(link)

@@ -137,9 +137,10 @@ def test_redis_goes_and_comes_back_empty() -> None:
         began = time.monotonic()
         assert harness.client.post(CHAT, json=BODY).status_code == 200
         assert time.monotonic() - began < 2
-        redis.start()
+        redis.start()  # the workers have not published themselves yet, but they speak
         harness.wait(lambda: harness.router.pool.redis_error is None)
+        assert harness.client.post(CHAT, json=BODY).status_code == 200
         harness.add(Role.DECODE)
         harness.until_connected(3)
         assert harness.client.post(CHAT, json=BODY).status_code == 200
-        assert count([prefill]) == [3]
+        assert count([prefill]) == [4]
