@@ -130,6 +130,8 @@ class Gptq:
             "qzeros": TensorSpec(((groups, rows // WORD),), INTS, 4),
             "scales": TensorSpec(((groups, rows),), FLOATS, 2),
             "g_idx": TensorSpec(((columns,),), (torch.int32, torch.int64), 8),
+            # AutoGPTQ adds one to each layer, of zeros where the model has none.
+            "bias": TensorSpec(((rows,),), required=False),
         }
 
     def weight(self, parts: Parts, device: str) -> kernels.QuantizedWeight:

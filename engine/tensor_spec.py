@@ -20,6 +20,8 @@ class TensorSpec:
     type, and it is brought to the engine's dtype and device."""
     itemsize: int = 0
     """Bytes per element, at least, once it is on the device; 0: as the engine's dtype."""
+    required: bool = True
+    """Whether a checkpoint without it is not whole."""
 
     def nbytes(self, dtype: torch.dtype) -> int:
         """Bytes on the device of an engine with this dtype."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +62,9 @@ def load_weights(
                 tensor = tensor.to(device=device, dtype=dtype)
             tensors[name] = tensor
             progress(len(tensors) / len(expected))
-    missing = sorted(set(expected) - set(tensors))
+    progress(1.0)
+    needed = {name for name, spec in expected.items() if spec.required}
+    missing = sorted(needed - set(tensors))
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ModelError(f"The checkpoint in {folder} lacks the tensor {missing[0]}{more}.")
@@ -149,16 +151,17 @@ class Weights:
 
 def assemble(
     tensors: dict[str, torch.Tensor],
-    layers: Mapping[str, Iterable[str]],
+    layers: Mapping[str, Specs],
     scheme: Scheme,
     device: str,
 ) -> Weights:
-    """Make the weights of quantised layers: `layers` has the last parts of the names of each one's
-    tensors, which are taken out of `tensors`, so that they need not all stay in memory. Raises
-    ModelError where they do not fit together."""
+    """Make the weights of quantised layers: `layers` describes each one's tensors by the last parts
+    of their names. Those that lie as in the file are taken out of `tensors`, so that they need not
+    all stay in memory. Raises ModelError where they do not fit together."""
     made = {}
-    for layer, names in layers.items():
-        parts = {name: tensors.pop(f"{layer}.{name}") for name in names}
+    for layer, specs in layers.items():
+        own = [name for name, spec in specs.items() if spec.dtypes]
+        parts = {name: tensors.pop(f"{layer}.{name}") for name in own}
         try:
             made[layer] = scheme.weight(parts, device)
         except ValueError as error:

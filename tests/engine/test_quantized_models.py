@@ -94,6 +94,21 @@ def test_the_same_tokens_as_the_dequantised_model(
     assert "differ in model" in str(mine.fingerprint.difference(theirs.fingerprint))
 
 
+def test_biases_that_autogptq_adds_are_added(
+    made: Callable[[str, str], tuple[Path, Path]], build: Build, tmp_path: Path
+) -> None:
+    quantised, _ = made("llama", "gptq")
+    expected = log_probabilities(build(quantised))
+    for value in (0.0, 0.5):
+        folder = Path(shutil.copytree(quantised, tmp_path / str(value)))
+        tensors = load_file(folder / "model.safetensors")
+        for name in [name for name in tensors if name.endswith(".qweight")]:
+            layer = name.removesuffix("qweight")
+            tensors[layer + "bias"] = torch.full(tensors[name].shape[1:], value).half()
+        save_file(tensors, folder / "model.safetensors")
+        assert torch.equal(log_probabilities(build(folder)), expected) is (value == 0.0)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("kind", ["awq", "gptq", "fp8 blocks", "int-quantized"])
 def test_half_precision_stays_near_the_dequantised_model(
