@@ -252,9 +252,32 @@ class RouterSettings(CommonSettings):
     )
     max_queue: int = option(
         1024,
-        "Answers that may be in flight at once; beyond it clients get 429",
+        "Answers that one router takes on at once, those in line included; beyond it clients get "
+        "429",
         parse=integer(1, 2**24),
         unit="answers",
+    )
+    max_waiting: int = option(
+        0,
+        "Answers of the whole cluster that may wait for their first token; beyond it clients get "
+        "429",
+        parse=integer(0, 2**24),
+        unit="answers",
+        shown="0: no limit of its own",
+    )
+    max_ttft_ms: int = option(
+        0,
+        "Clients whose first token is predicted to come later get 429",
+        parse=integer(0, 3_600_000),
+        unit="milliseconds",
+        shown="0: no limit",
+    )
+    max_itl_ms: int = option(
+        0,
+        "Requests wait while one more is predicted to bring tokens further apart than this",
+        parse=integer(0, 3_600_000),
+        unit="milliseconds",
+        shown="0: no limit",
     )
     max_body: int = option(
         32 * 2**20, "Longest request body", parse=size, unit="bytes", shown="32MiB"

@@ -234,6 +234,7 @@ class Engine:
             awaits_token=message.ticket is not None and message.ticket.growing,
             client=client,
             salt=message.cache_salt,
+            priority=message.priority,
         )
         self._requests[request.request_id] = request
         self._scheduler.add(request)

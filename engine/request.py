@@ -56,6 +56,8 @@ class Request:
     """Its ticket was growing when it came: the first token follows in a `Continue`."""
     client: object = None
     """Whoever submitted it; outputs are grouped by it. Opaque to the engine."""
+    priority: int = 0
+    """Lower ones start first."""
 
     state: State = State.WAITING
     block_table: list[int] = field(default_factory=list)

@@ -72,7 +72,14 @@ class Scheduler:
         self.preemptions = 0
 
     def add(self, request: Request) -> None:
-        self.waiting.append(request)
+        """Wait behind all of the same or a lower priority. Whoever has run already (it was
+        preempted, or its fetch failed) stays in front: its client has seen it begin."""
+        place = len(self.waiting)
+        while place and request.priority < self.waiting[place - 1].priority:
+            if self.waiting[place - 1].cached_tokens is not None:
+                break
+            place -= 1
+        self.waiting.insert(place, request)
 
     def __iter__(self) -> Iterator[Request]:
         """Every unfinished request."""

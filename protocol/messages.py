@@ -71,6 +71,8 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Seconds left until the request ends with the error `deadline`."""
     cache_salt: str = ""
     """Prefix-cache blocks are shared only among requests with the same salt."""
+    priority: int = 0
+    """Lower ones start first; equal ones in order of arrival."""
 
 
 class Abort(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="abort"):

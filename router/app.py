@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import random
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import replace
@@ -25,21 +26,29 @@ from pdserve.cluster.membership import Membership
 from pdserve.cluster.placement import Placement
 from pdserve.cluster.records import ROUTER_HEADER
 from pdserve.cluster.settings import RouterSettings
-from pdserve.protocol.errors import PdserveError
+from pdserve.protocol.errors import ErrorCode, PdserveError
 from pdserve.router import metrics as router_metrics
 from pdserve.router import openapi
+from pdserve.router.admission import Admission, Demand
 from pdserve.router.chooser import ANSWER_S, Chooser
+from pdserve.router.demand import demand_of, limits_of
 from pdserve.router.dispatch import Dispatcher
 from pdserve.router.errors import (
     ApiError,
     BadRequest,
     NotFound,
-    Overloaded,
     Unavailable,
+    from_code,
     from_exception,
 )
 from pdserve.router.fields import refuse
-from pdserve.router.generation import EXPLAIN_HEADER, ClientGone, Generation, Inquiry
+from pdserve.router.generation import (
+    EXPLAIN_HEADER,
+    ClientGone,
+    Generation,
+    Inquiry,
+    until_gone,
+)
 from pdserve.router.grammar_check import GrammarCheck
 from pdserve.router.http import Gate, JsonResponse, error_response, http_error, read_json
 from pdserve.router.messages_api import add_messages_routes
@@ -67,6 +76,10 @@ TEXT_THREADS = 1
 """Threads that tokenize and render long prompts."""
 TIMINGS_HEADER = "x-pdserve-timings"
 SESSION_HEADER = "x-session-id"
+NO_TURN = (
+    "The request waited for its turn until its time (--request-timeout-s) ran out; the cluster is "
+    "overloaded."
+)
 
 
 class GenerationResponse(Response):
@@ -75,14 +88,21 @@ class GenerationResponse(Response):
     background = None
 
     def __init__(
-        self, launch: Callable[[], AbstractContextManager[Generation]], stream: bool
+        self,
+        wait: Callable[[Callable[[], Coroutine[Any, Any, None]]], Awaitable[bool]],
+        launch: Callable[[], AbstractContextManager[Generation]],
+        stream: bool,
     ) -> None:
-        """`launch` sends the request to workers; leaving its context ends what still runs."""
+        """`wait` for room (see Admission.wait), then `launch` sends the request to workers; leaving
+        its context ends what still runs."""
+        self._wait = wait
         self._launch = launch
         self._stream = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
+            if not await self._wait(functools.partial(until_gone, receive)):
+                return
             with self._launch() as generation:
                 generation.watch(receive)
                 if self._stream:
@@ -92,6 +112,8 @@ class GenerationResponse(Response):
                 answer: Response = JsonResponse(body, headers=generation.explain_headers())
         except ClientGone:
             return
+        except TimeoutError:
+            answer = error_response(from_code(ErrorCode.DEADLINE, NO_TURN), scope)
         except PdserveError as error:
             answer = error_response(from_exception(error), scope)
         await answer(scope, receive, send)
@@ -125,6 +147,7 @@ class Router:
             Journal(settings.redis, settings.cluster), self.metrics.story_dropped
         )
         self._dispatcher: Dispatcher | None = None
+        self._admission: Admission | None = None
         self._running: dict[str, list[Generation]] = {}
         """Requests in flight by the ids of their answers, which clients may choose alike."""
 
@@ -132,6 +155,11 @@ class Router:
     def dispatcher(self) -> Dispatcher:
         assert self._dispatcher is not None, "the router has not been started"
         return self._dispatcher
+
+    @property
+    def admission(self) -> Admission:
+        assert self._admission is not None, "the router has not been started"
+        return self._admission
 
     async def start(self) -> None:
         self._dispatcher = Dispatcher(
@@ -146,12 +174,16 @@ class Router:
             disaggregate=Disaggregate(self.settings.disaggregate),
             count_move=self.metrics.retried,
         )
-        self.metrics.follow(self.pool, self._dispatcher)
+        self._admission = Admission(
+            self._dispatcher, limits_of(self.settings), self.metrics.rejected
+        )
+        self.metrics.follow(self.pool, self._dispatcher, self._admission)
         self.pool.start()
         self.recorder.start()
 
     async def close(self) -> None:
         await self.recorder.close()
+        self.admission.close()
         await self.pool.close()
         await self.dispatcher.chooser.close()
         await asyncio.to_thread(self._grammars.close)
@@ -173,12 +205,7 @@ class Router:
                 f"most {limit} at once (--max-queue).",
                 param="n",
             )
-        if self.dispatcher.in_flight + answers > limit:
-            self.metrics.rejected()
-            raise Overloaded(
-                f"The router is busy with {self.dispatcher.in_flight} answers; at most {limit} may "
-                "be in flight (--max-queue). Try again soon."
-            )
+        self.admission.check(Demand(answers=answers))
 
     def respond(
         self,
@@ -189,14 +216,19 @@ class Router:
     ) -> Response:
         """The answer to a request. Raises ApiError if it cannot be taken on."""
         self.admit(len(parsed.answers))
+        demand = demand_of(request, parsed, guarded=bool(self.settings.api_key))
+        self.admission.check(demand)
         inquiry = Inquiry(
             request_id=request.scope["pdserve.shown_id"],
             timings=request.headers.get(TIMINGS_HEADER) == "1",
             explain=request.headers.get(EXPLAIN_HEADER) == "1",
         )
         session = request.headers.get(SESSION_HEADER, "")
-        if session:
-            answers = tuple(replace(spec, session=session) for spec in parsed.answers)
+        if session or demand.ttft_s or demand.itl_s:
+            answers = tuple(
+                replace(spec, session=session, ttft_s=demand.ttft_s, itl_s=demand.itl_s)
+                for spec in parsed.answers
+            )
             parsed = replace(parsed, answers=answers)
 
         @contextmanager
@@ -214,7 +246,8 @@ class Router:
                     if not same_id:
                         del self._running[parsed.response_id]
 
-        return GenerationResponse(launch, parsed.stream)
+        wait = functools.partial(self.admission.wait, demand, self.settings.request_timeout_s)
+        return GenerationResponse(wait, launch, parsed.stream)
 
     def abort(self, response_ids: Iterable[str]) -> None:
         """End requests as they are; ids that are not in flight here are ignored."""

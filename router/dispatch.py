@@ -50,6 +50,7 @@ from pdserve.router.placement import (
     usable,
 )
 from pdserve.router.predict import LegFacts, Predictor
+from pdserve.router.unheard import Unheard
 from pdserve.router.waiting import PATIENCE_S, WaitingRoom
 from pdserve.router.workers import WorkerLink, WorkerPool, final_error
 
@@ -85,6 +86,8 @@ class AnswerSpec:
     """Soon enough for the first token; 0: as soon as possible."""
     itl_s: float = 0.0
     """What the client can bear between two tokens; 0: anything."""
+    priority: int = 0
+    """Lower ones go first."""
 
 
 class Mailbox:
@@ -194,6 +197,7 @@ class Answer:
         self._mailbox = mailbox
         self._deadline = deadline
         self._tokens: list[int] = []
+        self._first_at = 0.0
         self._running: AnswerLeg | None = None
         self._held: AnswerLeg | None = None
         self._early: _Early | None = None
@@ -218,6 +222,7 @@ class Answer:
         self.done = True
         self._dispatcher.waiting.leave(self)
         self._drop_early()
+        self._dispatcher.unheard.discard(self)
         for leg in (self._running, self._held):
             if leg is not None:
                 leg.link.abort(leg.request_id)
@@ -243,8 +248,16 @@ class Answer:
                 drawn=leg.drawn,
                 requests=leg.link.requests,
                 events=leg.events,
+                hand_over_s=self._hand_over_s(leg),
             )
         )
+
+    def _hand_over_s(self, leg: AnswerLeg) -> float | None:
+        """By how much the blocks came later than the first token, if they came."""
+        for event in leg.events:
+            if event.name == FETCHED and self._first_at:
+                return max(0.0, leg.submitted_at + event.at_s - self._first_at)
+        return None
 
     # placing
 
@@ -276,8 +289,21 @@ class Answer:
                 spec.ttft_s * 1e6,
             )
             if found or not self._moves:
-                return found
-        return decode_options(workers, avoid=self._avoid)
+                return self._within_target(found)
+        return self._within_target(decode_options(workers, avoid=self._avoid))
+
+    def _within_target(self, candidates: list[Candidate]) -> list[Candidate]:
+        """Those that decode count as full where the tokens of one more would come too slowly."""
+        spec, predictor = self._spec, self._dispatcher.predictor
+        if not spec.itl_s:
+            return candidates
+        length = len(spec.prompt_token_ids)
+        return [
+            one if one.hand_off else one.with_most_requests(
+                predictor.most_requests(one.worker.worker_id, spec.itl_s, length)
+            )
+            for one in candidates
+        ]  # fmt: skip
 
     def _choose(
         self,
@@ -349,6 +375,7 @@ class Answer:
             ticket=ticket,
             timeout_s=max(0.001, self._deadline - now),
             cache_salt=self._spec.cache_salt,
+            priority=self._spec.priority,
         )
         link.submit(message, leg)
         self._dispatcher.pairs.sent(source, link.worker_id)
@@ -371,6 +398,9 @@ class Answer:
             self._drop_held()  # it may have given the ticket up before that was complete
         elif leg.kind == "decode":
             self._held = None  # it has tokens, so it has the blocks
+        if not self._tokens:
+            self._first_at = time.monotonic()
+            self._dispatcher.unheard.discard(self)
         self._tokens.extend(output.token_ids)
         self._moves = 0
         if output.prompt_logprobs is not None:
@@ -458,7 +488,7 @@ class Answer:
         """Who may fetch the blocks that the leg's worker has."""
         workers = self._dispatcher.pool.snapshot()
         avoid = self._avoid | self._dispatcher.pairs.shunned(ticket.source)
-        return decode_options(workers, leg.link.fingerprint, avoid, FETCH)
+        return self._within_target(decode_options(workers, leg.link.fingerprint, avoid, FETCH))
 
     def _drop_held(self) -> None:
         """The blocks in the outbox are of no use any more."""
@@ -555,6 +585,7 @@ class Dispatcher:
         own view. `count_move(kind of leg, why)` is told of each
         leg that is retried."""
         self.pool = pool
+        self.unheard = Unheard()
         self.chooser = chooser or Chooser(None, Policy.LEAST_LOAD, pool.epoch, random.Random())
         self.disaggregate = disaggregate
         self.predictor = Predictor()
@@ -586,6 +617,8 @@ class Dispatcher:
         loop = asyncio.get_running_loop()
         timer = loop.call_later(self._timeout_s, self._expire, answers)
         self.in_flight += len(answers)
+        for answer, spec in zip(answers, specs, strict=True):
+            self.unheard.add(answer, len(spec.prompt_token_ids))
         flight = Flight(answers, mailbox, len(answers), timer, lambda: self._land(len(answers)))
         try:
             for answer in answers:
@@ -624,3 +657,4 @@ class Dispatcher:
 
     def _land(self, count: int) -> None:
         self.in_flight -= count
+        self.unheard.ended()

@@ -59,6 +59,12 @@ class ClientGone(Exception):
     """The client has left: everything is aborted, nobody listens any more."""
 
 
+async def until_gone(receive: Receive) -> None:
+    """Ends when the client, whose request has been read, leaves."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
 @dataclass(slots=True)
 class Clock:
     """Moments of one request at the router, in seconds of the monotonic clock."""
@@ -131,13 +137,16 @@ class Generation:
         self._ping: asyncio.TimerHandle | None = None
         self._failed = False
         self._state = "running"
+        self._error = ""
         self._watcher: asyncio.Task[None] | None = None
         recorder.begin(self)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, *_: object
+    ) -> None:
         for scheduled in (self._watcher, self._ping):
             if scheduled is not None:
                 scheduled.cancel()
@@ -147,6 +156,8 @@ class Generation:
             self._count()
         elif kind is not ClientGone:
             self._state = "failed"
+            if error is not None:
+                self._error = from_exception(error).message
             self._metrics.finished("error")
         else:
             self._state = "client left"
@@ -157,8 +168,7 @@ class Generation:
         self._watcher = asyncio.create_task(self._watch(receive))
 
     async def _watch(self, receive: Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
+        await until_gone(receive)
         self._flight.client_left()
 
     def abort(self) -> None:
@@ -252,6 +262,7 @@ class Generation:
             if not isinstance(error, ApiError):
                 log.exception("The stream %s failed", self.request.response_id)
             self._failed = True
+            self._error = from_exception(error).message
             await send(_piece(writer.error(from_exception(error)), more=False))
 
     def _expect_silence(self) -> None:
@@ -333,6 +344,7 @@ class Generation:
             tokenized_s=clock.tokenized - start,
             submitted_s=max(0.0, clock.submitted - start),
             first_token_s=max(0.0, clock.first_token - start),
+            error=self._error,
             prompt_tokens=sum(len(prompt.token_ids) for prompt in self.request.prompts),
             answers=[
                 answer_story(answer.legs, text.count, text.finish_reason, start)

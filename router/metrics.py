@@ -22,6 +22,7 @@ from prometheus_client.registry import Collector
 from pdserve.protocol import events
 from pdserve.protocol.errors import ErrorCode
 from pdserve.protocol.messages import LifeEvent
+from pdserve.router.admission import Admission
 from pdserve.router.dispatch import Dispatcher
 from pdserve.router.workers import WorkerPool
 
@@ -169,7 +170,7 @@ class RouterMetrics:
             "Requests refused for load.",
             ["model_name", "reason"],
             registry=self.registry,
-        ).labels(model_name, "max_queue")
+        )
         self._moves = Counter(
             "pdserve:leg_retries",
             "Legs that failed and went on elsewhere.",
@@ -218,9 +219,9 @@ class RouterMetrics:
         metric = Counter(name, text, list(self._labels), registry=self.registry)
         return metric.labels(**self._labels)
 
-    def follow(self, pool: WorkerPool, dispatcher: Dispatcher) -> None:
+    def follow(self, pool: WorkerPool, dispatcher: Dispatcher, admission: Admission) -> None:
         """Also show the workers and the load, read at each scrape."""
-        self.registry.register(_ClusterCollector(pool, dispatcher, self._labels))
+        self.registry.register(_ClusterCollector(pool, dispatcher, admission, self._labels))
 
     def text(self) -> bytes:
         """Everything in Prometheus' text format."""
@@ -234,8 +235,8 @@ class RouterMetrics:
     def next_token(self, seconds: float) -> None:
         self._next.observe(seconds)
 
-    def rejected(self) -> None:
-        self._rejected.inc()
+    def rejected(self, reason: str) -> None:
+        self._rejected.labels(self._labels["model_name"], reason).inc()
 
     def retried(self, kind: str, code: ErrorCode) -> None:
         self._moves.labels(kind, code.value).inc()
@@ -297,7 +298,14 @@ class RouterMetrics:
 class _ClusterCollector(Collector):
     """Gauges that are read off the pool when somebody scrapes."""
 
-    def __init__(self, pool: WorkerPool, dispatcher: Dispatcher, labels: dict[str, str]) -> None:
+    def __init__(
+        self,
+        pool: WorkerPool,
+        dispatcher: Dispatcher,
+        admission: Admission,
+        labels: dict[str, str],
+    ) -> None:
+        self._admission = admission
         self._pool = pool
         self._dispatcher = dispatcher
         self._labels = labels
@@ -325,6 +333,11 @@ class _ClusterCollector(Collector):
             "pdserve:answers_in_flight",
             "Answers that this router is generating.",
             self._dispatcher.in_flight,
+        )
+        yield self._gauge(
+            "pdserve:answers_in_line",
+            "Answers that wait at this router for room at the workers.",
+            self._admission.in_line,
         )
         yield self._gauge(
             "pdserve:redis_up",

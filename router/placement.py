@@ -16,11 +16,14 @@ A worker without room for the tokens comes last under every policy. Equal ones a
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import hashlib
 import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+
+import msgspec
 
 from pdserve.cluster.placement import Price
 from pdserve.cluster.records import Role
@@ -89,6 +92,16 @@ class Candidate:
     floor: float = 0
     """Cost of whoever must go on: a pair is as busy as its busier half."""
     price: Price = COMPUTE
+
+    def with_most_requests(self, count: int) -> Candidate:
+        """The same, full when there are so many."""
+        price = msgspec.structs.replace(self.price, most_requests=count)
+        return dataclasses.replace(self, price=price)
+
+    @property
+    def timed(self) -> bool:
+        """Costs are predicted µs, not tokens to be computed."""
+        return self.price.request != REQUEST_TOKENS
 
 
 Rank = tuple[int, int]

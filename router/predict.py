@@ -1,7 +1,7 @@
 """How long things take at a worker, fitted online from the life events of legs. No effects.
 
     prefill   s = a + b × missing + c × missing × (cached + missing / 2)     scheduled → first token
-    transfer  s = a + b × missing                                           fetch → all blocks here
+    transfer  s = a + b × missing                                           first token → all blocks
     step      s = a + b × requests + c × context                            one token of one answer
 
 Each is fitted per worker and, for workers that have shown little yet, over all of them.
@@ -116,6 +116,8 @@ class LegFacts:
     requests: int
     """On the worker when it ended."""
     events: tuple[LifeEvent, ...]
+    hand_over_s: float | None = None
+    """By how much its blocks came later than the first token of the answer."""
 
 
 class Predictor:
@@ -153,7 +155,7 @@ class Predictor:
         return fit.predict(_prefill_x(missing, cached)) if fit else None
 
     def transfer_s(self, worker_id: str, missing: int) -> float | None:
-        """Seconds to fetch `missing` tokens' blocks there."""
+        """Seconds from the first token until `missing` tokens' blocks are there."""
         fit = self._transfer.of(worker_id)
         return fit.predict((1.0, missing / 1000)) if fit else None
 

@@ -178,7 +178,7 @@ class RequestParser:
         """Raises ApiError."""
         self.model.check_name(body.model)
         refuse(body)
-        outer = ("stream", "cache_salt", "request_id")
+        outer = ("stream", "cache_salt", "request_id", "priority")
         asked_for = {**body.sampling_params, **{name: getattr(body, name) for name in outer}}
         asked_for["stream_options"] = body.stream_options if body.stream else None
         fields = parse(EngineSampling, asked_for)
@@ -264,7 +264,7 @@ class RequestParser:
             response_id=f"{prefix}-{_request_id(header_id, body.request_id)}",
             prompts=prompts,
             n=n,
-            answers=tuple(_specs(prompts, params, n, _salt(body.cache_salt))),
+            answers=tuple(_specs(prompts, params, n, _salt(body.cache_salt), body.priority or 0)),
             text=TextOptions(
                 stops=stop_strings(body),
                 include_stop=bool(body.include_stop_str_in_output),
@@ -511,7 +511,7 @@ def _split_prompts(prompt: Any) -> list[str | list[int]]:
 
 
 def _specs(
-    prompts: Sequence[Prompt], params: Sequence[SamplingParams], n: int, salt: str
+    prompts: Sequence[Prompt], params: Sequence[SamplingParams], n: int, salt: str, priority: int
 ) -> list[AnswerSpec]:
     return [
         AnswerSpec(
@@ -520,6 +520,7 @@ def _specs(
             if k == 0
             else msgspec.structs.replace(sampling, seed=derive_seed(sampling.seed, k)),
             cache_salt=salt,
+            priority=priority,
         )
         for prompt, sampling in zip(prompts, params, strict=True)
         for k in range(n)

@@ -11,7 +11,7 @@ import msgspec
 from pdserve.cluster.journal import MAX_BYTES, AnswerStory, Chosen, Considered, LegStory, Record
 from pdserve.router.chooser import Verdict
 from pdserve.router.dispatch import AnswerLeg
-from pdserve.router.placement import COMPUTE, FETCH, Candidate, rank
+from pdserve.router.placement import Candidate, rank
 
 MAX_CANDIDATES = 16
 """Told of per choice, the best ones."""
@@ -85,7 +85,7 @@ def why(kind: str, candidates: Sequence[Considered], chosen: str, unit: str = ""
 
 def unit_of(candidate: Candidate) -> str:
     """Of costs: tokens to be computed, until it is known how long things take."""
-    return "tokens" if candidate.price in (COMPUTE, FETCH) else "µs"
+    return "µs" if candidate.timed else "tokens"
 
 
 def chosen_of(leg: AnswerLeg) -> Chosen:

@@ -326,6 +326,11 @@ class WorkerPool:
         link = self._links.get(worker_id)
         return link.epoch if link is not None else 0
 
+    @property
+    def waiting(self) -> int:
+        """Requests not yet started, on all workers, of all routers."""
+        return sum(link.status.waiting for link in self._links.values() if link.status)
+
     def snapshot(self) -> list[WorkerLoad]:
         """The workers that may get new work, for placement."""
         return [link.load() for link in self._links.values() if link.placeable]

@@ -104,6 +104,7 @@ def trained(transfer_s: float = 0.02) -> Predictor:
         predictor.learn(
             LegFacts(
                 worker_id="d0", length=length, cached=0, drawn=11, requests=requests,
+                hand_over_s=fetch,
                 events=leg(
                     "d0", queued=0, fetch_started=0.1, fetched=0.1 + fetch, first_token=1.0,
                     finished=1.0 + 10 * step,
