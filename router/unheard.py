@@ -1,4 +1,4 @@
-"""Answers that were launched and have no token yet: what the workers' queues hold of this router."""
+"""Answers that were launched and have no token yet: what of this router waits at the workers."""
 
 from __future__ import annotations
 
