@@ -229,7 +229,7 @@ class FakeWorker:
                     self.aborts.append(message.request_id)
                     self._running.pop(message.request_id, None)
                     self._awaiting.pop(message.request_id, None)
-                else:
+                elif isinstance(message, Continue):
                     self.continues.append(message)
                     self._continue(message)
                 self._tell()

@@ -12,7 +12,7 @@ from pdserve.protocol.sampling import SamplingParams
 
 
 def scheduler(seqs: int = 1) -> Scheduler:
-    return Scheduler(BlockPool(64, 4), Limits(64, seqs, 256))
+    return Scheduler(BlockPool(64, 4), Limits(64, seqs, 256), lambda _: None)
 
 
 def request(name: str, priority: int = 0) -> Request:
