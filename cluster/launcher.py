@@ -74,7 +74,7 @@ def up(argv: Sequence[str], make_plan: PlanMaker = plan_cluster) -> int:
     with reserved:
         try:
             with Scene.make(with_model) as scene:
-                port = reserved.getsockname()[1]
+                port = reserved.number
                 return asyncio.run(Launcher(with_model, scene, port, console, make_plan).run())
         except GaveUp as error:
             return _complain(error, error.exit_code)
@@ -112,9 +112,33 @@ class SceneError(PdserveError):
     """Something around the cluster is not as it must be: a port, a folder."""
 
 
-def reserve_port(host: str, port: int) -> socket.socket:
-    """A socket bound to the address, which keeps others from choosing it while the router starts
-    or restarts; it never listens. Raises SceneError if the port cannot be had."""
+@dataclass(frozen=True, slots=True)
+class ReservedPort:
+    """A port that is ours, as a context.
+
+    Its socket is bound and never listens: so the system gives the port to nobody who asks for any,
+    while the router starts or restarts. But until the router listens, it lets others bind it as
+    well; among launchers a name in the abstract namespace of Unix sockets, which only one process
+    can have and which ends with it, says whose the port is."""
+
+    number: int
+    _socket: socket.socket
+    _lock: socket.socket
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+        self._lock.close()
+
+
+def reserve_port(host: str, port: int) -> ReservedPort:
+    """Take the port (0: any free one). Raises SceneError if it cannot be had."""
+    in_use = (
+        f"Port {port} on {host} is in use: stop what listens there, or give another --port (0 "
+        "takes any free one)."
+    )
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
@@ -127,14 +151,21 @@ def reserve_port(host: str, port: int) -> socket.socket:
     except OSError as error:
         reserved.close()
         reasons = {
-            errno.EADDRINUSE: f"Port {port} on {host} is in use: stop what listens there, or give "
-            "another --port (0 takes any free one).",
+            errno.EADDRINUSE: in_use,
             errno.EACCES: f"Port {port} may not be used by this user; give a --port above 1023.",
             errno.EADDRNOTAVAIL: f"--host {host} is not an address of this machine.",
         }
         text = f"Port {port} on {host} cannot be had: {error.strerror}."
         raise SceneError(reasons.get(error.errno or 0, text)) from None
-    return reserved
+    name, number = reserved.getsockname()[:2]
+    lock = socket.socket(socket.AF_UNIX)
+    try:
+        lock.bind(f"\0pdserve-up-{name}-{number}")
+    except OSError:
+        reserved.close()
+        lock.close()
+        raise SceneError(in_use) from None
+    return ReservedPort(number, reserved, lock)
 
 
 @dataclass(frozen=True, slots=True)

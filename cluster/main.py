@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from pdserve.cluster.options import EXIT_USAGE
+EXIT_INTERRUPTED = 130
+"""Ctrl-C before the command had begun; 128 + SIGINT, as shells say it."""
 
 HELP = """\
 usage: pdserve COMMAND [OPTION ...]
@@ -45,14 +45,26 @@ MODULES = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command; returns the exit code. This module imports next to nothing, so that nearly
+    all of the life of a process is inside of this function."""
+    try:
+        return _run(argv)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    from pdserve.cluster.options import EXIT_USAGE
+
     words = list(sys.argv[1:] if argv is None else argv)
     command, options = (words[0], words[1:]) if words else ("", [])
     if command in ("", "-h", "--help", "help"):
         print(HELP, end="")
         return 0 if command else EXIT_USAGE
     if command in ("version", "--version", "-V"):
-        print(importlib.metadata.version("pdserve"))
+        from importlib.metadata import version
+
+        print(version("pdserve"))
         return 0
     if command in MODULES:
         _become(*MODULES[command], *options)

@@ -167,6 +167,7 @@ def test_a_killed_worker_leaves_nothing_behind(victim: str, tmp_path: Path) -> N
             assert time.monotonic() < deadline, "the worker was not started again"
             time.sleep(0.1)
         cluster.wait_until_clean(3.0)
+        cluster.until_serving()
         with stream(cluster, body(20, 3)) as lines:
             assert list(lines)[-1] == "[DONE]"
         cluster.wait_until_clean(1.0)

@@ -91,6 +91,7 @@ def test_roles_and_departures(tmp_path: Path) -> None:
         until(cluster, "decode-0", before["epoch"])
         assert order(cluster, "role", "prefill-0", "prefill").returncode == 0
         assert roles(cluster) == {"prefill-0": "prefill", "decode-0": "decode"}
+        cluster.until_serving()
         assert Stream(cluster).end() == right
 
         # A drained worker finishes its stream; what is new goes to the other one.

@@ -119,6 +119,14 @@ class Cluster:
     def worker(self, role: str) -> dict[str, Any]:
         return next(record for record in self.workers() if record["role"] == role)
 
+    def until_serving(self, within_s: float = 10.0) -> None:
+        """The router has somebody to send requests to. It looks at Redis four times a second, so it
+        learns of a worker that is ready a little after everybody else who looks."""
+        deadline = time.monotonic() + within_s
+        while httpx.get(f"{self.url}/health", timeout=5).status_code != 200:
+            assert time.monotonic() < deadline, f"the router serves nobody after {within_s} s"
+            time.sleep(0.02)
+
     def wait_until_clean(self, within_s: float = 1.0) -> None:
         """Every worker idle, all its blocks free or evictable; at the latest after `within_s`."""
         deadline = time.monotonic() + within_s

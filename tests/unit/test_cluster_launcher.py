@@ -290,6 +290,48 @@ def test_bad_surroundings_are_named_before_anything_starts(tmp_path: Path) -> No
                 assert not up.leftovers()
 
 
+def test_two_launchers_for_one_port(tmp_path: Path) -> None:
+    """At the same time, long before either of them listens."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    options = ("--port", port)
+    with (
+        running(first, *options, modes="decode-0=mute") as one,
+        running(second, *options, modes="decode-0=mute") as other,
+    ):
+        deadline = time.monotonic() + DEADLINE_S
+        while one.process.poll() is other.process.poll() is None:
+            assert time.monotonic() < deadline, "both think that the port is theirs"
+            time.sleep(0.01)
+        loser = one if one.process.poll() is not None else other
+        winner = other if loser is one else one
+        code, text = loser.end()
+        assert (code, f"Port {port} on 127.0.0.1 is in use" in text) == (2, True), text
+        winner.process.terminate()
+        assert winner.end()[0] == 0
+
+
+def test_ctrl_c_before_the_command_has_begun() -> None:
+    """No traceback; and what comes before `main` is too short for one."""
+    code = (
+        "import sys\n"
+        "before = set(sys.modules)\n"
+        "from pdserve.cluster import main\n"
+        "heavy = {'argparse', 'asyncio', 'yaml', 'msgspec'} & (set(sys.modules) - before)\n"
+        "assert not heavy, heavy\n"
+        "import os, signal\n"
+        "main._HERE['up'] = lambda options: os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.exit(main.main(['up']))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=DEADLINE_S
+    )
+    assert (done.returncode, done.stderr) == (130, "")
+
+
 def test_status_without_a_cluster(tmp_path: Path) -> None:
     env = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)}
     done = subprocess.run(
