@@ -1,12 +1,14 @@
 """Two real pools, a real source and a real sink, driven at random and checked against a model.
 
-The driver plays both engines: it admits prompts, computes them chunk by chunk, offers, fetches,
-decodes, aborts, lets leases expire, restarts either side, and asks with tickets that are no longer
-good, while connections break and bytes change (`faults`). Blocks that become free are scribbled
+The driver plays both engines: it admits prompts, computes them chunk by chunk, offers them at the
+end or while they grow, fetches, decodes, preempts, aborts, lets leases expire, restarts either
+side, and asks with tickets that are no longer good, while connections break, bytes change
+(`faults`) and tickets end at the worst moment (`meddling`). Blocks that become free are scribbled
 over at once, so that whoever still reads them is found out.
 
 After every step all blocks of both pools are accounted for; every block that a report calls intact
-is compared with what it must hold; a ticket that was over when the fetch began brings nothing.
+is compared with what it must hold; a ticket that was over when the fetch began brings nothing, nor
+does one that was over before a borrowed copy was confirmed; no block is free while it is read.
 """
 
 from __future__ import annotations
@@ -18,11 +20,13 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from meddling import Meddler
 from transfer_rig import FINGERPRINT
 
 from pdserve.engine.blocks import BlockPool, Owner
 from pdserve.kv_transfer.faults import Dice, Faults, faulty_sink, faulty_source
 from pdserve.kv_transfer.memory import HostMemory
+from pdserve.kv_transfer.outbox import TicketState
 from pdserve.kv_transfer.sink import TransferSink
 from pdserve.kv_transfer.source import TransferSource
 from pdserve.kv_transfer.transports import SINK_HALVES, SOURCE_HALVES
@@ -30,14 +34,14 @@ from pdserve.protocol.ticket import KVTicket
 from pdserve.protocol.transfer import FetchReport
 
 BLOCKS, BLOCK_NBYTES, SIZE = 24, 96, FINGERPRINT.block_size
-CHAINS, LONGEST = 6, 5
+CHAINS, LONGEST = 6, 6
 LEASE_S = 30.0
 PATIENCE_S = 20.0
 
 
 @dataclass
 class Prompt:
-    """A request on the prefill side, later perhaps on the decode side too."""
+    """A request on the prefill side, perhaps at the same time on the decode side too."""
 
     number: int
     chain: int
@@ -46,6 +50,10 @@ class Prompt:
     blocks: list[int] = field(default_factory=list)
     computed: int = 0
     ticket: KVTicket | None = None
+    growing: bool = False
+    """Its ticket is out, and its blocks are still being computed."""
+    shown: int = 0
+    """Blocks that the growing ticket was extended by."""
     over: bool = False
     """Its ticket has ended for sure: withdrawn, expired, released, or of an earlier epoch. A
     report alone does not say so: the sink reports a failure before it tells the source."""
@@ -113,13 +121,16 @@ class TwoPools:
         self.decoding: list[Prompt] = []
         self.past: list[Prompt] = []
         self.held: dict[str, Prompt] = {}
+        self.meddler = Meddler(seed, self.withdraw, self.grows)
+        self.asked: dict[str, str] = {}
+        """Ticket → request, of all fetches."""
         self.returned: queue.SimpleQueue[tuple[KVTicket, str]] = queue.SimpleQueue()
         self.reports: queue.SimpleQueue[FetchReport] = queue.SimpleQueue()
         self.start_source()
         self.start_sink()
         self.actions = {
             self.admit: 18, self.compute: 40, self.fetch: 26, self.settle: 26, self.finish_one: 22,
-            self.abort: 7, self.ask_again: 3, self.expire: 1, self.renew: 2,
+            self.abort: 7, self.preempt: 2, self.ask_again: 3, self.expire: 1, self.renew: 2,
             self.restart_source: 0.6, self.restart_sink: 0.6,
         }  # fmt: skip
 
@@ -136,11 +147,27 @@ class TwoPools:
             host="127.0.0.1",
             secret="s",
             transports=("shm", "tcp"),
-            on_returned=lambda ticket, ending: self.returned.put((ticket, ending)),
+            on_returned=self.on_returned,
             lease_s=LEASE_S,
             clock=lambda: self.now,
-            halves=faulty_source(SOURCE_HALVES, self.dice),
+            halves={
+                name: self.meddler.source(make)
+                for name, make in faulty_source(SOURCE_HALVES, self.dice).items()
+            },
         )
+
+    def on_returned(self, ticket: KVTicket, ending: str) -> None:
+        self.meddler.freed(ticket.ticket_id)
+        self.returned.put((ticket, ending))
+
+    def grows(self, ticket_id: str) -> bool:
+        return self.source.outbox.state(ticket_id) is TicketState.GROWING
+
+    def withdraw(self, ticket_id: str) -> bool:
+        """Called by the threads that read: whether the ticket is over now."""
+        source = self.source
+        source.withdraw(self.asked[ticket_id])
+        return source.outbox.state(ticket_id) in (TicketState.ENDING, TicketState.RETURNED)
 
     def start_sink(self) -> None:
         self.decode = Side()
@@ -151,7 +178,10 @@ class TwoPools:
             secret="s",
             threads=2,
             transport=self.random.choice(["auto", "shm", "tcp"]),
-            halves=faulty_sink(SINK_HALVES, self.dice),
+            halves={
+                name: self.meddler.sink(make)
+                for name, make in faulty_sink(SINK_HALVES, self.dice).items()
+            },
         )
 
     def restart_source(self) -> None:
@@ -159,12 +189,11 @@ class TwoPools:
         self.collect_returned()
         assert not self.held, "closing gives everything back"
         self.prefill.memory.close()
-        for prompt in self.offered:
-            prompt.over = True
-        self.past += self.offered
+        growing = [prompt for prompt in self.computing if prompt.growing]
+        for prompt in [*self.offered, *growing, *self.fetching.values()]:
+            prompt.over, prompt.growing = True, False
+        self.past += self.offered + growing
         self.computing, self.offered = [], []
-        for prompt in self.fetching.values():
-            prompt.over = True
         self.start_source()
 
     def restart_sink(self) -> None:
@@ -190,6 +219,9 @@ class TwoPools:
     def admit(self) -> None:
         prompt = Prompt(self.numbers, self.random.randrange(CHAINS), self.random.randrange(LONGEST))
         self.numbers += 1
+        self.take_in(prompt)
+
+    def take_in(self, prompt: Prompt) -> None:
         taken = self.prefill.take(prompt)
         if taken is None:
             return
@@ -198,7 +230,8 @@ class TwoPools:
         self.computing.append(prompt)
 
     def compute(self) -> None:
-        """A chunk of one or two blocks; after the last one the prompt is offered."""
+        """A chunk of one or two blocks; after the last one the prompt is offered, unless it was
+        after an earlier one."""
         if not self.computing:
             return
         prompt = self.random.choice(self.computing)
@@ -211,18 +244,71 @@ class TwoPools:
                 self.prefill.pool.register(block, prompt.names[prompt.computed])
             prompt.computed += 1
         if prompt.computed > prompt.full:
-            self.computing.remove(prompt)
-            self.prefill.pool.hold(prompt.blocks)
+            self.complete(prompt)
+        elif self.random.random() < 0.7:
+            self.grow(prompt)
+
+    def grow(self, prompt: Prompt) -> None:
+        if not prompt.growing:
+            prompt.growing = True
+            prompt.ticket = self.source.open(
+                prompt.request_id, SIZE * prompt.full + 1, prompt.names
+            )
+        assert prompt.ticket is not None
+        before = self.meddler.reads(prompt.ticket.ticket_id)
+        self.source.extend(prompt.request_id, prompt.blocks[prompt.shown : prompt.computed])
+        prompt.shown = prompt.computed
+        if self.fetching.get(prompt.request_id) is prompt and self.random.random() < 0.5:
+            self.meddler.await_read(prompt.ticket.ticket_id, before)
+            if self.random.random() < 0.2:
+                self.cut(prompt)
+
+    def complete(self, prompt: Prompt) -> None:
+        self.computing.remove(prompt)
+        self.prefill.pool.hold(prompt.blocks)
+        if prompt.growing:
+            assert prompt.ticket is not None
+            self.held[prompt.ticket.ticket_id] = prompt
+            prompt.growing = False
+            prompt.ticket = self.source.seal(prompt.request_id, prompt.blocks[prompt.shown :])
+            self.seen["sealed"] += 1
+        else:
             prompt.ticket = self.source.offer(
                 prompt.request_id, prompt.blocks, SIZE * prompt.full + 1, prompt.names
             )
             self.held[prompt.ticket.ticket_id] = prompt
+        if self.fetching.get(prompt.request_id) is not prompt:
             self.offered.append(prompt)
 
+    def cut(self, prompt: Prompt) -> None:
+        """Take the blocks of a prompt that is not complete back, unless somebody reads them."""
+        self.computing.remove(prompt)
+        if prompt.growing:
+            assert prompt.ticket is not None
+            prompt.over, prompt.growing = True, False
+            self.past.append(prompt)
+            if not self.source.cut(prompt.request_id):
+                self.seen["cut while read"] += 1
+                self.prefill.pool.hold(prompt.blocks)
+                self.held[prompt.ticket.ticket_id] = prompt
+                return
+            self.meddler.freed(prompt.ticket.ticket_id)
+        self.prefill.give_back(prompt.blocks)
+
+    def preempt(self) -> None:
+        """A prompt loses its blocks, and is computed again under the same name."""
+        if self.computing:
+            prompt = self.random.choice(self.computing)
+            self.cut(prompt)
+            self.take_in(Prompt(prompt.number, prompt.chain, prompt.full))
+
     def fetch(self) -> None:
-        if self.offered:
-            prompt = self.random.choice(self.offered)
-            if self.start_fetch(prompt):
+        growing = [prompt for prompt in self.computing if prompt.growing]
+        those = growing if growing and self.random.random() < 0.5 else self.offered
+        choice = [prompt for prompt in those if prompt.request_id not in self.fetching]
+        if choice:
+            prompt = self.random.choice(choice)
+            if self.start_fetch(prompt) and not prompt.growing:
                 self.offered.remove(prompt)
 
     def ask_again(self) -> None:
@@ -240,6 +326,7 @@ class TwoPools:
             return False
         prompt.targets, prompt.cached = taken
         prompt.hopeless = prompt.over
+        self.asked[prompt.ticket.ticket_id] = prompt.request_id
         self.fetching[prompt.request_id] = prompt
         self.sink.fetch(
             prompt.ticket,
@@ -251,12 +338,18 @@ class TwoPools:
         return True
 
     def settle(self) -> None:
-        """Wait for one report and use it as an engine would."""
-        if not self.fetching:
+        """Wait for one report, if one must come, and use it as an engine would."""
+        sure = any(not prompt.growing for prompt in self.fetching.values())
+        if not sure and self.reports.empty():
             return
         report = self.reports.get(timeout=2 * PATIENCE_S)
         prompt = self.fetching.pop(report.request_id)
-        self.past = [*self.past[-200:], prompt]
+        if not prompt.growing:
+            self.past = [*self.past[-200:], prompt]
+        assert prompt.ticket is not None
+        borrowed = report.transport == "shm" and report.nbytes
+        if borrowed and prompt.ticket.ticket_id in self.meddler.pulled:
+            assert not report.ok, "the lease was over when the copy was confirmed"
         sound = min(report.failed, default=prompt.full + 1)
         if prompt.hopeless:
             assert sound == prompt.cached, "blocks came on a ticket that was over"
@@ -284,8 +377,7 @@ class TwoPools:
             return
         prompt = self.random.choice(prompts)
         if prompt in self.computing:
-            self.computing.remove(prompt)
-            self.prefill.give_back(prompt.blocks)
+            self.cut(prompt)
         elif prompt in self.offered:
             self.offered.remove(prompt)
             self.source.withdraw(prompt.request_id)
@@ -311,7 +403,7 @@ class TwoPools:
         for prompt in [*self.offered, *self.fetching.values()]:
             assert prompt.ticket is not None
             stands = self.source.outbox.renew(prompt.ticket.ticket_id, prompt.ticket.epoch)
-            if prompt in self.offered:
+            if prompt.growing:
                 assert stands
             if prompt.hopeless:
                 assert not stands
@@ -327,6 +419,7 @@ class TwoPools:
             self.prefill.give_back(prompt.blocks)
 
     def check(self) -> None:
+        assert not self.meddler.mistakes, self.meddler.mistakes
         self.prefill.pool.check_integrity(
             [prompt.blocks for prompt in self.computing],
             [prompt.blocks for prompt in self.held.values()],
@@ -337,13 +430,12 @@ class TwoPools:
 
     def finish(self) -> None:
         """Bring everything to an end: no block may be left with anybody."""
+        for prompt in list(self.computing):
+            self.cut(prompt)
         while self.fetching:
             self.settle()
         while self.decoding:
             self.finish_one()
-        for prompt in self.computing:
-            self.prefill.give_back(prompt.blocks)
-        self.computing = []
         self.source.close()
         self.sink.close()
         self.collect_returned()

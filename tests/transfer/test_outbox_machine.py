@@ -49,6 +49,10 @@ class OutboxMachine(RuleBasedStateMachine):
         self.readers: Counter[str] = Counter()
         self.lease: dict[str, float] = {}
         self.offered: set[str] = set()
+        self.shown: dict[str, int] = {}
+        """Growing tickets → blocks shown so far."""
+        self.kept: set[str] = set()
+        """Cut while nobody read: never returned."""
         self.outbox = self._new_outbox()
 
     def _new_outbox(self) -> Outbox:
@@ -70,6 +74,8 @@ class OutboxMachine(RuleBasedStateMachine):
         self.returned[ticket.ticket_id] += 1
 
     def _stands(self, ticket: KVTicket) -> bool:
+        if ticket.ticket_id in self.shown:
+            return True
         return ticket.epoch == self.epoch and self.lease.get(ticket.ticket_id, -1.0) > self.now
 
     @rule(target=tickets, blocks=st.integers(1, 4))
@@ -79,6 +85,40 @@ class OutboxMachine(RuleBasedStateMachine):
         self.lease[ticket.ticket_id] = self.now + LEASE_S
         self.offered.add(ticket.ticket_id)
         return ticket
+
+    @rule(target=tickets, blocks=st.integers(1, 4))
+    def open(self, blocks: int) -> KVTicket:
+        self.made += 1
+        ticket = self.outbox.open(f"r{self.made}", blocks, [b""] * blocks)
+        self.shown[ticket.ticket_id] = 0
+        self.offered.add(ticket.ticket_id)
+        return ticket
+
+    @rule(ticket=tickets, more=st.integers(0, 4))
+    def extend(self, ticket: KVTicket, more: int) -> None:
+        shown = self.shown.get(ticket.ticket_id)
+        if shown is not None:
+            end = min(shown + more, ticket.num_blocks)
+            self.outbox.extend(ticket.request_id, range(shown, end))
+            self.shown[ticket.ticket_id] = end
+            assert self.outbox.watch(ticket.ticket_id, self.epoch, 0, 0.0) == (end, False)
+
+    @rule(ticket=tickets)
+    def seal(self, ticket: KVTicket) -> None:
+        shown = self.shown.pop(ticket.ticket_id, None)
+        if shown is not None:
+            self.outbox.seal(ticket.request_id, range(shown, ticket.num_blocks))
+            self.lease[ticket.ticket_id] = self.now + LEASE_S
+
+    @rule(ticket=tickets)
+    def cut(self, ticket: KVTicket) -> None:
+        if self.shown.pop(ticket.ticket_id, None) is None:
+            return
+        unread = not self.readers[ticket.ticket_id]
+        assert self.outbox.cut(ticket.request_id) is unread
+        if unread:
+            self.kept.add(ticket.ticket_id)
+            self.offered.remove(ticket.ticket_id)
 
     @rule(target=reads, ticket=tickets)
     def begin(self, ticket: KVTicket) -> object:
@@ -91,7 +131,7 @@ class OutboxMachine(RuleBasedStateMachine):
             wanted=(0,),
             host_id="",
         )
-        stood = self._stands(ticket)
+        stood = self._stands(ticket) and self.shown.get(ticket.ticket_id, 1) > 0
         try:
             read = self.outbox.begin(fetch)
         except Refusal:
@@ -119,7 +159,7 @@ class OutboxMachine(RuleBasedStateMachine):
     def renew(self, ticket: KVTicket) -> None:
         stood = self._stands(ticket)
         assert self.outbox.renew(ticket.ticket_id, ticket.epoch) == stood
-        if stood:
+        if stood and ticket.ticket_id not in self.shown:
             self.lease[ticket.ticket_id] = self.now + LEASE_S
 
     @rule(ticket=tickets, outcome=st.sampled_from(Outcome), times=st.integers(1, 2))
@@ -151,6 +191,8 @@ class OutboxMachine(RuleBasedStateMachine):
         self.lease.clear()
         self.readers.clear()
         self.offered.clear()
+        self.shown.clear()
+        self.kept.clear()
         self.returned.clear()
         self.outbox = self._new_outbox()
 
@@ -171,7 +213,10 @@ class OutboxMachine(RuleBasedStateMachine):
         for ticket_id, count in self.readers.items():
             if count:
                 assert ticket_id in held
-        assert self.outbox.counters().held_tickets == len(held)
+        assert not self.kept & set(self.returned)
+        counters = self.outbox.counters()
+        assert counters.growing == len(self.shown)
+        assert counters.held_tickets == len(held) - len(self.shown)
 
     def teardown(self) -> None:
         if not hasattr(self, "outbox"):
@@ -182,6 +227,9 @@ class OutboxMachine(RuleBasedStateMachine):
                 assert held is not None
                 self.readers[ticket_id] -= 1
                 self.outbox.end(Read(held, (0,)))
+        for ticket_id in list(self.shown):
+            assert self.outbox.cut(self.outbox._held[ticket_id].ticket.request_id)
+            self.offered.remove(ticket_id)
         self.outbox.close()
         assert set(self.returned) == self.offered
         assert self.outbox.counters().held_blocks == 0

@@ -36,7 +36,8 @@ def quiet(caplog: pytest.LogCaptureFixture) -> None:
 def test_two_pools_agree(rig: Rig, seed: int, faults: Faults) -> None:
     world = drive(seed, faults, steps=2500)
     assert world.epoch > 1, "the source was never restarted"
-    assert world.seen["ok"] > 50 and world.seen["failed"] > 5
+    assert world.seen["ok"] > 50 and world.seen["failed"] > 5 and world.seen["sealed"] > 20
+    assert world.meddler.count["withdrawn in a send"] and world.meddler.count["early"]
     # How many fetches there are depends on how busy the machine is, so not each kind of each seed.
     assert len(world.dice.count) >= 3 if faults is ROUGH else not world.dice.count
 
