@@ -104,6 +104,9 @@ def _tune(pool: KVPool, model: ModelConfig, config: EngineConfig) -> None:
         hidden_size=model.hidden_size,
         vocab_size=model.vocab_size,
         invariant=config.batch_invariant,
+        experts=model.experts.count if model.experts else 0,
+        active=model.experts.active if model.experts else 0,
+        inner_size=model.experts.intermediate_size if model.experts else 0,
     )
     words = dispatch.choices(config.device)
     if "triton" not in words.values():

@@ -68,6 +68,11 @@ TABLE: dict[str, tuple[Config, ...]] = {
         names=_TILED, COLUMNS=64, DEPTH=128,
     ),
     "linear wide": _tiles((64, 4, 3), (64, 4, 2), (64, 8, 3), names=_TILED, COLUMNS=64, DEPTH=32),
+    "mixture": _tiles(
+        (64, 4, 3), (64, 4, 2), (64, 4, 4), (64, 8, 3), (32, 4, 3),
+        names=_TILED, COLUMNS=64, DEPTH=128,
+    ),
+    "mixture wide": _tiles((64, 4, 3), (64, 4, 2), (64, 8, 3), names=_TILED, COLUMNS=64, DEPTH=32),
     "gather_blocks": _COPIES,
     "scatter_blocks": _COPIES,
     "pack_blocks": _PACKS,

@@ -13,6 +13,7 @@ from pdserve.kernels.attention import attention_decode, attention_prefill
 from pdserve.kernels.blocks import gather_blocks, scatter_blocks
 from pdserve.kernels.checks import FLOAT8
 from pdserve.kernels.configs import attention_class
+from pdserve.kernels.experts import expert_weights, mixture, route
 from pdserve.kernels.linear import linear
 from pdserve.kernels.sampling import sample
 from pdserve.kernels.tuning import Run, Trial
@@ -30,6 +31,12 @@ class Model:
     vocab_size: int
     invariant: bool = False
     """Whether products run in our own kernel."""
+    experts: int = 0
+    """Of a mixture; 0: there is none."""
+    active: int = 0
+    """Experts per token."""
+    inner_size: int = 0
+    """Of an expert."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +48,7 @@ class Sizes:
     context: int = 2048
     blocks: int = 256
     rows: int = 64
+    experts: int = 16
     nbytes: int = 256 << 20
     """Of the blocks that are copied."""
     pool: int = 4096
@@ -68,6 +76,8 @@ def trials(pool: torch.Tensor, model: Model, sizes: Sizes | None = None) -> Iter
             )
             wide = " wide" if model.dtype == torch.float32 else ""
             yield Trial("linear" + wide, (), lambda: linear(x, weight, invariant=True))
+        if model.experts:
+            yield _mixture(pool.device, model, sizes)
         yield _sampling(pool.device, model, sizes)
     finally:
         pool.view(torch.uint8).zero_()
@@ -121,6 +131,26 @@ def _copies(pool: torch.Tensor, sizes: Sizes) -> Iterator[Trial]:
 
         yield Trial("pack_blocks" if wire else "gather_blocks", (), gather)
         yield Trial("unpack_blocks" if wire else "scatter_blocks", (), scatter, scattered)
+
+
+def _mixture(device: torch.device, model: Model, sizes: Sizes) -> Trial:
+    """With at most `Sizes.experts` of the model's experts."""
+    count, inner, hidden = min(model.experts, sizes.experts), model.inner_size, model.hidden_size
+    made = [
+        tuple(
+            (torch.randn(shape, device=device) / shape[1] ** 0.5).to(model.dtype)
+            for shape in ((inner, hidden), (inner, hidden), (hidden, inner))
+        )
+        for _ in range(count)
+    ]
+    held = expert_weights([(gate, up, down) for gate, up, down in made])
+    x, logits = (torch.randn(sizes.rows, n, device=device).to(model.dtype) for n in (hidden, count))
+    weights, experts = route(logits, min(model.active, count), renormalise=True)
+    return Trial(
+        "mixture wide" if model.dtype == torch.float32 else "mixture",
+        (),
+        lambda: mixture(x, weights, experts, held, "silu"),
+    )
 
 
 def _sampling(device: torch.device, model: Model, sizes: Sizes) -> Trial:

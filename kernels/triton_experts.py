@@ -66,7 +66,7 @@ def mixture(
     pairs, hidden, inner = grouped.shape[0], matrices.hidden_size, matrices.inner_size
     made = torch.empty((pairs, inner), dtype=x.dtype, device=x.device)
     parts = torch.empty((pairs, hidden), dtype=x.dtype, device=x.device)
-    tile = tile_of(x.dtype)
+    tile = tile_of(x.dtype, "mixture")
     for source, target, columns, width, kind in (
         (x, made, inner, hidden, KINDS[activation]),
         (made, parts, hidden, inner, ""),

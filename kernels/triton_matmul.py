@@ -40,10 +40,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return out
 
 
-def tile_of(dtype: torch.dtype) -> Mapping[str, int]:
+def tile_of(dtype: torch.dtype, operation: str = "linear") -> Mapping[str, int]:
     """Rows and columns of a program, elements of the sum per step, warps and stages: from the dtype
-    alone, so that a row's bits are the same in any batch."""
-    return chosen("linear wide" if dtype == torch.float32 else "linear")
+    (and the operation) alone, so that a row's bits are the same in any batch."""
+    return chosen(operation + " wide" if dtype == torch.float32 else operation)
 
 
 @triton.jit

@@ -127,6 +127,27 @@ def test_rows_of_logits_far_apart() -> None:
     assert torch.equal(kernels.sample(logits, **arguments), kernels.sample(close, **arguments))
 
 
+def test_rows_of_products_far_apart() -> None:
+    x = far_rows(2, 64)
+    x[1] = torch.randn(64)
+    close = x.clone()
+    weight = far_rows(3, 64)
+    weight[:] = torch.randn(3, 64)
+    small = kernels.quantize(weight.contiguous(), "int8")
+    held = kernels.expert_weights(
+        [tuple(torch.randn(shape) for shape in ((8, 64), (8, 64), (64, 8))) for _ in range(2)]
+    )
+    chances, experts = torch.ones(2, 1), torch.tensor([[0], [1]])
+    for operation in (
+        lambda x: kernels.linear(x, weight, invariant=True),
+        lambda x: kernels.quantized_linear(x, small),
+        lambda x: kernels.mixture(x, chances, experts, held, "silu"),
+        lambda x: kernels.route(x, 3, renormalise=True)[0],
+    ):
+        torch.testing.assert_close(operation(x), operation(close))
+        assert operation(x)[1].abs().sum() > 0
+
+
 def test_rows_of_activations_far_apart() -> None:
     x = far_rows(2, 64)
     x[1] = torch.randn(64)
