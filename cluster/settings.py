@@ -240,6 +240,33 @@ class RouterSettings(CommonSettings):
     default_chat_template_kwargs: str = option(
         "", 'Arguments for the chat template as JSON, e.g. {"enable_thinking": false}'
     )
+    tool_call_parser: str = option(
+        "auto",
+        "How the model writes calls of tools; auto reads it off its chat template and vocabulary, "
+        "none refuses tools",
+        choices=(
+            "auto",
+            "none",
+            "deepseek_v3",
+            "hermes",
+            "llama3_json",
+            "mistral",
+            "pythonic",
+            "qwen3_coder",
+        ),
+    )
+    enable_auto_tool_choice: bool = option(
+        False, "Let the model decide whether it calls a tool (tool_choice auto)"
+    )
+    exclude_tools_when_tool_choice_none: bool = option(
+        False, "Do not show tools to the chat template when tool_choice is none"
+    )
+    reasoning_parser: str = option(
+        "none",
+        "How the model marks its thoughts, which are then kept apart from the answer; auto reads "
+        "it off its chat template and vocabulary",
+        choices=("none", "auto", "deepseek_r1", "gpt_oss", "qwen3"),
+    )
     generation_config: str = option(
         "auto",
         "Where sampling defaults come from: auto reads the model's generation_config.json, "

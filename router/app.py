@@ -141,6 +141,7 @@ class Router:
             executor=self._executor,
             rng=rng,
             grammars=self._grammars,
+            hide_unused_tools=settings.exclude_tools_when_tool_choice_none,
         )
         self._placement = Placement(settings.redis, settings.cluster, timeout_s=ANSWER_S)
         self.recorder = Recorder(

@@ -7,6 +7,7 @@ The hot path, a chunk that holds nothing but text, is put together from bytes ma
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -24,13 +25,20 @@ LEAST_LOGPROB = -9999.0
 """Written for -inf, which JSON does not have."""
 
 
-def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int | None) -> Json:
+def usage(
+    prompt_tokens: int,
+    completion_tokens: int,
+    cached_tokens: int | None,
+    thought_tokens: int | None = None,
+) -> Json:
+    """`thought_tokens`: None where thoughts are not told from answers."""
+    details = None if thought_tokens is None else {"reasoning_tokens": thought_tokens}
     return {
         "prompt_tokens": prompt_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "completion_tokens": completion_tokens,
         "prompt_tokens_details": {"cached_tokens": cached_tokens or 0},
-        "completion_tokens_details": None,
+        "completion_tokens_details": details,
     }
 
 
@@ -187,7 +195,7 @@ class ChunkForms:
         request = self._request
         choice: Json = {"index": index}
         if request.chat:
-            choice["delta"] = {"content": delta.text} if delta.text else {}
+            choice["delta"] = chat_delta(delta)
         else:
             choice["text"] = delta.text
         choice["logprobs"] = self._logprobs(delta, offset)
@@ -211,6 +219,40 @@ class ChunkForms:
         return self._writer.completion(delta.token_ids, delta.logprobs, offsets, count)
 
 
+def pieces_of(delta: Delta) -> list[Delta]:
+    """A delta with calls of tools as one per chunk: thoughts and text, then each call's name, its
+    arguments, and the end. Tokens go with the first."""
+    if not delta.calls:
+        return [delta]
+    first = Delta(delta.text, delta.thoughts, [], delta.token_ids, delta.logprobs, delta.offsets)
+    pieces = [first] if first.text or first.thoughts else []
+    for call in delta.calls:
+        pieces += [Delta(calls=[replace(call, arguments="")]), Delta(calls=[replace(call, id="")])]
+    if not (first.text or first.thoughts):
+        pieces[0].token_ids, pieces[0].logprobs = delta.token_ids, delta.logprobs
+    if delta.finish_reason is not None:
+        end = Delta(finish_reason=delta.finish_reason, stop_reason=delta.stop_reason)
+        pieces.append(end)
+    return pieces
+
+
+def chat_delta(delta: Delta) -> Json:
+    """`choices[].delta` of chat."""
+    found: Json = {}
+    if delta.thoughts:
+        found["reasoning"] = delta.thoughts
+    if delta.text:
+        found["content"] = delta.text
+    for call in delta.calls:
+        if call.id:
+            head = {"id": call.id, "type": "function", "index": call.index}
+            found |= {"content": None, "tool_calls": [{**head, "function": {"name": call.name}}]}
+        else:
+            arguments = {"arguments": call.arguments}
+            found["tool_calls"] = [{"index": call.index, "function": arguments}]
+    return found
+
+
 def chat_choice(
     index: int, text: str, delta: Delta, request: GenerateRequest, writer: LogprobWriter
 ) -> Json:
@@ -218,17 +260,28 @@ def chat_choice(
     logprobs = None
     if request.logprobs is not None:
         logprobs = writer.chat(delta.token_ids, delta.logprobs, request.logprobs)
+    parsed = request.text.reading is not None
+    message: Json = {
+        "role": "assistant",
+        "content": None if parsed and not text else text,
+        "refusal": None,
+        "annotations": None,
+        "audio": None,
+        "function_call": None,
+        "reasoning": delta.thoughts or None,
+    }
+    if delta.calls:
+        message["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for call in delta.calls
+        ]
     return {
         "index": index,
-        "message": {
-            "role": "assistant",
-            "content": text,
-            "refusal": None,
-            "annotations": None,
-            "audio": None,
-            "function_call": None,
-            "reasoning": None,
-        },
+        "message": message,
         "logprobs": logprobs,
         "finish_reason": delta.finish_reason,
         "stop_reason": delta.stop_reason,

@@ -12,6 +12,7 @@ from pdserve.router.openai import (
     chat_choice,
     completion_choice,
     completion_logprobs,
+    pieces_of,
     usage,
 )
 from pdserve.router.output import Delta
@@ -141,7 +142,7 @@ class OpenAIWriter:
         delta = answer.take()
         if delta is None or (request.score_only and delta.finish_reason is None):
             return frames
-        if delta.finish_reason is None and forms.plain:
+        if delta.finish_reason is None and forms.plain and not (delta.thoughts or delta.calls):
             return [*frames, forms.text(index, delta.text)]
         if request.score_only:
             delta = self._scored(delta)
@@ -152,7 +153,9 @@ class OpenAIWriter:
             members = {"system_fingerprint": self._model.fingerprint}
             if not self._progress.open:
                 members |= self._progress.extras()
-        return [*frames, forms.delta(index, delta, offset, usage_now, members)]
+        *first, last = pieces_of(delta) if delta.calls else [delta]
+        frames += [forms.delta(index, piece, offset, usage_now) for piece in first]
+        return [*frames, forms.delta(index, last, offset, usage_now, members)]
 
     def closing(self) -> list[bytes]:
         """The usage chunk, if asked for, and the end."""
@@ -170,7 +173,9 @@ def usage_of(progress: Progress) -> Json:
     request, answers = progress.request, progress.answers
     completion = 0 if request.score_only else sum(answer.count for answer in answers)
     prompts = sum(len(prompt.token_ids) for prompt in request.prompts)
-    return usage(prompts, completion, cached_tokens(progress))
+    reads = request.chat and progress.model.speech.reasoning is not None
+    thought = sum(answer.thought for answer in answers) if reads else None
+    return usage(prompts, completion, cached_tokens(progress), thought)
 
 
 def cached_tokens(progress: Progress) -> int:

@@ -6,13 +6,29 @@ what is streamed, joined, is what is not streamed.
 
 from __future__ import annotations
 
+import secrets
+import string
 from dataclasses import dataclass, field
 
 from pdserve.protocol.messages import FinishReason, Output, PositionLogprobs
 from pdserve.protocol.sampling import SamplingParams
 from pdserve.router.detokenize import TokenText
+from pdserve.router.reading import Read
 from pdserve.router.requests import TextOptions
 from pdserve.router.stops import StopScanner
+
+_LETTERS = string.ascii_letters + string.digits
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a tool, as the client hears of it."""
+
+    index: int
+    id: str
+    name: str
+    arguments: str
+    """JSON text."""
 
 
 @dataclass(slots=True)
@@ -20,6 +36,8 @@ class Delta:
     """What is new in an answer since the last delta."""
 
     text: str = ""
+    thoughts: str = ""
+    calls: list[ToolCall] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[PositionLogprobs] = field(default_factory=list)
     """One per token, if asked for."""
@@ -29,13 +47,26 @@ class Delta:
     stop_reason: int | str | None = None
 
 
+def call_id(short: bool) -> str:
+    """A new id; short ones have nine letters and digits."""
+    if short:
+        return "".join(secrets.choice(_LETTERS) for _ in range(9))
+    return f"chatcmpl-tool-{secrets.token_hex(8)}"
+
+
 class AnswerText:
     """Feeds outputs of the workers through detokenizer and stop strings."""
 
     def __init__(
         self, tokens: TokenText, prompt: list[int], sampling: SamplingParams, options: TextOptions
     ) -> None:
-        self._detokenizer = tokens.detokenizer(prompt, options.skip_special_tokens)
+        reading = options.reading
+        self._reader = None if reading is None else reading.reader()
+        self._short_ids = bool(reading and reading.calls and reading.calls.short_ids)
+        kept = reading.kept if reading and options.skip_special_tokens else frozenset()
+        self._hidden = tokens.special_ids - kept if kept else frozenset()
+        """Tokens whose text is not shown, where some special ones are."""
+        self._detokenizer = tokens.detokenizer(prompt, options.skip_special_tokens and not kept)
         self._scanner = StopScanner(options.stops, options.include_stop)
         self._ending = sampling.ending_token_ids
         self._include_stop = options.include_stop
@@ -43,9 +74,12 @@ class AnswerText:
         """Stop strings are looked for only behind so many tokens."""
         self._with_logprobs = sampling.logprobs is not None
         self._chars = 0
+        self._called = 0
         self._delta = Delta()
         self.count = 0
         """Tokens of the answer."""
+        self.thought = 0
+        """Tokens of its thoughts."""
         self.finished = False
         self.finish_reason = ""
         self.cached_tokens: int | None = None
@@ -69,6 +103,8 @@ class AnswerText:
 
     def _add(self, token_id: int, logprobs: PositionLogprobs | None, ends: bool) -> None:
         self.count += 1
+        if self._reader is not None:
+            self.thought += self._reader.thinking
         delta = self._delta
         delta.token_ids.append(token_id)
         if logprobs is not None and self._with_logprobs:
@@ -76,6 +112,8 @@ class AnswerText:
             delta.offsets.append(self._chars)
         if ends and not self._include_stop:
             return  # the token that ends an answer is counted, its text is not shown
+        if token_id in self._hidden:
+            return
         text = self._detokenizer.add(token_id)
         if text:
             self._pass_on(text)
@@ -83,10 +121,10 @@ class AnswerText:
     def _pass_on(self, text: str) -> None:
         self._chars += len(text)
         if self.count <= self._scan_after:
-            self._delta.text += text
+            self._show(text)
             return
         free, match = self._scanner.feed(text)
-        self._delta.text += free
+        self._show(free)
         if match is not None:
             self._end("stop", match)
 
@@ -95,12 +133,32 @@ class AnswerText:
         if rest:
             self._pass_on(rest)
         if not self.finished:
-            self._delta.text += self._scanner.flush()
+            self._show(self._scanner.flush())
             self._end(reason, stop_token_id)
+
+    def _show(self, text: str) -> None:
+        if self._reader is None:
+            self._delta.text += text
+        elif text:
+            self._take_in(self._reader.feed(text))
+
+    def _take_in(self, read: Read) -> None:
+        delta = self._delta
+        delta.text += read.text
+        delta.thoughts += read.thoughts
+        for call in read.calls:
+            delta.calls.append(
+                ToolCall(self._called, call_id(self._short_ids), call.name, call.arguments)
+            )
+            self._called += 1
 
     def _end(self, reason: str, stop_reason: int | str | None) -> None:
         self.finished = True
         self.finish_reason = reason
+        if self._reader is not None:
+            self._take_in(self._reader.finish())
+            if self._reader.called and reason == "stop":
+                reason = "tool_calls"
         self._delta.finish_reason = reason
         self._delta.stop_reason = stop_reason
 
@@ -113,7 +171,7 @@ class AnswerText:
         """The delta, if it has text or ends the answer: tokens wait for the text they are part
         of."""
         delta = self._delta
-        if not delta.text and delta.finish_reason is None:
+        if not (delta.text or delta.thoughts or delta.calls) and delta.finish_reason is None:
             return None
         self._delta = Delta()
         return delta

@@ -14,16 +14,16 @@ from typing import Any
 
 import msgspec
 
-from pdserve.protocol.grammar import Constraint
 from pdserve.protocol.sampling import SamplingParams
 from pdserve.router import chat
+from pdserve.router.answer_form import AnswerForm, AnswerForms
 from pdserve.router.chat import ChatTemplate
-from pdserve.router.constraints import wish_of
 from pdserve.router.conversation import check_messages, flat_text
 from pdserve.router.dispatch import AnswerSpec
 from pdserve.router.errors import BadRequest
 from pdserve.router.fields import refuse
 from pdserve.router.grammar_check import GrammarCheck
+from pdserve.router.reading import Reading
 from pdserve.router.sampling import (
     Vocabulary,
     answer_count,
@@ -68,6 +68,8 @@ class TextOptions:
     stops: tuple[str, ...] = ()
     include_stop: bool = False
     skip_special_tokens: bool = True
+    reading: Reading | None = None
+    """What to look for in the text; None: it is passed on as it is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,9 +113,12 @@ class RequestParser:
         executor: Executor,
         rng: random.Random,
         grammars: GrammarCheck,
+        hide_unused_tools: bool,
     ) -> None:
-        """`executor` renders and tokenizes long prompts; `rng` draws seeds."""
-        self._grammars = grammars
+        """`executor` renders and tokenizes long prompts; `rng` draws seeds. `hide_unused_tools`:
+        with tool_choice none the chat template does not hear of tools."""
+        self._hide_unused_tools = hide_unused_tools
+        self.forms = AnswerForms(model, grammars)
         self.model = model
         self._max_logprobs = max_logprobs
         self._trust_templates = trust_templates
@@ -140,7 +145,7 @@ class RequestParser:
             max(asked, 1),
             logprobs,
             prefix=COMPLETION,
-            constraint=await self._constraint(body),
+            form=await self.forms.plain(body),
             echo="" if echo else None,
             score_only=score_only,
         )
@@ -149,7 +154,7 @@ class RequestParser:
         """Raises ApiError."""
         self.model.check_name(body.model)
         refuse(body)
-        _check_tools(body)
+        self.forms.check(body)
         name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         asked = getattr(body, name)
         if asked is not None:
@@ -158,6 +163,7 @@ class RequestParser:
         kwargs = _with_reasoning(body)
         prompt = await self.render(body, kwargs, _truncation(body, self.model.max_len, asked))
         self._check_length(prompt.token_ids)
+        form = await self.forms.chat(body, kwargs, prompt.text or "")
         tokens = self._room(prompt.token_ids) if asked is None else asked
         last = body.messages[-1]
         role = last["role"] if body.continue_final_message else "assistant"
@@ -169,7 +175,7 @@ class RequestParser:
             tokens,
             logprobs,
             prefix=CHAT,
-            constraint=await self._constraint(body),
+            form=form,
             echo=echo or None,
             return_prompt_text=bool(body.return_prompt_text),
         )
@@ -202,12 +208,8 @@ class RequestParser:
             self._room(ids) if asked is None else asked,
             self._logprobs("logprobs", fields.logprobs),
             prefix=TOKENS,
-            constraint=await self._constraint(fields),
+            form=await self.forms.plain(fields),
         )
-
-    async def _constraint(self, fields: SamplingFields) -> Constraint | None:
-        wish = wish_of(fields.response_format, fields.structured_outputs)
-        return None if wish is None else Constraint(grammar=await self._grammars.grammar(wish))
 
     def _room(self, token_ids: Sequence[int]) -> int:
         """Tokens of an answer whose client set no limit."""
@@ -229,7 +231,7 @@ class RequestParser:
         logprobs: int | None,
         *,
         prefix: str,
-        constraint: Constraint | None,
+        form: AnswerForm,
         echo: str | None = None,
         score_only: bool = False,
         return_prompt_text: bool = False,
@@ -254,7 +256,7 @@ class RequestParser:
                 asked_tokens=asked,
                 logprobs=logprobs,
                 prompt_logprobs=wanted,
-                constraint=constraint,
+                constraint=form.constraint,
             )
             for prompt in prompts
         ]
@@ -269,6 +271,7 @@ class RequestParser:
                 stops=stop_strings(body),
                 include_stop=bool(body.include_stop_str_in_output),
                 skip_special_tokens=body.skip_special_tokens is not False,
+                reading=form.reading,
             ),
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
@@ -303,7 +306,7 @@ class RequestParser:
             return template.render(
                 messages,
                 {**self.model.tokenizer.special_tokens, **self.model.template_kwargs, **kwargs},
-                tools=body.tools,
+                tools=self._shown_tools(body),
                 documents=body.documents,
                 add_generation_prompt=generation_prompt,
                 continue_final_message=bool(body.continue_final_message),
@@ -319,6 +322,11 @@ class RequestParser:
         if not token_ids:
             raise BadRequest("The chat template wrote an empty prompt.", param="messages")
         return Prompt(token_ids=token_ids, text=text)
+
+    def _shown_tools(self, body: ChatFields) -> list[Any] | None:
+        """Tools that the template hears of."""
+        unused = isinstance(body, ChatCompletionRequest) and body.tool_choice == "none"
+        return None if unused and self._hide_unused_tools else body.tools
 
     def _template(self, body: ChatFields, kwargs: dict[str, Any]) -> ChatTemplate:
         name, own = "chat_template", body.chat_template
@@ -566,23 +574,6 @@ def _request_id(header_id: str, body_id: str | None) -> str:
             param="request_id",
         )
     return body_id
-
-
-def _check_tools(body: ChatCompletionRequest) -> None:
-    """Without a tool parser only `tool_choice: none` works, as in vLLM."""
-    if body.tools is not None and not body.tools:
-        raise BadRequest("tools must not be an empty list.", param="tools")
-    choice = body.tool_choice
-    if choice == "none" or (choice is None and body.tools is None):
-        return
-    if body.tools is None:
-        raise BadRequest("tool_choice needs tools.", param="tool_choice")
-    name = "auto" if choice is None else choice
-    raise BadRequest(
-        f"tool_choice {name!r:.100} cannot be used: no tool-call parser is configured; only "
-        "tool_choice none is served.",
-        param="tools" if choice is None else "tool_choice",
-    )
 
 
 def _with_reasoning(body: ChatCompletionRequest) -> dict[str, Any]:

@@ -66,6 +66,7 @@ class SamplingFields(_Body):
     return_tokens_as_token_ids: bool | None = None
     response_format: Object | None = None
     structured_outputs: Object | None = None
+    thinking_token_budget: Annotated[int, Field(ge=-1, le=2**31, strict=True)] | None = None
     request_id: str | None = None
     cache_salt: str | None = None
 
@@ -92,7 +93,6 @@ class SamplingFields(_Body):
     allowed_token_ids: Any = None
     bad_words: Any = None
     logprob_token_ids: Any = None
-    thinking_token_budget: Any = None
     repetition_detection: Any = None
     kv_transfer_params: Any = None
     ec_transfer_params: Any = None
@@ -137,11 +137,11 @@ class ChatCompletionRequest(ChatFields, SamplingFields):
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
         None
     )
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
     return_prompt_text: bool | None = None
 
     # advisory
-    parallel_tool_calls: bool | None = None
-    include_reasoning: bool | None = None
     prediction: Any = None
     verbosity: Any = None
     prompt_cache_key: Any = None

@@ -17,6 +17,7 @@ from pdserve.cluster.settings import RouterSettings
 from pdserve.router.chat import ChatTemplate, find_template
 from pdserve.router.errors import NotFound
 from pdserve.router.sampling import Defaults
+from pdserve.router.speech import Speech, find_speech
 from pdserve.router.tokenizer import TextTokenizer, load_tokenizer
 
 DEFAULT_MODEL_LEN = 2048
@@ -47,6 +48,8 @@ class ServedModel:
     eos_token_ids: tuple[int, ...]
     vocab_size: int
     own_max_len: int
+    speech: Speech = field(default_factory=Speech)
+    """How it writes calls of tools and thoughts."""
     workers_max_len: Callable[[], int | None] = lambda: None
     """What all connected workers accept, in tokens."""
     created: int = field(default_factory=lambda: int(time.time()))
@@ -106,6 +109,13 @@ def load_model(settings: RouterSettings) -> ServedModel:
         defaults=Defaults.from_generation_config(generation),
         eos_token_ids=_eos_ids(generation, config, text_config, tokenizer),
         vocab_size=int(text_config.get("vocab_size") or tokenizer.size),
+        speech=find_speech(
+            tokenizer,
+            source or "",
+            calls=settings.tool_call_parser,
+            auto_calls=settings.enable_auto_tool_choice,
+            reasoning=settings.reasoning_parser,
+        ),
         own_max_len=min(settings.max_model_len or model_len, model_len),
     )
 

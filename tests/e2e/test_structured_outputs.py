@@ -124,6 +124,41 @@ async def _killed_on_its_way(cluster: Cluster) -> tuple[str, str, int]:
         return "".join(pieces), undisturbed.choices[0].message.content or "", killed
 
 
+TOOL = {"type": "function", "function": {
+    "name": "scale", "strict": True, "parameters": {"type": "object", "properties": {
+        "kind": SCHEMA["properties"]["kind"],  # type: ignore[index]
+        "count": {"type": "integer", "minimum": 1, "maximum": 9}},
+        "required": ["kind", "count"], "additionalProperties": False}}}  # fmt: skip
+
+
+async def _forced(url: str) -> list[Any]:
+    """The calls of each forced choice, whole and streamed."""
+    found = []
+    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        for choice in ("required", {"type": "function", "function": {"name": "scale"}}):
+            options: Any = {
+                "model": "demo", "messages": PROMPT, "tools": [TOOL], "tool_choice": choice,
+                "temperature": 1.0, "seed": 5, "max_tokens": 200, "parallel_tool_calls": False,
+            }  # fmt: skip
+            answer = await client.chat.completions.create(**options)
+            assert answer.choices[0].finish_reason == "tool_calls"
+            calls = answer.choices[0].message.tool_calls or []
+            async with client.chat.completions.stream(**options) as stream:
+                final = (await stream.get_final_completion()).choices[0]
+            assert final.finish_reason == "tool_calls"
+            for whole, streamed in zip(calls, final.message.tool_calls or [], strict=True):
+                assert whole.function.arguments == streamed.function.arguments  # type: ignore[union-attr]
+            found.append([(c.function.name, json.loads(c.function.arguments)) for c in calls])  # type: ignore[union-attr]
+    return found
+
+
+def test_forced_calls_fit_their_schema(pair: Cluster) -> None:
+    for calls in asyncio.run(_forced(pair.url)):
+        ((name, arguments),) = calls
+        assert name == "scale" and set(arguments) == {"kind", "count"}
+        assert arguments["kind"] in ("prefill", "decode") and 1 <= arguments["count"] <= 9
+
+
 def kill_the_busy_one(decoding: list[dict[str, Any]]) -> int:
     """Returns its process id."""
     busy = [r for r in decoding if metrics(r["host"], r["http_port"])["running"]]

@@ -16,7 +16,8 @@ WORKER_PARTS = {"cluster", "engine", "kernels", "kv_transfer", "protocol"}
 TABLE = {
     "protocol": set(),
     "cluster": {"protocol"},
-    "router": {"protocol", "cluster"},
+    "router": {"protocol", "cluster", "parsers"},
+    "parsers": set(),
     "kernels": set(),
     "engine": {"kernels", "protocol"},
     "kv_transfer": {"kernels", "protocol"},
@@ -26,7 +27,7 @@ TABLE = {
     "demo": set(),
     "bench": {"cluster", "engine", "kernels", "kv_transfer", "protocol"},
 }
-LIGHT = ("protocol", "cluster", "router")
+LIGHT = ("protocol", "cluster", "router", "parsers")
 """Never torch, not even late."""
 PLAIN = ("engine/request.py", "engine/blocks.py", "engine/scheduler.py", "engine/ports.py")
 """Decide with integers alone."""

@@ -1,0 +1,100 @@
+"""The form of a request's answers: what workers may draw, and how their text is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from pdserve.protocol.grammar import Constraint
+from pdserve.router.constraints import wish_of
+from pdserve.router.errors import BadRequest
+from pdserve.router.grammar_check import GrammarCheck, Wish
+from pdserve.router.reading import Reading
+from pdserve.router.schemas import ChatCompletionRequest, SamplingFields
+from pdserve.router.served import ServedModel
+from pdserve.router.tool_use import ToolUse, tool_use
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerForm:
+    constraint: Constraint | None = None
+    """None: anything may be drawn."""
+    reading: Reading | None = None
+    """None: the text is passed on as it is."""
+
+
+class AnswerForms:
+    """Finds them, for one model."""
+
+    def __init__(self, model: ServedModel, grammars: GrammarCheck) -> None:
+        self._model = model
+        self._grammars = grammars
+
+    async def plain(self, fields: SamplingFields) -> AnswerForm:
+        """Of answers that are not parsed. Raises BadRequest."""
+        if fields.thinking_token_budget not in (None, -1):
+            raise BadRequest(
+                "thinking_token_budget is for chat: thoughts are told from answers only there "
+                "(parameter=thinking_token_budget).",
+                param="thinking_token_budget",
+            )
+        wish = wish_of(fields.response_format, fields.structured_outputs)
+        return AnswerForm(await self._constraint(wish))
+
+    def check(self, body: ChatCompletionRequest) -> None:
+        """What can be said before the prompt is rendered. Raises BadRequest."""
+        self.tools(body)
+        if body.thinking_token_budget is not None and self._model.speech.reasoning is None:
+            raise BadRequest(
+                "thinking_token_budget needs a reasoning parser; start the router with "
+                "--reasoning-parser (parameter=thinking_token_budget).",
+                param="thinking_token_budget",
+            )
+
+    def tools(self, body: ChatCompletionRequest) -> ToolUse:
+        """What a conversation's tools ask for. Raises BadRequest."""
+        speech = self._model.speech
+        return tool_use(body, speech.calls.name if speech.calls else None, speech.auto_calls)
+
+    async def chat(
+        self, body: ChatCompletionRequest, kwargs: Mapping[str, Any], prompt: str
+    ) -> AnswerForm:
+        """`kwargs`: the request's, for the template that wrote `prompt`. Raises BadRequest."""
+        use, speech = self.tools(body), self._model.speech
+        thinks = self._thinks(body, kwargs, prompt)
+        constraint = await self._constraint(use.wish)
+        budget = body.thinking_token_budget
+        budget = None if budget == -1 else budget
+        if thinks and (constraint is not None or budget is not None):
+            constraint = msgspec.structs.replace(
+                constraint or Constraint(),
+                after=speech.after,
+                budget=budget,
+                closing=speech.closing,
+            )
+        if not (use.parse or thinks):
+            return AnswerForm(constraint)
+        reading = Reading(
+            calls=speech.calls if use.parse else None,
+            schemas=use.schemas,
+            one_call=body.parallel_tool_calls is False,
+            reasoning=speech.reasoning if thinks else None,
+            show_thoughts=body.include_reasoning is not False,
+            kept=speech.kept,
+        )
+        return AnswerForm(constraint, reading)
+
+    async def _constraint(self, wish: Wish | None) -> Constraint | None:
+        return None if wish is None else Constraint(grammar=await self._grammars.grammar(wish))
+
+    def _thinks(self, body: ChatCompletionRequest, kwargs: Mapping[str, Any], prompt: str) -> bool:
+        """Whether the answer begins with thoughts, as far as anybody knows."""
+        reasoning = self._model.speech.reasoning
+        if reasoning is None or body.continue_final_message:
+            return False
+        if {**self._model.template_kwargs, **kwargs}.get("enable_thinking") is False:
+            return False
+        return not prompt.rstrip().endswith(reasoning.end)
