@@ -23,14 +23,14 @@ import msgspec
 from pdserve.protocol.grammar import MAX_CHARS
 from pdserve.router.errors import BadRequest, Overloaded
 
-CPU_S = 2.0
+CPU_S = 1.0
 """Processor time per wish: a schema of 2,000 properties takes about a third of a second."""
 KEPT = 256
 """Wishes whose grammars (or faults) are remembered."""
 KEPT_BYTES = 16 << 20
-REPLY_S = 20.0
+REPLY_S = 40.0
 """Longest wait for one reply; the child ends itself long before, unless the machine is stuck."""
-WAIT_S = 10.0
+WAIT_S = 30.0
 """Longest wait of a request for its grammar, those before it included."""
 MAX_WAITING = 64
 """Wishes that wait for the process at once."""
