@@ -7,9 +7,6 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-EXIT_INTERRUPTED = 130
-"""Ctrl-C before the command had begun; 128 + SIGINT, as shells say it."""
-
 HELP = """\
 usage: pdserve COMMAND [OPTION ...]
 
@@ -50,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(argv)
     except KeyboardInterrupt:
+        from pdserve.cluster.options import EXIT_INTERRUPTED
+
         return EXIT_INTERRUPTED
 
 

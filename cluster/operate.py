@@ -17,7 +17,15 @@ from dataclasses import dataclass
 
 from pdserve.cluster.channel import Channel, connect
 from pdserve.cluster.membership import Membership
-from pdserve.cluster.options import EXIT_USAGE, load, one_of, option, options_of, seconds
+from pdserve.cluster.options import (
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    load,
+    one_of,
+    option,
+    options_of,
+    seconds,
+)
 from pdserve.cluster.records import Role, WorkerRecord, WorkerState
 from pdserve.cluster.target import Target, TargetSettings, find_target
 from pdserve.protocol.errors import PdserveError
@@ -122,6 +130,9 @@ def _operate(
     except (PdserveError, OSError) as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         return EXIT_USAGE
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted; an order that was given is carried out all the same.")
+        return EXIT_INTERRUPTED
 
 
 async def _drain(target: Target, membership: Membership, worker_id: str, timeout_s: float) -> int:

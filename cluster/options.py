@@ -24,6 +24,8 @@ from pdserve.protocol.errors import PdserveError
 ENVIRONMENT_PREFIX = "PDSERVE_"
 EXIT_USAGE = 2
 """Exit code of every process that was given something it cannot work with."""
+EXIT_INTERRUPTED = 130
+"""Ctrl-C before a command had begun, or while it waited; 128 + SIGINT, as shells say it."""
 
 
 class SettingsError(PdserveError):

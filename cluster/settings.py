@@ -158,9 +158,9 @@ class WorkerSettings(CommonSettings):
         unit="seconds",
     )
     drain_timeout: float = option(
-        30.0,
+        25.0,
         "How long a worker that is told to stop by SIGTERM or SIGINT takes to finish what it has; "
-        "a second signal ends it at once",
+        "a second signal ends it at once (Kubernetes gives 30 s by default)",
         parse=seconds(0.0),
         unit="seconds",
     )

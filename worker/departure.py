@@ -40,7 +40,7 @@ class Departure:
         self._grace_s = grace_s
         self._clock = clock
         self._until: float | None = None
-        self._ordered = False
+        self._ordered = self._signalled = False
         self._farewells: list[Farewell] = []
         self._changed = asyncio.Event()
 
@@ -62,7 +62,8 @@ class Departure:
 
     def signal(self) -> None:
         """The first signal drains for the grace, the second one ends it."""
-        self._begin(0.0 if self.begun and not self._ordered else self._grace_s)
+        self._begin(0.0 if self._signalled else self._grace_s)
+        self._signalled = True
 
     def _begin(self, timeout_s: float) -> None:
         until = self._clock() + timeout_s

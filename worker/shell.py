@@ -208,7 +208,10 @@ class WorkerProcess:
     def _obey(self, order: Order, answer: Callable[[OrderDone], None], presence: Presence) -> None:
         """An operator's order."""
         log.info("Ordered: %s.", order)
-        if isinstance(order, Drain):
+        if isinstance(order, Drain) and not 0 <= order.timeout_s < float("inf"):
+            text = f"A drain takes a number of seconds of at least 0; given: {order.timeout_s}."
+            answer(OrderDone(error=WorkerError(code=ErrorCode.INVALID_REQUEST, message=text)))
+        elif isinstance(order, Drain):
             self._departure.order(
                 order.timeout_s,
                 lambda left: answer(OrderDone(requests=left.requests, tickets=left.tickets)),

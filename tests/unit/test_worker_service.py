@@ -228,6 +228,20 @@ async def test_a_departure_by_order() -> None:
     assert departure.code(Remains(1, 2)) == 0, "nobody is to start it again"
 
 
+async def test_a_departure_by_order_and_signals() -> None:
+    departure = Departure(30.0, clock := Hand())
+    departure.order(600.0, lambda left: None)
+    departure.signal()
+    assert not departure.at_once
+    clock.now += 30
+    assert departure.at_once
+    departure = Departure(30.0, Hand())
+    departure.order(600.0, lambda left: None)
+    departure.signal()
+    departure.signal()
+    assert departure.at_once
+
+
 async def test_a_departure_by_signal() -> None:
     """With time to drain the first signal drains and the second one ends it; without, the first."""
     clock = Hand()
