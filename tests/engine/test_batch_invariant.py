@@ -99,6 +99,21 @@ def test_bits_do_not_depend_on_batch_and_chunks(
         stepper = Stepper(built, seed=budget)
 
 
+def test_it_holds_over_a_cache_of_float8(
+    make_model: MakeModel, build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = build(make_model("qwen3"), dtype="bfloat16", kv_cache_dtype="fp8", batch_invariant=True)
+    watched = Watched(built, monkeypatch)
+    stepper = Stepper(built)
+    one, other = (stepper.add(text(TOKENS, 1), prompt_logprobs=1) for _ in range(2))
+    stepper.run([one], 2, budget=1)
+    logits, watched.rows = watched.rows, []
+    stepper.run([other, *(stepper.add(text(20, seed)) for seed in range(5))], 2, budget=17)
+    bits = [watched.kv(request).view(torch.uint8) for request in (one, other)]
+    assert torch.equal(*bits)
+    assert all(watched.has(row) for row in logits)
+
+
 def test_single_tokens_and_chunks_take_one_kernel(
     make_model: MakeModel, build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
