@@ -12,7 +12,11 @@ from __future__ import annotations
 import torch
 
 from pdserve.kernels import checks, dispatch
+from pdserve.kernels.norm import rms_norm
 from pdserve.kernels.rope import check_rope, rope
+
+Norms = tuple[torch.Tensor, torch.Tensor, float]
+"""Weights [D] of the query heads' and of the key heads' RMS norm, and its eps."""
 
 
 def store_kv(
@@ -82,14 +86,20 @@ def rope_and_store_kv(
     cache: torch.Tensor,
     slots: torch.Tensor,
     *,
+    norms: Norms | None = None,
     interleaved: bool = False,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
 ) -> torch.Tensor:
-    """Turn query and key (`rope`), write key and value (`store_kv`), return the turned query.
+    """Norm each head of query and key (`rms_norm`, if there are `norms`), turn them (`rope`), write
+    key and value (`store_kv`), return the turned query.
 
     query: [T, Hq, D]; key, value: [T, H, D]; cos, sin: [T, D / 2] float32; slots: [T] int64.
     """
+    for name, weight in () if norms is None else (("norms[0]", norms[0]), ("norms[1]", norms[1])):
+        checks.shape(name, weight, [query.shape[-1]])
+        checks.same_dtype(name, weight, "query", query)
+        checks.same_device(name, weight, "query", query)
     fast = dispatch.implementation("rope_and_store_kv", query, cache)
     if fast is not None:
         check_rope("query", query, cos, sin)
@@ -103,11 +113,14 @@ def rope_and_store_kv(
             sin,
             cache,
             slots,
+            norms=norms,
             interleaved=interleaved,
             k_scale=k_scale,
             v_scale=v_scale,
         )
         return turned
+    if norms is not None:
+        query, key = rms_norm(query, norms[0], norms[2]), rms_norm(key, norms[1], norms[2])
     turned_key = rope(key, cos, sin, interleaved=interleaved)
     store_kv(turned_key, value, cache, slots, k_scale=k_scale, v_scale=v_scale)
     return rope(query, cos, sin, interleaved=interleaved)

@@ -1,4 +1,4 @@
-"""Rotary embeddings and the write into the paged cache, in one pass or each alone, in Triton.
+"""Norms of heads, rotary embeddings and the write into the paged cache in Triton, in one pass.
 
 One program turns a few heads of one token. See `pdserve.kernels.rope` and `pdserve.kernels.cache`.
 """
@@ -51,6 +51,7 @@ def rope_and_store_kv(
     cache: torch.Tensor,
     slots: torch.Tensor,
     *,
+    norms: tuple[torch.Tensor, torch.Tensor, float] | None = None,
     interleaved: bool = False,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
@@ -60,7 +61,7 @@ def rope_and_store_kv(
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if out.numel():
         scales = (k_scale, v_scale)
-        _launch(query, key, value, cos, sin, out, cache, slots, interleaved, scales)
+        _launch(query, key, value, cos, sin, out, cache, slots, interleaved, scales, norms)
     return out
 
 
@@ -80,6 +81,7 @@ def _launch(
     slots: torch.Tensor | None,
     interleaved: bool,
     scales: tuple[float, float] = (1.0, 1.0),
+    norms: tuple[torch.Tensor, torch.Tensor, float] | None = None,
 ) -> None:
     some = query if query is not None else key
     assert some is not None
@@ -102,6 +104,7 @@ def _launch(
         out if out is not None else some,
         paged,
         slots if slots is not None else some,
+        *((some, some) if norms is None else norms[:2]),
         q.stride(0),
         q.stride(1),
         k.stride(0),
@@ -111,6 +114,7 @@ def _launch(
         paged.stride(0),
         paged.stride(1),
         *scales,
+        0.0 if norms is None else norms[2],
         QUERY_HEADS=query_heads,
         KV_HEADS=kv_heads,
         DIM=dim,
@@ -120,6 +124,7 @@ def _launch(
         HEADS=HEADS,
         TURNS=cos is not None,
         INTERLEAVED=interleaved,
+        NORMED=norms is not None,
         FLOAT8=paged.dtype == FLOAT8,
         num_warps=2,
     )
@@ -135,6 +140,19 @@ def halves(dim, half, INTERLEAVED: tl.constexpr):
         first = half
         second = half + (dim + 1) // 2
     return first, second
+
+
+@triton.jit
+def normed(x1, x2, weight_ptr, first, second, eps, DIM: tl.constexpr):
+    """Both halves of heads over their root mean square, weighted, rounded as if stored: float32."""
+    dtype: tl.constexpr = weight_ptr.dtype.element_ty
+    squares = tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)
+    factor = (1.0 / tl.sqrt_rn(squares / DIM + eps))[:, None]
+    w1 = tl.load(weight_ptr + first, mask=first < DIM, other=0.0).to(tl.float32)
+    w2 = tl.load(weight_ptr + second, mask=second < DIM, other=0.0).to(tl.float32)
+    x1 = (x1 * factor * w1).to(dtype).to(tl.float32)
+    x2 = (x2 * factor * w2).to(dtype).to(tl.float32)
+    return x1, x2
 
 
 @triton.jit
@@ -155,6 +173,8 @@ def rope_store_kernel(
     out_ptr,
     cache_ptr,
     slot_ptr,
+    query_norm_ptr,
+    key_norm_ptr,
     query_token,
     query_head,
     key_token,
@@ -165,6 +185,7 @@ def rope_store_kernel(
     cache_kind,
     k_scale,
     v_scale,
+    eps,
     QUERY_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
@@ -174,6 +195,7 @@ def rope_store_kernel(
     HEADS: tl.constexpr,
     TURNS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    NORMED: tl.constexpr,
     FLOAT8: tl.constexpr,
 ):
     """Token pid 0; pid 1 below QUERY_BLOCKS: its query heads, above: its K and V heads."""
@@ -193,6 +215,8 @@ def rope_store_kernel(
             source = query_ptr + token * query_token + head.to(tl.int64) * query_head
             x1 = tl.load(source + first, mask=one, other=0.0).to(tl.float32)
             x2 = tl.load(source + second, mask=two, other=0.0).to(tl.float32)
+            if NORMED:
+                x1, x2 = normed(x1, x2, query_norm_ptr, first, second, eps, DIM)
             target = out_ptr + (token * QUERY_HEADS + head) * DIM
             y1 = (x1 * cos - x2 * sin).to(out_ptr.dtype.element_ty)
             y2 = (x2 * cos + x1 * sin).to(out_ptr.dtype.element_ty)
@@ -213,6 +237,8 @@ def rope_store_kernel(
             if TURNS:
                 w1 = k1.to(tl.float32)
                 w2 = k2.to(tl.float32)
+                if NORMED:
+                    w1, w2 = normed(w1, w2, key_norm_ptr, first, second, eps, DIM)
                 k1 = (w1 * cos - w2 * sin).to(key_ptr.dtype.element_ty)
                 k2 = (w2 * cos + w1 * sin).to(key_ptr.dtype.element_ty)
             tl.store(place + first, cached(k1, k_scale, FLOAT8), mask=one)

@@ -98,9 +98,6 @@ class Attention:
         query = self.query(x).unflatten(-1, (-1, self.dim))
         key = self.key(x).unflatten(-1, (-1, self.dim))
         value = self.value(x).unflatten(-1, (-1, self.dim))
-        if self.norms is not None:
-            query = kernels.rms_norm(query, self.norms[0], self.eps)
-            key = kernels.rms_norm(key, self.norms[1], self.eps)
         query = kernels.rope_and_store_kv(
             query,
             key,
@@ -108,6 +105,7 @@ class Attention:
             *angles,
             cache,
             batch.slots,
+            norms=None if self.norms is None else (*self.norms, self.eps),
             k_scale=self.k_scale,
             v_scale=self.v_scale,
         )

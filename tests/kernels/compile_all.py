@@ -152,6 +152,7 @@ CASES: list[tuple[Any, dict[str, Any], dict[str, str]]] = [
                 "HEADS": 8,
                 "TURNS": turns,
                 "INTERLEAVED": interleaved,
+                "NORMED": turns and heads[1] > 0,
                 "FLOAT8": float8,
             },
             {"key_ptr": "model", "value_ptr": "model", **(FLOAT8 if float8 else {})},

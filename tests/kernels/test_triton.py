@@ -145,6 +145,37 @@ def test_the_fused_pass_equals_its_parts(dtype: torch.dtype, interleaved: bool) 
     assert torch.equal(fused, parts)
 
 
+@halves
+@pytest.mark.parametrize("interleaved", [False, True], ids=["neox", "interleaved"])
+@pytest.mark.parametrize("dim", [24, 64])
+def test_the_fused_pass_norms_heads_first(
+    dtype: torch.dtype, interleaved: bool, dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query, key = torch.randn(6, 9, dim).to(dtype) * 3, torch.randn(6, 3, dim + 2).to(dtype)[..., 2:]
+    value = torch.randn(6, 3, dim).to(dtype)
+    weights = torch.randn(2, dim).to(dtype)
+    cos, sin = torch.randn(2, 6, dim // 2)
+    slots = torch.randperm(12)[:6]
+    slots[2] = -1
+    options: dict[str, Any] = {
+        "norms": (weights[0], weights[1], 1e-5), "interleaved": interleaved
+    }  # fmt: skip
+    fused, parts = torch.zeros(2, 3, 2, 4, 3, dim, dtype=dtype)
+    turned = kernels.rope_and_store_kv(query, key, value, cos, sin, fused, slots, **options)
+    monkeypatch.setenv(dispatch.ENVIRONMENT, "reference")
+    dispatch.forget()
+    expected = kernels.rope_and_store_kv(query, key, value, cos, sin, parts, slots, **options)
+    assert_close(turned, expected)
+    assert_close(fused, parts)
+    plain = kernels.rope(
+        kernels.rms_norm(query, weights[0], 1e-5), cos, sin, interleaved=interleaved
+    )
+    assert torch.equal(expected, plain)
+    with pytest.raises(kernels.KernelError, match=r"norms\[1\] must have the shape"):
+        options["norms"] = (weights[0], weights[1][:-1], 1e-5)
+        kernels.rope_and_store_kv(query, key, value, cos, sin, parts, slots, **options)
+
+
 class Paged:
     """Random K and V of some sequences, in scattered blocks of a pool that is NaN elsewhere."""
 
