@@ -18,8 +18,10 @@ import torch
 from pdserve.bench.kernels import Clock, ceilings
 from pdserve.engine.config import ModelConfig, model_config
 from pdserve.engine.graphs import DecodeGraphs, cuda_capture
-from pdserve.engine.models.decoder import EMBEDDING, Batch, Decoder, weight_shapes
+from pdserve.engine.models.checkpoint import EMBEDDING, weight_specs
+from pdserve.engine.models.decoder import Batch, Decoder
 from pdserve.engine.pool import KVPool
+from pdserve.engine.weights import Weights
 
 BLOCK = 16
 DTYPE = "bfloat16"
@@ -94,7 +96,9 @@ def measure(model: ModelConfig, args: argparse.Namespace) -> list[dict[str, Any]
     """One row per batch size; prints each."""
     device, width = args.device, -(-args.context // BLOCK)
     weights = random_weights(model, device)
-    decoder = Decoder(model, weights, args.context, device, invariant=args.batch_invariant)
+    decoder = Decoder(
+        model, Weights(weights, {}), args.context, device, invariant=args.batch_invariant
+    )
     pool = KVPool(
         model,
         num_blocks=max(args.batches) * width,
@@ -151,11 +155,12 @@ def token_of(decoder: Decoder, graphs: DecodeGraphs, batch: Batch) -> torch.Tens
 
 def random_weights(model: ModelConfig, device: str) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
+    shapes = {name: spec.shapes[0] for name, spec in weight_specs(model).items()}
     return {
         name: torch.ones(shape, dtype=torch.bfloat16, device=device)
         if len(shape) == 1
         else torch.randn(shape, dtype=torch.bfloat16, device=device).mul_(0.02)
-        for name, shape in weight_shapes(model).items()
+        for name, shape in shapes.items()
     }
 
 
