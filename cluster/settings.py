@@ -105,6 +105,16 @@ class WorkerSettings(CommonSettings):
         "GPUs, else shared memory within a host and TCP between hosts, or what proves faster",
         choices=("auto", "ipc", "nccl", "shm", "tcp"),
     )
+    kv_wire_dtype: str = option(
+        "auto",
+        "How KV blocks travel: auto as they are, bit by bit; int8, fp8 with a scale per head and "
+        "token, in half the bytes of bfloat16: off by at most 1/254 of a head's largest element, "
+        "or 1/16 of each element, so answers may differ",
+        choices=("auto", "int8", "fp8"),
+    )
+    kv_convert_dtype: bool = option(
+        False, "Take KV blocks in another 16- or 32-bit number format, rounded to the own one"
+    )
     device: str = option(
         "auto",
         "Where the model runs; auto takes a GPU if there is one",

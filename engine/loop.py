@@ -287,7 +287,7 @@ class Engine:
                 f"The ticket covers {ticket.num_tokens} tokens; of {len(known)} known ones it must "
                 "cover at least one and leave at least one to compute."
             )
-        if ticket.num_blocks != self._pool.blocks_for(ticket.num_tokens):
+        if ticket.num_blocks != -(-ticket.num_tokens // max(1, ticket.fingerprint.block_size)):
             return f"The ticket names {ticket.num_blocks} blocks for {ticket.num_tokens} tokens."
         return ""
 

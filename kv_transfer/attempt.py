@@ -19,7 +19,7 @@ from pdserve.kv_transfer.line import Address, Line, LinePool
 from pdserve.kv_transfer.memory import Pool, host_id
 from pdserve.kv_transfer.transports import SinkHalf, TransportUnfit
 from pdserve.protocol.errors import ProtocolError
-from pdserve.protocol.ticket import KVTicket, LayoutFingerprint
+from pdserve.protocol.ticket import LayoutFingerprint
 from pdserve.protocol.transfer import Fetch, FetchHeader, Refused, ToReader
 from pdserve.protocol.wire import MessageDecoder
 
@@ -54,12 +54,21 @@ class Attempts:
         self._stall_s = stall_s
         self._host_id = host_id()
 
+    def nbytes(self, job: Job) -> int:
+        """Of one block or parcel that travels."""
+        return self._pool.block_nbytes if job.unpacking is None else job.unpacking.nbytes
+
+    def takes_parcels(self, name: str) -> bool:
+        return hasattr(self._halves[name], "unpacking")
+
     def make(self, job: Job, name: str) -> None:
         """Ask for everything due over one transport. Blocks whose checksum differs stay in
         `job.missing` without an exception. Raises TransportUnfit, Ended, OSError, ProtocolError."""
         half = self._halves[name]
         job.transport = name
-        size = self._pool.block_nbytes
+        size = self.nbytes(job)
+        if job.unpacking is not None:
+            half = half.unpacking(job.unpacking)  # type: ignore[attr-defined]
         with (
             self._line(job, job.wait(self._stall_s)) as line,
             self._credits.account(job.ticket.source) as account,
@@ -87,12 +96,13 @@ class Attempts:
             wanted=tuple(piece),
             host_id=self._host_id,
             detail=detail(ticket.source, ticket.epoch) if detail else "",
+            parcels=None if job.unpacking is None else job.unpacking.theirs.parcels,
         )
         line.send(fetch, job.wait(self._stall_s))
 
     def _receive(self, line: Line, job: Job, half: SinkHalf, piece: Sequence[int]) -> None:
         header = line.receive(_TO_READER, job.wait(self._stall_s))
-        self._check_header(header, job.ticket, len(piece))
+        self._check_header(header, job, len(piece))
         job.borrowed = job.borrowed or half.borrows
         targets = [job.missing[index] for index in piece]
         verified, begun = 0, time.monotonic()
@@ -107,13 +117,13 @@ class Attempts:
                 else:
                     job.reason = f"The checksum of block {index} differs."
                     log.warning("%s (%s)", job.reason, job.ticket.request_id)
-            received = (complete - verified) * self._pool.block_nbytes
-            job.nbytes += received
+            job.nbytes += (complete - verified) * header.block_nbytes
             verified = complete
         job.moving_s += time.monotonic() - begun
 
-    def _check_header(self, header: Any, ticket: KVTicket, count: int) -> None:
+    def _check_header(self, header: Any, job: Job, count: int) -> None:
         """Raises what a wrong or refusing answer means."""
+        ticket, nbytes = job.ticket, self.nbytes(job)
         if isinstance(header, Refused):
             if header.retry_other_transport:
                 raise TransportUnfit(header.reason)
@@ -124,10 +134,9 @@ class Attempts:
             raise ProtocolError("The source answered for another ticket.")
         if header.num_blocks != count or len(header.checksums) != count:
             raise ProtocolError(f"The source announced {header.num_blocks} blocks, not {count}.")
-        if header.block_nbytes != self._pool.block_nbytes:
+        if header.block_nbytes != nbytes:
             raise ProtocolError(
-                f"The source's blocks have {header.block_nbytes} bytes, the own ones "
-                f"{self._pool.block_nbytes}."
+                f"The source's blocks have {header.block_nbytes} bytes, the own ones {nbytes}."
             )
 
     @contextlib.contextmanager

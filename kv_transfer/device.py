@@ -70,7 +70,7 @@ class DeviceMemory(Pool):
 
     def read(self, first: int, count: int = 1) -> Bytes:
         blocks, buffer = self._part(first, count)
-        with self._stream():
+        with self.stream():
             buffer.copy_(blocks, non_blocking=True)
         part: Bytes = buffer.view(-1).numpy()
         return part
@@ -79,7 +79,7 @@ class DeviceMemory(Pool):
     def write(self, first: int, count: int = 1) -> Iterator[Bytes]:
         blocks, buffer = self._part(first, count)
         yield buffer.view(-1).numpy()
-        with self._stream():
+        with self.stream():
             blocks.copy_(buffer, non_blocking=True)
 
     def digests(self, block_ids: Sequence[int]) -> list[int]:
@@ -104,8 +104,8 @@ class DeviceMemory(Pool):
         return self._blocks[first : first + count], self._local.buffer[:count]
 
     @contextlib.contextmanager
-    def _stream(self) -> Iterator[None]:
-        """Run copies on the thread's own stream and wait until they are done."""
+    def stream(self) -> Iterator[None]:
+        """Run what is launched inside on the thread's own stream and wait until it is done."""
         if not self._blocks.is_cuda:
             yield
             return

@@ -28,7 +28,7 @@ from dataclasses import dataclass, fields
 from pdserve.kernels.digest import Bytes
 from pdserve.kv_transfer.line import Line
 from pdserve.kv_transfer.memory import Pool
-from pdserve.kv_transfer.transports import SinkHalf, SourceHalf, Wait
+from pdserve.kv_transfer.transports import SinkHalf, SourceHalf, Unpacking, Wait
 from pdserve.protocol.errors import PdserveError, ProtocolError
 from pdserve.protocol.transfer import Fetch, FetchHeader
 
@@ -132,6 +132,28 @@ class FaultySource:
         self._inner.send(line, fetch, block_ids, wait)
 
 
+class FaultyParcelSource(FaultySource):
+    """One over which parcels can travel."""
+
+    def describe_parcels(self, header: FetchHeader, block_ids: Sequence[int]) -> FetchHeader:
+        described: FetchHeader = self._inner.describe_parcels(  # type: ignore[attr-defined]
+            header, block_ids
+        )
+        return described
+
+    def send_parcels(self, line: Line, parcels: Bytes, wait: Wait) -> None:
+        drawn = self._dice.draw("delay", "drop", "truncate")
+        send = self._inner.send_parcels  # type: ignore[attr-defined]
+        if "delay" in drawn:
+            time.sleep(self._dice.faults.delay_s)
+        if "drop" in drawn:
+            raise InjectedLoss("The connection was dropped on purpose.")
+        if "truncate" in drawn:
+            send(line, parcels[: self._dice.below(len(parcels))], wait)
+            raise InjectedLoss("The parcels were cut short on purpose.")
+        send(line, parcels, wait)
+
+
 class FaultySink:
     """A sink's half whose blocks arrive late, incomplete, twice, in disorder or changed."""
 
@@ -188,13 +210,26 @@ class FaultySink:
             part[:] = content
 
 
+class FaultyParcelSink(FaultySink):
+    """One over which parcels can travel. What is spoiled are the blocks that they went into."""
+
+    def unpacking(self, job: Unpacking) -> SinkHalf:
+        inner: SinkHalf = self._inner.unpacking(job)  # type: ignore[attr-defined]
+        return FaultySink(inner, self._pool, self._dice)
+
+
 def faulty_source(
     halves: Mapping[str, Callable[[Pool], SourceHalf]], dice: Dice
 ) -> dict[str, Callable[[Pool], SourceHalf]]:
     """The same transports with faults on the source's side."""
 
     def over(make: Callable[[Pool], SourceHalf]) -> Callable[[Pool], SourceHalf]:
-        return lambda pool: FaultySource(make(pool), dice)
+        def faulty(pool: Pool) -> FaultySource:
+            inner = make(pool)
+            kind = FaultyParcelSource if hasattr(inner, "send_parcels") else FaultySource
+            return kind(inner, dice)
+
+        return faulty
 
     return {name: over(make) for name, make in halves.items()}
 
@@ -205,6 +240,11 @@ def faulty_sink(
     """The same transports with faults on the sink's side."""
 
     def over(make: Callable[[Pool], SinkHalf]) -> Callable[[Pool], SinkHalf]:
-        return lambda pool: FaultySink(make(pool), pool, dice)
+        def faulty(pool: Pool) -> FaultySink:
+            inner = make(pool)
+            kind = FaultyParcelSink if hasattr(inner, "unpacking") else FaultySink
+            return kind(inner, pool, dice)
+
+        return faulty
 
     return {name: over(make) for name, make in halves.items()}

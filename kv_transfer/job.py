@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pdserve.kv_transfer.line import Line
+from pdserve.kv_transfer.transports import Unpacking
 from pdserve.protocol.ticket import KVTicket
 from pdserve.protocol.transfer import FetchReport, Outcome
 
@@ -30,9 +31,13 @@ class Job:
     done: Done
     renew_at: float
     ready: int
-    """Blocks of the ticket, from the first, that the source is known to have."""
+    """Blocks of the ticket, as the source cuts it, that it is known to have from the first on."""
     growing: bool
     """The source is still computing further ones."""
+    block_size: int
+    """Tokens per block here: `wanted` and `missing` count such blocks."""
+    unpacking: Unpacking | None = None
+    """How to take parcels, if whole blocks will not do."""
     late: str = "The request's deadline passed before all its KV blocks had arrived."
     """What to say when `deadline` has passed."""
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -57,7 +62,16 @@ class Job:
     @property
     def due(self) -> list[int]:
         """Missing blocks that can be asked for now."""
-        return [index for index in self.missing if index < self.ready]
+        ticket = self.ticket
+        tokens = self.ready * ticket.fingerprint.block_size
+        if self.ready == ticket.num_blocks:
+            tokens = self.num_blocks * self.block_size
+        return [index for index in self.missing if (index + 1) * self.block_size <= tokens]
+
+    @property
+    def num_blocks(self) -> int:
+        """Of the ticket, as it is cut here."""
+        return -(-self.ticket.num_tokens // self.block_size)
 
     def take(self) -> bool:
         """Become the one who works on it (or ends it unworked)."""

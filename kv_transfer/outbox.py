@@ -34,7 +34,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from pdserve.protocol.errors import PdserveError
-from pdserve.protocol.ticket import KVTicket, LayoutFingerprint
+from pdserve.protocol.ticket import RESHAPED, KVTicket, LayoutFingerprint
 from pdserve.protocol.transfer import Fetch, Outcome
 
 log = logging.getLogger(__name__)
@@ -291,7 +291,8 @@ class Outbox:
                 f"The ticket is from epoch {fetch.epoch}; {self._worker_id} is in epoch "
                 f"{self._epoch} now and its earlier blocks are gone."
             )
-        if difference := self._fingerprint.difference(fetch.fingerprint):
+        apart_from = RESHAPED if fetch.parcels else ()
+        if difference := self._fingerprint.difference(fetch.fingerprint, apart_from):
             raise Refusal(difference)
         with self._lock:
             held, lapsed = self._standing(fetch.ticket_id)
@@ -504,11 +505,16 @@ def _check_blocks(ticket: KVTicket, blocks: Sequence[int], whole: bool) -> None:
 def _check_wanted(fetch: Fetch, ticket: KVTicket, ready: int) -> None:
     if fetch.request_id != ticket.request_id:
         raise Refusal(f"The ticket {ticket.ticket_id} belongs to another request.")
+    count = ticket.num_blocks
+    if fetch.parcels is not None:
+        size, complete = max(1, fetch.parcels.block_size), ready == count
+        count = -(-ticket.num_tokens // size)
+        ready = count if complete else ready * ticket.fingerprint.block_size // size
     previous = -1
     for index in fetch.wanted:
-        if index <= previous or index >= ticket.num_blocks:
+        if index <= previous or index >= count:
             raise Refusal(
-                f"The wanted blocks must be ascending and below {ticket.num_blocks}. "
+                f"The wanted blocks must be ascending and below {count}. "
                 f"Given: {index} after {previous}."
             )
         if index >= ready:

@@ -28,11 +28,13 @@ from pdserve.kv_transfer.attempt import Attempts
 from pdserve.kv_transfer.credits import Credits
 from pdserve.kv_transfer.growth import follow
 from pdserve.kv_transfer.job import Done, Ended, Job
+from pdserve.kv_transfer.layout import LayoutError
 from pdserve.kv_transfer.leases import Leases
 from pdserve.kv_transfer.line import EpochChanged, LinePool
 from pdserve.kv_transfer.memory import BlockMemory, Pool, as_pool
+from pdserve.kv_transfer.parcels import Packing, agree
 from pdserve.kv_transfer.routes import Routes
-from pdserve.kv_transfer.transports import SINK_HALVES, SinkHalf, TransportUnfit
+from pdserve.kv_transfer.transports import SINK_HALVES, SinkHalf, TransportUnfit, Unpacking
 from pdserve.protocol.errors import ProtocolError
 from pdserve.protocol.ticket import KVTicket, LayoutFingerprint
 from pdserve.protocol.transfer import FetchReport, Outcome
@@ -74,7 +76,8 @@ class TransferSink:
     long is given up; `limit_s`: a fetch that takes so long from its start (not counting the queue)
     is given up. `halves` are the transports' implementations, best first. `in_flight_per_source`,
     `in_flight`: bytes that may have been asked for and not yet received. `growing`:
-    growing tickets fetched at the same time; further ones fail at once.
+    growing tickets fetched at the same time; further ones fail at once. `wire`: "int8" or "fp8" for
+    blocks that travel packed, not exactly; `converts`: whether another dtype is taken over.
     """
 
     def __init__(
@@ -92,6 +95,8 @@ class TransferSink:
         in_flight_per_source: int = 256 * 2**20,
         in_flight: int = 512 * 2**20,
         growing: int = 32,
+        wire: str = "",
+        converts: bool = False,
     ) -> None:
         """Raises ValueError if the transport is unknown or a limit makes no sense."""
         halves = SINK_HALVES if halves is None else halves
@@ -124,6 +129,7 @@ class TransferSink:
         self._transports: Counter[str] = Counter()
         self._closing = False
         self._most_growing = growing
+        self._wire, self._converts = wire, converts
         self._growing: set[threading.Thread] = set()
         self._next_look = float("inf")
         """When the keeper looks again by itself."""
@@ -159,6 +165,7 @@ class TransferSink:
             renew_at=time.monotonic() + ticket.lease_s / 3,
             ready=0 if ticket.growing else ticket.num_blocks,
             growing=ticket.growing,
+            block_size=self._fingerprint.block_size,
         )
         with self._lock:
             if ticket.request_id in self._jobs:
@@ -194,8 +201,9 @@ class TransferSink:
             raise ValueError(f"{len(wanted)} blocks cannot go into {len(targets)} targets.")
         if any(a >= b for a, b in itertools.pairwise(wanted)):
             raise ValueError("The wanted blocks must be in ascending order, each once.")
-        if wanted and not 0 <= wanted[0] <= wanted[-1] < ticket.num_blocks:
-            raise ValueError(f"A wanted block lies outside the ticket's {ticket.num_blocks}.")
+        count = -(-ticket.num_tokens // self._fingerprint.block_size)
+        if wanted and not 0 <= wanted[0] <= wanted[-1] < count:
+            raise ValueError(f"A wanted block lies outside the ticket's {count}.")
         if len(set(targets)) != len(targets):
             raise ValueError("Two blocks cannot go into the same target.")
         if any(not 0 <= target < self._pool.num_blocks for target in targets):
@@ -296,7 +304,7 @@ class TransferSink:
         if job.missing or job.growing:
             # First, because the source may not answer any more. A ticket that ended before its
             # prompt was complete is worth nothing, whatever came and even if nothing was wanted.
-            last = (job.ticket.num_blocks - 1,)
+            last = (job.num_blocks - 1,)
             self._report(job, (job.wanted or last) if job.growing else None)
             self._leases.release(job)
             return
@@ -327,9 +335,10 @@ class TransferSink:
     def _fetch_due(self, job: Job) -> None:
         """Ask for what is due until nothing is, or there is nothing left to try. What remains in
         `job.due` failed for `job.reason`."""
-        if difference := self._fingerprint.difference(job.ticket.fingerprint):
-            raise Ended(difference)
-        names = self._routes.plan(job.ticket, len(job.missing) * self._pool.block_nbytes)
+        self._reconcile(job)
+        names = self._routes.plan(job.ticket, len(job.missing) * self._attempts.nbytes(job))
+        if job.unpacking is not None:
+            names = [name for name in names if self._attempts.takes_parcels(name)]
         if not names:
             raise Ended(
                 f"{job.ticket.source} offers the transports {', '.join(job.ticket.transports)}; "
@@ -363,6 +372,18 @@ class TransferSink:
                     error = TimeoutError(f"it said nothing for {self._stall_s:g} s.")
                 job.reason = f"Fetching from {job.ticket.source} over {name} failed: {error}"
             names = names[1:] or names
+
+    def _reconcile(self, job: Job) -> None:
+        """Find out what to ask the source for. Raises Ended if the layouts differ too much."""
+        mine, theirs = self._fingerprint, job.ticket.fingerprint
+        try:
+            parcels = agree(mine, theirs, wire=self._wire, converts=self._converts)
+        except LayoutError as error:
+            raise Ended(str(error)) from None
+        if parcels is not None and job.unpacking is None:
+            numbers = {target: index for index, target in job.missing.items()}
+            own, other = Packing(mine, parcels), Packing(theirs, parcels)
+            job.unpacking = Unpacking(self._pool, own, other, numbers)
 
     def _report(self, job: Job, failed: Sequence[int] | None = None, reason: str = "") -> None:
         """Call `done`, unless somebody has. By default what is missing has failed."""

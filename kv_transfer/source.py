@@ -26,6 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+from pdserve.kernels.digest import digest_blocks
 from pdserve.kv_transfer.line import (
     REQUEST_LIMIT,
     Complaints,
@@ -35,6 +36,8 @@ from pdserve.kv_transfer.line import (
 )
 from pdserve.kv_transfer.memory import BlockMemory, Pool, as_pool
 from pdserve.kv_transfer.outbox import Outbox, OutboxCounters, Read, Refusal
+from pdserve.kv_transfer.parcels import Packing, blocks_of, stream_of
+from pdserve.kv_transfer.parcels import objection as parcels_objection
 from pdserve.kv_transfer.transports import SOURCE_HALVES, SourceHalf
 from pdserve.protocol.errors import ProtocolError
 from pdserve.protocol.ticket import KVTicket, LayoutFingerprint
@@ -43,6 +46,7 @@ from pdserve.protocol.transfer import (
     Fetch,
     FetchHeader,
     Grown,
+    Parcels,
     Refused,
     Release,
     Released,
@@ -122,6 +126,7 @@ class TransferSource:
             name: halves[name](self._pool) for name in transports
         }
         self._worker_id, self._epoch, self._secret = worker_id, epoch, secret
+        self._fingerprint = fingerprint
         self._lease_s, self._idle_s, self._stall_s = lease_s, idle_s, stall_s
         self._max_connections = max_connections
         self._listener = _listen(bind or host, port)
@@ -324,8 +329,15 @@ class TransferSource:
             if half
             else f"{self._worker_id} does not offer the transport {fetch.transport!r}."
         )
+        if not objection and fetch.parcels is not None and not hasattr(half, "send_parcels"):
+            objection = f"Parcels do not travel over {fetch.transport}."
         if half is None or objection:
             self._refuse(line, fetch, objection, retry_other_transport=True)
+            return
+        if fetch.parcels is not None:
+            objection = parcels_objection(self._fingerprint, fetch.parcels)
+        if objection:
+            self._refuse(line, fetch, objection)
             return
         try:
             read = self.outbox.begin(fetch)
@@ -333,25 +345,48 @@ class TransferSource:
             self._refuse(line, fetch, str(refusal))
             return
         try:
-            blocks = read.block_ids
-            checksums: tuple[int, ...] = ()
-            if not _sums_itself(half):
-                checksums = read.checksums(lambda block: self._checksum(read, block))
-            header = FetchHeader(
-                ticket_id=fetch.ticket_id,
-                epoch=self._epoch,
-                num_blocks=len(blocks),
-                block_nbytes=self._pool.block_nbytes,
-                checksums=checksums,
-            )
-            self._say(line, half.describe(header, blocks))
-            half.send(line, fetch, blocks, lambda: self._patience(read))
+            if fetch.parcels is None:
+                nbytes = self._send_blocks(line, fetch, half, read)
+            else:
+                nbytes = self._send_parcels(line, fetch, half, read, fetch.parcels)
         finally:
             self.outbox.end(read)
-        nbytes = len(blocks) * self._pool.block_nbytes
         with self._lock:
             self._bytes_out += nbytes
             self._bytes_early += nbytes if read.early else 0
+
+    def _send_blocks(self, line: Line, fetch: Fetch, half: SourceHalf, read: Read) -> int:
+        """Returns the bytes that travelled."""
+        blocks = read.block_ids
+        checksums: tuple[int, ...] = ()
+        if not _sums_itself(half):
+            checksums = read.checksums(lambda block: self._checksum(read, block))
+        header = self._header(fetch, self._pool.block_nbytes, checksums)
+        self._say(line, half.describe(header, blocks))
+        half.send(line, fetch, blocks, lambda: self._patience(read))
+        return len(blocks) * self._pool.block_nbytes
+
+    def _send_parcels(self, line: Line, fetch: Fetch, half: Any, read: Read, asked: Parcels) -> int:
+        """The same for parcels; `half` is a ParcelSource too."""
+        self._patience(read)
+        packing, blocks = Packing(self._fingerprint, asked), read.held.block_ids
+        with stream_of(self._pool):
+            packed = packing.pack(blocks_of(self._pool), blocks, fetch.wanted).cpu()
+        data, nbytes = packed.view(-1).numpy(), int(packed.shape[1])
+        sums = digest_blocks(data, range(len(fetch.wanted)), nbytes)
+        header = self._header(fetch, nbytes, tuple(sums))
+        self._say(line, half.describe_parcels(header, blocks))
+        half.send_parcels(line, data, lambda: self._patience(read))
+        return len(data)
+
+    def _header(self, fetch: Fetch, nbytes: int, checksums: tuple[int, ...]) -> FetchHeader:
+        return FetchHeader(
+            ticket_id=fetch.ticket_id,
+            epoch=fetch.epoch,
+            num_blocks=len(fetch.wanted),
+            block_nbytes=nbytes,
+            checksums=checksums,
+        )
 
     def _patience(self, read: Read) -> float:
         """The deadline of a reader's next step; raises _Stopped if nobody wants it any more."""

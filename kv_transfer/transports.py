@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
+import torch
 
-from pdserve.kernels.digest import copy_blocks, digest_blocks
+from pdserve.kernels.digest import Bytes, copy_blocks, digest_blocks
 from pdserve.kv_transfer.line import Line
 from pdserve.kv_transfer.memory import (
     BlockMemory,
@@ -24,6 +26,7 @@ from pdserve.kv_transfer.memory import (
     host_id,
     runs,
 )
+from pdserve.kv_transfer.parcels import Packing, blocks_in, blocks_of, stream_of
 from pdserve.protocol.errors import PdserveError
 from pdserve.protocol.transfer import Fetch, FetchHeader
 
@@ -78,6 +81,52 @@ class SinkHalf(Protocol):
         ProtocolError."""
 
 
+class ParcelSource(Protocol):
+    """What a source's half has besides if parcels can travel over it (`parcels.py`)."""
+
+    def describe_parcels(self, header: FetchHeader, block_ids: Sequence[int]) -> FetchHeader:
+        """As `describe`, of all the ticket's blocks."""
+
+    def send_parcels(self, line: Line, parcels: Bytes, wait: Wait) -> None:
+        """As `send`."""
+
+
+class ParcelSink(Protocol):
+    """What a sink's half has besides if parcels can travel over it."""
+
+    def unpacking(self, job: Unpacking) -> SinkHalf:
+        """A half that receives the parcels of one fetch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unpacking:
+    """Out of parcels of a source with the layout `theirs` into the own pool."""
+
+    pool: Pool
+    own: Packing
+    theirs: Packing
+    numbers: Mapping[int, int]
+    """Target block → number of its parcel."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of one parcel."""
+        return self.theirs.nbytes(self.theirs.fingerprint.dtype)
+
+    def put(self, parcels: torch.Tensor, targets: Sequence[int]) -> list[int]:
+        """Put parcels [n, nbytes] uint8 into their targets; returns their checksums."""
+        flat = parcels.view(-1).numpy()
+        with stream_of(self.pool):
+            dtype = self.theirs.fingerprint.dtype
+            self.own.unpack(parcels, dtype, blocks_of(self.pool), targets)
+        return digest_blocks(flat, range(len(targets)), self.nbytes)
+
+    def chunks(self, targets: Sequence[int]) -> Iterator[Sequence[int]]:
+        chunk = max(1, CHUNK_BYTES // self.nbytes)
+        for start in range(0, len(targets), chunk):
+            yield targets[start : start + chunk]
+
+
 class TcpSource:
     """Raw blocks on the line itself, straight from the pool."""
 
@@ -99,12 +148,21 @@ class TcpSource:
         for first, count in runs(block_ids, pool.longest):
             line.send_buffers([pool.read(first, count)], wait)
 
+    def describe_parcels(self, header: FetchHeader, block_ids: Sequence[int]) -> FetchHeader:
+        return header
+
+    def send_parcels(self, line: Line, parcels: Bytes, wait: Wait) -> None:
+        line.send_buffers([parcels], wait)
+
 
 class TcpSink:
     borrows = False
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
+
+    def unpacking(self, job: Unpacking) -> SinkHalf:
+        return TcpParcels(job)
 
     def receive(
         self, line: Line, header: FetchHeader, targets: Sequence[int], wait: Wait
@@ -114,6 +172,23 @@ class TcpSink:
                 line.receive_into(part.data, wait)
                 sums = digest_blocks(part, range(count), self._pool.block_nbytes)
             yield sums
+
+
+class TcpParcels:
+    """Raw parcels on the line itself."""
+
+    borrows = False
+
+    def __init__(self, job: Unpacking) -> None:
+        self._job = job
+
+    def receive(
+        self, line: Line, header: FetchHeader, targets: Sequence[int], wait: Wait
+    ) -> Iterator[list[int]]:
+        for chunk in self._job.chunks(targets):
+            parcels = torch.empty((len(chunk), self._job.nbytes), dtype=torch.uint8)
+            line.receive_into(parcels.view(-1).numpy().data, wait)
+            yield self._job.put(parcels, chunk)
 
 
 class ShmSource:
@@ -141,6 +216,12 @@ class ShmSource:
     def send(self, line: Line, fetch: Fetch, block_ids: Sequence[int], wait: Wait) -> None:
         """Nothing follows the header."""
 
+    def describe_parcels(self, header: FetchHeader, block_ids: Sequence[int]) -> FetchHeader:
+        return self.describe(header, block_ids)
+
+    def send_parcels(self, line: Line, parcels: Bytes, wait: Wait) -> None:
+        """Nothing follows the header: the reader makes the same parcels itself."""
+
 
 class ShmSink:
     """Maps each source's pool once; a mapping lives as long as a line to that source."""
@@ -160,10 +241,13 @@ class ShmSink:
         if len(header.pool_blocks) != len(targets):
             raise TransportUnfit("The source named another number of blocks than were wanted.")
         try:
-            theirs = self._map(line, header)
+            theirs = self._map(line, header, header.block_nbytes)
             yield from self._copy(theirs, header.pool_blocks, targets, wait)
         except (PoolError, IndexError) as error:
             raise TransportUnfit(str(error)) from None
+
+    def unpacking(self, job: Unpacking) -> SinkHalf:
+        return ShmParcels(job, self._map)
 
     def _copy(
         self, theirs: MappedPool, blocks: Sequence[int], targets: Sequence[int], wait: Wait
@@ -186,15 +270,40 @@ class ShmSink:
             complete += count
             yield sums
 
-    def _map(self, line: Line, header: FetchHeader) -> MappedPool:
+    def _map(self, line: Line, header: FetchHeader, block_nbytes: int) -> MappedPool:
         key = (header.pool_path, header.pool_nonce)
         with self._lock:
             pool = self._mapped.get(key)
             if pool is None:
-                pool = MappedPool(header.pool_path, header.block_nbytes, header.pool_nonce)
+                pool = MappedPool(header.pool_path, block_nbytes, header.pool_nonce)
                 self._mapped[key] = pool
         line.keeps = pool
         return pool
+
+
+class ShmParcels:
+    """Makes the parcels out of the source's pool, as the source did to sum them."""
+
+    borrows = True
+
+    def __init__(
+        self, job: Unpacking, map_pool: Callable[[Line, FetchHeader, int], MappedPool]
+    ) -> None:
+        self._job, self._map = job, map_pool
+
+    def receive(
+        self, line: Line, header: FetchHeader, targets: Sequence[int], wait: Wait
+    ) -> Iterator[list[int]]:
+        job = self._job
+        try:
+            size = job.theirs.block_nbytes
+            pool = blocks_in(self._map(line, header, size).all, size)
+            for chunk in job.chunks(targets):
+                wait()
+                wanted = [job.numbers[target] for target in chunk]
+                yield job.put(job.theirs.pack(pool, header.pool_blocks, wanted), chunk)
+        except (PoolError, IndexError) as error:
+            raise TransportUnfit(str(error)) from None
 
 
 def _chunk(pool: Pool, nbytes: int) -> int:

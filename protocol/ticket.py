@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import msgspec
 
 from pdserve.protocol import PROTOCOL_VERSION
+
+RESHAPED = ("dtype", "block_size", "tp_rank", "tp_size")
+"""Fields of a fingerprint in which two pools may differ if blocks travel as parcels."""
 
 
 class LayoutFingerprint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -31,9 +36,12 @@ class LayoutFingerprint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     tp_size: int = 1
     protocol_version: int = PROTOCOL_VERSION
 
-    def difference(self, other: LayoutFingerprint) -> str | None:
-        """None if equal, else a sentence that names the first differing field and both values."""
+    def difference(self, other: LayoutFingerprint, apart_from: Collection[str] = ()) -> str | None:
+        """None if equal (in all fields but those in `apart_from`), else a sentence that names the
+        first differing field and both values."""
         for name in self.__struct_fields__:
+            if name in apart_from:
+                continue
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 return f"The KV layouts differ in {name}: {mine!r} here, {theirs!r} there."

@@ -20,6 +20,18 @@ class Outcome(enum.StrEnum):
     ABORTED = "aborted"
 
 
+class Parcels(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the reader wants the tokens cut, where it does not take the source's blocks as they are:
+    parcel i holds tokens i · block_size and following, all layers, K and V, of some heads."""
+
+    block_size: int
+    first_head: int
+    """Numbered in the whole model."""
+    num_heads: int
+    wire: str = ""
+    """"int8" or "fp8": packed as `pdserve.kernels.wire` says; "": as stored."""
+
+
 class Fetch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="fetch"):
     """Ask for the blocks of a ticket. `fingerprint` is compared before anything else."""
 
@@ -30,13 +42,15 @@ class Fetch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     transport: str
     """"tcp": the blocks follow on this connection; "shm": the reader maps the source's pool."""
     wanted: tuple[int, ...]
-    """Indices into the ticket's blocks (0 = first block of the prompt), ascending; the blocks
-    that the fetching side already holds are left out."""
+    """Indices into the ticket's blocks, or of parcels (0 = first of the prompt), ascending; the
+    blocks that the fetching side already holds are left out."""
     host_id: str
     """Identity of the reader's host, for transports within one."""
     detail: str = ""
     """What else the transport needs to know. "nccl": NCCL version / session that is over.
     "ipc": PCI bus id of the reader's GPU."""
+    parcels: Parcels | None = None
+    """None: whole blocks, as they lie in the source's pool."""
 
 
 class DevicePool(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

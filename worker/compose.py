@@ -5,17 +5,42 @@ A role says which legs routers give it, not what it can do: so it may change at 
 
 from __future__ import annotations
 
+from pdserve.cluster.settings import WorkerSettings
 from pdserve.engine.loop import Engine
 from pdserve.kv_transfer import cuda_ipc
 from pdserve.kv_transfer.cuda_ipc import open_ipc
 from pdserve.kv_transfer.device import device_memory
 from pdserve.kv_transfer.faults import Dice, Faults, faulty_sink, faulty_source
+from pdserve.kv_transfer.layout import LayoutError
 from pdserve.kv_transfer.nccl import open_nccl, sink_halves, source_halves
+from pdserve.kv_transfer.parcels import agree
 from pdserve.kv_transfer.sink import TransferSink
 from pdserve.kv_transfer.source import TransferSource
-from pdserve.kv_transfer.transports import SINK_HALVES, SOURCE_HALVES, offered_transports
+from pdserve.kv_transfer.transports import (
+    SINK_HALVES,
+    SOURCE_HALVES,
+    TransportSettingError,
+    offered_transports,
+)
+from pdserve.protocol.ticket import LayoutFingerprint
 from pdserve.worker.assembly import Assembly, Context
 from pdserve.worker.loading import load
+
+
+def _wire(settings: WorkerSettings, fingerprint: LayoutFingerprint) -> str:
+    """The form in which to ask for blocks. Raises TransportSettingError for one that this worker
+    cannot have."""
+    wire = "" if settings.kv_wire_dtype == "auto" else settings.kv_wire_dtype
+    if wire and settings.transport not in ("auto", "shm", "tcp"):
+        raise TransportSettingError(
+            f"--kv-wire-dtype {wire} packs blocks that travel over shm or tcp, not over "
+            f"{settings.transport}; leave one of the two options out."
+        )
+    try:
+        agree(fingerprint, fingerprint, wire=wire)
+    except LayoutError as error:
+        raise TransportSettingError(f"{error} Leave --kv-wire-dtype out.") from None
+    return wire
 
 
 def compose(context: Context) -> Assembly:
@@ -30,6 +55,7 @@ def compose(context: Context) -> Assembly:
     giving = cuda_ipc.source_halves(ipc, source_halves(nccl, SOURCE_HALVES))
     taking = cuda_ipc.sink_halves(ipc, sink_halves(nccl, SINK_HALVES))
     transports = offered_transports(memory, settings.transport, giving)
+    wire = _wire(settings, fingerprint)
     engine: Engine
     source = TransferSource(
         memory,
@@ -50,6 +76,8 @@ def compose(context: Context) -> Assembly:
         name=settings.worker_id,
         secret=settings.secret,
         transport=settings.transport,
+        wire=wire,
+        converts=settings.kv_convert_dtype,
         halves=faulty_sink(taking, faults) if faults else taking,
     )
     engine = loaded.engine(context.sink, exporter=source, importer=sink)
