@@ -1,11 +1,11 @@
 """The sink: the engine's importer, which fetches tickets' blocks into the own pool.
 
-A fetch waits in a queue until one of a few threads takes it. That thread asks for the wanted
-blocks over the best transport (`attempt.py`), once more (over the next transport, if there is one,
-`routes.py`) for blocks that did not arrive intact, releases the ticket (`leases.py`) and reports.
-One more thread keeps the leases of all fetches alive, waiting ones included, ends those that time
-out in the queue and closes connections that nobody needs. A ticket that still grows has a thread of
-its own, which mostly waits for the source (`growth.py`).
+A fetch waits in a queue (`fair.py`) until one of a few threads takes it. That thread asks for the
+wanted blocks over the best transport (`attempt.py`), once more (over the next transport, if there
+is one, `routes.py`) for blocks that did not arrive intact, releases the ticket (`leases.py`) and
+reports. One more thread keeps the leases of all fetches alive, waiting ones included, ends those
+that time out in the queue and closes connections that nobody needs. A ticket that still grows has a
+thread of its own, which mostly waits for the source (`growth.py`).
 
     QUEUED ──► ACTIVE ──► DONE      done(report) is called on entering DONE, exactly once;
        └─────────────────►          the targets belong to the transfer until then
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import queue
 import secrets
 import threading
 import time
@@ -26,6 +25,7 @@ from typing import Self
 
 from pdserve.kv_transfer.attempt import Attempts
 from pdserve.kv_transfer.credits import Credits
+from pdserve.kv_transfer.fair import FairQueue
 from pdserve.kv_transfer.growth import follow
 from pdserve.kv_transfer.job import Done, Ended, Job
 from pdserve.kv_transfer.layout import LayoutError
@@ -133,7 +133,7 @@ class TransferSink:
         self._growing: set[threading.Thread] = set()
         self._next_look = float("inf")
         """When the keeper looks again by itself."""
-        self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._queue = FairQueue(max(1, threads - 1))
         self._wake = threading.Event()
         self._threads = [
             threading.Thread(target=self._work, name=f"kv-sink-{index}", daemon=True)
@@ -249,8 +249,7 @@ class TransferSink:
         self._leases.close(deadline)
         for job in jobs:
             job.stop("The transfer was closed.", Outcome.ABORTED)
-        for _ in self._threads:
-            self._queue.put(None)
+        self._queue.close()
         self._wake.set()
         for thread in [*self._threads, *growing]:
             if thread is not threading.current_thread():
@@ -268,8 +267,9 @@ class TransferSink:
     # The worker threads.
 
     def _work(self) -> None:
-        while (job := self._queue.get()) is not None:
+        while (job := self._queue.take()) is not None:
             self._attend(job)
+            self._queue.done(job)
 
     def _grow(self, job: Job) -> None:
         try:

@@ -9,7 +9,17 @@ from collections.abc import Callable, Iterator
 
 import msgspec
 import pytest
-from transfer_rig import Flipping, Gate, Reports, Rig, is_poison, poison, pools_held, scramble
+from transfer_rig import (
+    PATIENCE_S,
+    Flipping,
+    Gate,
+    Reports,
+    Rig,
+    is_poison,
+    poison,
+    pools_held,
+    scramble,
+)
 
 from pdserve.kv_transfer import attempt as attempt_module
 from pdserve.kv_transfer.memory import HostMemory
@@ -196,6 +206,24 @@ def test_source_that_hangs(rig: Rig, transport: str, ours: HostMemory) -> None:
     assert report.failed == (0,) and "said nothing for 0.3 s" in report.reason
     assert time.monotonic() - begun < 3.0
     assert is_poison(ours, 1)
+
+
+def test_a_silent_source_does_not_keep_others_waiting(rig: Rig, ours: HostMemory) -> None:
+    """It holds all threads but one for as long as a stall may last."""
+    child, sink = rig.child("tcp", 4, BIG), rig.sink(ours, threads=3, stall_s=PATIENCE_S)
+    tickets = [child.ticket(f"r{number}", 1) for number in range(4)]
+    assert rig.fetch(sink, tickets.pop(), [0], [0]).only().ok
+    child.stop()
+    silent = [rig.fetch(sink, ticket, [0], [1 + n]) for n, ticket in enumerate(tickets)]
+    theirs = rig.memory(4, BIG)
+    other = rig.source(theirs, worker_id="prefill-other")
+    for number in range(5):
+        ticket = rig.ticket(other, f"other-{number}", [number % 4])
+        assert rig.fetch(sink, ticket, [0], [0]).only(timeout_s=PATIENCE_S / 2).ok
+    assert not any(reports.got for reports in silent)
+    for number in range(3):
+        sink.cancel(f"r{number}")
+    assert all(reports.only().failed for reports in silent)
 
 
 def test_source_restarted_on_the_same_port(rig: Rig, transport: str) -> None:
