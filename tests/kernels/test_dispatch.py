@@ -122,6 +122,8 @@ def test_what_a_measurement_settles_yields_to_the_override(
 ) -> None:
     words = {"triton": "triton_cache", "cuda": "triton_norm"}
     monkeypatch.setitem(dispatch.MODULES, "rms_norm", words)
+    monkeypatch.setattr(dispatch, "_is_installed", lambda word: word == "triton")
+    assert not dispatch.settle("rms_norm", "cuda")
     monkeypatch.setattr(dispatch, "_is_installed", lambda word: True)
     assert dispatch.settle("rms_norm", "cuda")
     assert dispatch.choices("cuda")["rms_norm"] == "cuda"
