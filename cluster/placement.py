@@ -27,6 +27,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisError
 
 from pdserve.cluster.membership import RedisUnavailable, masked
+from pdserve.cluster.redis_line import LineError, ScriptLine, packed
 from pdserve.protocol.blocks import ROUTE_BYTES, ROUTE_UNIT
 
 BLOCKS_TTL_S = 10.0
@@ -251,14 +252,15 @@ def ask(
     `hashes` are the prompt's route hashes; without them nothing counts as cached.
     `charge_tokens`: the missing tokens will be computed there.
     """
-    return (
+    return packed(
         options, b"".join(hashes), ROUTE_BYTES, tokens, random, int(charge_tokens), ROUTE_UNIT,
         round(CHARGE_S * 1000),
     )  # fmt: skip
 
 
-Ask = tuple[bytes, bytes, int, int, int, int, int, int]
+Ask = bytes
 """The arguments of one choice, made by `ask`."""
+_ASK_PARTS = 8
 
 _CHOICE = msgspec.msgpack.Decoder(Choice)
 _ENCODE = msgspec.msgpack.Encoder().encode
@@ -284,6 +286,8 @@ class Placement:
                 socket_connect_timeout=timeout_s,
                 retry=Retry(NoBackoff(), 0),
             )
+            keys = [*self._keys("loads", "charges"), self._slot + "blocks:"]
+            self._line = ScriptLine(url, _CHOOSE, keys, timeout_s)
         except ValueError as error:
             raise RedisUnavailable(
                 f"The Redis URL {masked(url)!r} cannot be used: {error}"
@@ -321,10 +325,13 @@ class Placement:
     async def choose(self, asks: Sequence[Ask]) -> list[Choice]:
         """Place requests, in order, each one charged before the next is looked at; one round trip
         for all of them."""
-        keys = [*self._keys("loads", "charges"), self._slot + "blocks:"]
-        return [_CHOICE.decode(packed) for packed in await self._run(_CHOOSE, keys, asks)]
+        try:
+            return [_CHOICE.decode(text) for text in await self._line.run(asks, _ASK_PARTS)]
+        except (OSError, LineError) as error:
+            raise self._unavailable(error) from error
 
     async def close(self) -> None:
+        self._line.close()
         await self._redis.aclose()
 
     def _keys(self, *names: str) -> list[str]:
@@ -354,11 +361,12 @@ class Placement:
                 except NoScriptError:
                     del self._digests[script]  # Redis was restarted
         except (RedisError, OSError) as error:
-            reason = str(error).rstrip(".") or type(error).__name__
-            raise RedisUnavailable(
-                f"Redis at {masked(self._url)} does not answer: {reason}."
-            ) from error
+            raise self._unavailable(error) from error
         finally:
             # See Membership._run: Python 3.11's wait_for may swallow a cancellation.
             if task.cancelling() > cancellations:
                 raise asyncio.CancelledError
+
+    def _unavailable(self, error: Exception) -> RedisUnavailable:
+        reason = str(error).rstrip(".") or type(error).__name__
+        return RedisUnavailable(f"Redis at {masked(self._url)} does not answer: {reason}.")

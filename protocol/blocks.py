@@ -14,7 +14,7 @@ import hashlib
 import struct
 from collections.abc import Sequence
 
-import msgspec
+from xxhash import xxh3_64_intdigest
 
 HASH_BYTES = 16
 """Length of a block hash: blake2b cut to 128 bits, collision-resistant against chosen prompts."""
@@ -24,7 +24,6 @@ ROUTE_BYTES = 8
 """Length of a route hash."""
 ROUTE_UNIT = 16
 """Tokens between the first route positions."""
-_ENCODE = msgspec.msgpack.Encoder().encode
 
 
 def root_hash(fingerprint: str, salt: str = "") -> bytes:
@@ -81,20 +80,38 @@ def route_index(num_tokens: int) -> int:
     return 8 * doublings + (units >> doublings) - 1
 
 
+def pack_tokens(token_ids: Sequence[int]) -> bytes:
+    """Token ids as little-endian 32-bit words. About 5 ns per token."""
+    return struct.pack(f"<{len(token_ids)}I", *token_ids)
+
+
 def route_hashes(
-    token_ids: Sequence[int], salt: str = "", known: Sequence[bytes] = ()
+    token_ids: Sequence[int] | bytes, salt: str = "", known: Sequence[bytes] = ()
 ) -> list[bytes]:
     """The route hashes of all route positions within `token_ids`, shortest prefix first.
 
     They depend on the tokens and the cache salt alone, not on the layout of the blocks. `known` are
-    the first of them, computed earlier. About 10 ns per token.
+    the first of them, computed earlier. Each is the XXH3-64 of the tokens since the position before
+    it, seeded with the hash before it. Packed tokens (see `pack_tokens`) cost about 0.5 ns each.
     """
     hashes = list(known)
-    parent = hashes[-1] if hashes else salt.encode()
     start = route_position(len(hashes) - 1) if hashes else 0
-    while (end := route_position(len(hashes))) <= len(token_ids):
-        chunk = hashlib.sha256(parent)
-        chunk.update(_ENCODE(token_ids[start:end]))
-        parent, start = chunk.digest()[:ROUTE_BYTES], end
-        hashes.append(parent)
+    if isinstance(token_ids, bytes):
+        words = memoryview(token_ids)[4 * start :]
+    else:
+        end = _last_route_position(len(token_ids))
+        words = memoryview(pack_tokens(token_ids[start:end]))
+    count, offset = start + len(words) // 4, start
+    seed = int.from_bytes(hashes[-1], "little") if hashes else xxh3_64_intdigest(salt.encode())
+    while (end := route_position(len(hashes))) <= count:
+        seed = xxh3_64_intdigest(words[4 * (start - offset) : 4 * (end - offset)], seed)
+        start = end
+        hashes.append(seed.to_bytes(ROUTE_BYTES, "little"))
     return hashes
+
+
+def _last_route_position(num_tokens: int) -> int:
+    """The last one within so many tokens; 0 if there is none."""
+    units = num_tokens // ROUTE_UNIT
+    spare = max(0, units.bit_length() - 4)
+    return (units >> spare << spare) * ROUTE_UNIT
