@@ -2,9 +2,10 @@
 
     python -P -m pdserve.bench.routing [--tokens 32768] [--rounds 300]
 
-Prints, for growing numbers of workers and placed route hashes: the router's CPU time for hashing
-the prompt and for a choice, the round trip, and Redis' own time for it. The placed hashes are
-random, but for every worker's prefix of the prompt, whose length differs from worker to worker.
+Prints, for growing numbers of workers and placed route hashes: the router's CPU time for packing
+the prompt (once per request, for the messages to workers, too), for hashing it and for a choice,
+the round trip, and Redis' own time for it. The placed hashes are random, but for every worker's
+prefix of the prompt, whose length differs from worker to worker.
 Choices that wait at the same time travel in one round trip; the last column is the CPU time of each
 of 32 such choices.
 """
@@ -12,22 +13,25 @@ of 32 such choices.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import random
 import secrets
 import shutil
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
+import uvloop
 from redis.asyncio import Redis
 
 from pdserve.cluster.placement import Ask, LoadReport, Option, Placement, ask, pack_options
 from pdserve.cluster.process import start, stop
 from pdserve.cluster.redis_server import private_folder, private_redis, until_answering
-from pdserve.protocol.blocks import ROUTE_BYTES, route_hashes
+from pdserve.protocol.blocks import ROUTE_BYTES, pack_tokens, route_hashes
 
 SIZES = ((1, 10_000), (8, 100_000), (64, 100_000), (64, 1_000_000), (256, 1_000_000))
 """(workers, route hashes placed in all)."""
 BATCH = 32
+T = TypeVar("T")
 
 
 async def place(
@@ -45,13 +49,19 @@ async def place(
     return [Option(f"w{index}", 1) for index in range(workers)]
 
 
+def cpu_s(function: Callable[[], T], times: int = 50) -> tuple[float, T]:
+    """CPU seconds of one call, and its result."""
+    began = time.process_time()
+    for _ in range(times):
+        result = function()
+    return (time.process_time() - began) / times, result
+
+
 async def measure(url: str, workers: int, placed: int, tokens: list[int], rounds: int) -> str:
     """One line of the table."""
     placement, raw = Placement(url, f"bench-{workers}-{placed}"), Redis.from_url(url)
-    began = time.process_time()
-    for _ in range(20):
-        hashes = route_hashes(tokens)
-    hashing = (time.process_time() - began) / 20
+    packing, text = cpu_s(lambda: pack_tokens(tokens))
+    hashing, hashes = cpu_s(lambda: route_hashes(text))
     options = pack_options(await place(placement, workers, placed, hashes))
 
     def question() -> Ask:
@@ -74,7 +84,7 @@ async def measure(url: str, workers: int, placed: int, tokens: list[int], rounds
     await raw.flushall()
     await raw.aclose()
     await placement.close()
-    times = [hashing * 1e6, choosing * 1e6, trip * 1e6, redis, batched * 1e6]
+    times = [packing * 1e6, hashing * 1e6, choosing * 1e6, trip * 1e6, redis, batched * 1e6]
     return f"{workers:>7} {placed:>9}" + "".join(f"{value:>12.0f}" for value in times)
 
 
@@ -91,7 +101,7 @@ async def main() -> None:
     try:
         await until_answering(redis.url, child)
         print(f"prompt of {arguments.tokens} tokens; times in µs")
-        names = ("hashing", "choice CPU", "round trip", "in Redis", "batched CPU")
+        names = ("packing", "hashing", "choice CPU", "round trip", "in Redis", "batched CPU")
         print(f"{'workers':>7} {'placed':>9}" + "".join(f"{name:>12}" for name in names))
         for workers, placed in SIZES:
             print(await measure(redis.url, workers, placed, tokens, arguments.rounds), flush=True)
@@ -101,4 +111,4 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    uvloop.run(main())

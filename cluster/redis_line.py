@@ -13,7 +13,7 @@ import ssl
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from redis.asyncio.connection import SSLConnection, parse_url
 
@@ -57,8 +57,7 @@ class _Line(asyncio.Protocol):
         self.closed = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
 
     def call(self, data: bytes, replies: int) -> asyncio.Future[list[bytes | LineError]]:
         """Send commands that will bring so many replies."""
@@ -86,7 +85,7 @@ class _Line(asyncio.Protocol):
         end = buffer.find(b"\r\n")
         if end < 0:
             return False
-        kind, head = buffer[:1], bytes(buffer[1:end])
+        kind, head = bytes(buffer[:1]), bytes(buffer[1:end])
         reply: bytes | LineError = head
         after = end + 2
         if kind == b"$":

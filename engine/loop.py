@@ -217,14 +217,15 @@ class Engine:
     # Commands ----------------------------------------------------------------------------------
 
     def _submit(self, message: Submit, client: object, matcher: Matcher | None) -> None:
-        problem = self._problem_with(message)
+        tokens = message.prompt_token_ids + message.output_token_ids
+        problem = self._problem_with(message, tokens)
         if problem:
             self._bag.put(client, _error(message.request_id, ErrorCode.INVALID_REQUEST, problem))
             return
         request = Request(
             request_id=message.request_id,
-            token_ids=message.prompt_token_ids + message.output_token_ids,
-            prompt_len=len(message.prompt_token_ids),
+            token_ids=tokens,
+            prompt_len=message.prompt_len,
             sampling=message.sampling,
             deadline=time.monotonic() + message.timeout_s,
             root=root_hash(self._layout, message.cache_salt),
@@ -242,10 +243,10 @@ class Engine:
             assert self._importer is not None
             self._importer.keep(request.ticket)
 
-    def _problem_with(self, message: Submit) -> str:
+    def _problem_with(self, message: Submit, tokens: Sequence[int]) -> str:
         """A sentence if the request can never run here, else the empty string."""
         sampling, limit = message.sampling, self._limits.max_model_len
-        prompt, known = len(message.prompt_token_ids), len(message.output_token_ids)
+        prompt, known = message.prompt_len, len(message.output_token_ids)
         if message.request_id in self._requests:
             return f"The request id {message.request_id} is in use."
         if not prompt:
@@ -262,29 +263,28 @@ class Engine:
                 f"The request needs room for {prompt + sampling.max_tokens} tokens; this worker's "
                 f"KV cache holds {self._pool.num_blocks * self._pool.block_size}."
             )
-        tokens = message.prompt_token_ids + message.output_token_ids
         if min(tokens) < 0 or max(tokens) >= self._vocab_size:
             return f"Token ids must be between 0 and {self._vocab_size - 1}."
         if message.hand_off and self._exporter is None:
             return "This worker cannot hand requests over: it is not a prefill worker."
         if message.ticket is not None:
-            return self._problem_with_ticket(message)
+            return self._problem_with_ticket(message, len(tokens))
         return ""
 
-    def _problem_with_ticket(self, message: Submit) -> str:
-        ticket, known = message.ticket, message.prompt_token_ids + message.output_token_ids
+    def _problem_with_ticket(self, message: Submit, known: int) -> str:
+        ticket = message.ticket
         assert ticket is not None
         if self._importer is None:
             return "This worker cannot fetch KV blocks: it is not a decode worker."
         if ticket.growing:
-            if message.output_token_ids or ticket.num_tokens != len(known):
+            if message.output_token_ids or ticket.num_tokens != known:
                 return (
                     f"A growing ticket covers the prompt, and its first token is to come. This one "
-                    f"covers {ticket.num_tokens} tokens; {len(known)} are known."
+                    f"covers {ticket.num_tokens} tokens; {known} are known."
                 )
-        elif not 0 < ticket.num_tokens < len(known):
+        elif not 0 < ticket.num_tokens < known:
             return (
-                f"The ticket covers {ticket.num_tokens} tokens; of {len(known)} known ones it must "
+                f"The ticket covers {ticket.num_tokens} tokens; of {known} known ones it must "
                 "cover at least one and leave at least one to compute."
             )
         if ticket.num_blocks != -(-ticket.num_tokens // max(1, ticket.fingerprint.block_size)):

@@ -85,6 +85,11 @@ def pack_tokens(token_ids: Sequence[int]) -> bytes:
     return struct.pack(f"<{len(token_ids)}I", *token_ids)
 
 
+def unpack_tokens(packed: bytes) -> list[int]:
+    """The inverse of `pack_tokens`; bytes behind the last whole word are ignored."""
+    return list(struct.unpack_from(f"<{len(packed) // 4}I", packed))
+
+
 def route_hashes(
     token_ids: Sequence[int] | bytes, salt: str = "", known: Sequence[bytes] = ()
 ) -> list[bytes]:

@@ -11,6 +11,7 @@ import enum
 
 import msgspec
 
+from pdserve.protocol.blocks import unpack_tokens
 from pdserve.protocol.errors import WorkerError
 from pdserve.protocol.orders import Drain, OrderDone, SwitchRole
 from pdserve.protocol.sampling import SamplingParams
@@ -59,8 +60,9 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Unique per attempt, made by the router; never parsed for meaning."""
     epoch: int
     """The worker's incarnation that the router means; another one refuses."""
-    prompt_token_ids: list[int]
-    """At least one token id."""
+    prompt: bytes
+    """At least one token id, packed (`protocol.blocks.pack_tokens`): routers need that form for
+    route hashes, too, and it is sent with each leg."""
     output_token_ids: list[int] = []
     """Tokens of the answer that exist already (the first token on a decode leg; all tokens so far
     when a stream moves): they count for penalties, limits and positions and are not sent again."""
@@ -73,6 +75,16 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Prefix-cache blocks are shared only among requests with the same salt."""
     priority: int = 0
     """Lower ones start first; equal ones in order of arrival."""
+
+    @property
+    def prompt_len(self) -> int:
+        """In tokens."""
+        return len(self.prompt) // 4
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        """Unpacked anew each time."""
+        return unpack_tokens(self.prompt)
 
 
 class Abort(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="abort"):

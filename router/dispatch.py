@@ -32,7 +32,7 @@ from typing import Self
 
 import msgspec
 
-from pdserve.protocol.blocks import route_hashes
+from pdserve.protocol.blocks import pack_tokens, route_hashes
 from pdserve.protocol.errors import ErrorCode, RequestError, WorkerError
 from pdserve.protocol.events import FETCHED, RECOMPUTED
 from pdserve.protocol.messages import LifeEvent, Output, Submit
@@ -40,6 +40,7 @@ from pdserve.protocol.sampling import SamplingParams
 from pdserve.protocol.ticket import KVTicket
 from pdserve.router.breaker import Pairs
 from pdserve.router.chooser import Chooser, Need, Verdict
+from pdserve.router.packed import PackedPrompt
 from pdserve.router.placement import (
     FETCH,
     Candidate,
@@ -202,6 +203,7 @@ class Answer:
         self._held: AnswerLeg | None = None
         self._early: _Early | None = None
         self._avoid: set[str] = set()
+        self._prompt = dispatcher.packed(spec)
         self._routes: list[bytes] = []
         self._moves = self._moves_in_all = 0
         self._attempts = 0
@@ -317,12 +319,10 @@ class Answer:
 
     def _route_hashes(self) -> Sequence[bytes]:
         spec = self._spec
-        known = self._routes or self._dispatcher.routes_of(spec)
-        self._routes = route_hashes(
-            spec.prompt_token_ids + self._tokens if self._tokens else spec.prompt_token_ids,
-            spec.cache_salt,
-            known,
-        )
+        self._routes = self._routes or self._prompt.routes
+        if self._tokens:
+            packed = self._prompt.packed + pack_tokens(self._tokens)
+            self._routes = route_hashes(packed, spec.cache_salt, self._routes)
         return self._routes
 
     def _send(self, verdict: Verdict, ticket: KVTicket | None) -> None:
@@ -368,7 +368,7 @@ class Answer:
         message = Submit(
             request_id=leg.request_id,
             epoch=link.epoch,
-            prompt_token_ids=self._spec.prompt_token_ids,
+            prompt=self._prompt.packed,
             output_token_ids=list(self._tokens),
             sampling=sampling,
             hand_off=kind == "prefill",
@@ -595,7 +595,7 @@ class Dispatcher:
         self.pairs = Pairs()
         self.waiting = WaitingRoom(lambda: pool.loading, patience_s)
         self._timeout_s = timeout_s
-        self._last_routes: tuple[AnswerSpec | None, list[bytes]] = (None, [])
+        self._last_prompt = PackedPrompt([], "")
         pool.on_change(self.waiting.wake)
 
     @property
@@ -628,14 +628,13 @@ class Dispatcher:
             raise
         return flight
 
-    def routes_of(self, spec: AnswerSpec) -> list[bytes]:
-        """Route hashes of its prompt. The answers of one request share theirs."""
-        last, routes = self._last_routes
-        same = last is not None and last.prompt_token_ids is spec.prompt_token_ids
-        if last is None or not same or last.cache_salt != spec.cache_salt:
-            routes = route_hashes(spec.prompt_token_ids, spec.cache_salt)
-            self._last_routes = (spec, routes)
-        return routes
+    def packed(self, spec: AnswerSpec) -> PackedPrompt:
+        """The answers of one request share the work on their prompt."""
+        last = self._last_prompt
+        same = last.token_ids is spec.prompt_token_ids and last.salt == spec.cache_salt
+        if not same:
+            self._last_prompt = last = PackedPrompt(spec.prompt_token_ids, spec.cache_salt)
+        return last
 
     def nobody(self) -> str:
         """Why no request can be served, as a sentence."""

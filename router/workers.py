@@ -186,7 +186,7 @@ class WorkerLink:
             raise RequestError(ErrorCode.WORKER_LOST, str(error)) from None
         self._breaker.sent()
         self._legs[message.request_id] = leg
-        length = len(message.prompt_token_ids) + len(message.output_token_ids)
+        length = message.prompt_len + len(message.output_token_ids)
         compute = length if message.ticket is None else 0
         self._charges[message.request_id] = _Charge(compute, length, self._statuses)
 

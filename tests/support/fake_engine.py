@@ -17,6 +17,7 @@ from pdserve.engine.blocks import BlockPool
 from pdserve.engine.loop import Engine, StepOutcome
 from pdserve.engine.ports import Chunk, ChunkResult
 from pdserve.engine.scheduler import Limits
+from pdserve.protocol.blocks import pack_tokens
 from pdserve.protocol.errors import ErrorCode
 from pdserve.protocol.messages import Continue, Output, Submit
 from pdserve.protocol.sampling import SamplingParams
@@ -270,7 +271,7 @@ class Bench:
         message = Submit(
             request_id=request_id,
             epoch=1,
-            prompt_token_ids=list(prompt),
+            prompt=pack_tokens(prompt),
             output_token_ids=list(output),
             hand_off=hand_off,
             ticket=ticket,

@@ -1,5 +1,7 @@
 """Block ownership: every block has one owner, whatever is done in whatever order."""
 
+import random
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -9,10 +11,12 @@ from pdserve.engine.blocks import BlockPool, IntegrityError
 from pdserve.protocol.blocks import (
     block_hashes,
     is_route_position,
+    pack_tokens,
     root_hash,
     route_hashes,
     route_index,
     route_position,
+    unpack_tokens,
 )
 
 ROOT = root_hash("layout")
@@ -160,6 +164,19 @@ def test_route_positions() -> None:
     assert positions[:18] == [16 * n for n in (*range(1, 17), 18, 20)]
     assert positions == [n for n in range(positions[-1] + 1) if is_route_position(n)]
     assert [route_index(position) for position in positions] == list(range(80))
+
+
+def test_packed_tokens_have_the_same_route_hashes() -> None:
+    rng = random.Random(0)
+    for length in (0, 1, 15, 16, 17, 300, 1000, 4096):
+        tokens = [rng.choice([0, 7, 2**32 - 1]) for _ in range(length)]
+        packed = pack_tokens(tokens)
+        assert unpack_tokens(packed) == tokens
+        hashes = route_hashes(tokens, "s")
+        assert route_hashes(packed, "s") == hashes
+        for known in (0, len(hashes) // 2, len(hashes)):
+            assert route_hashes(packed, "s", hashes[:known]) == hashes
+            assert route_hashes(tokens, "s", hashes[:known]) == hashes
 
 
 def test_route_hashes_name_prefixes() -> None:

@@ -11,6 +11,7 @@ import pytest
 from fake_engine import Bench, continuation
 
 from pdserve.cluster.channel import Channel, ChannelServer, connect
+from pdserve.protocol.blocks import pack_tokens
 from pdserve.protocol.errors import ErrorCode
 from pdserve.protocol.messages import (
     Abort,
@@ -67,7 +68,7 @@ async def router(server: ChannelServer) -> Channel:
 def submit(request_id: str, prompt: list[int], max_tokens: int = 5, epoch: int = EPOCH) -> Submit:
     sampling = SamplingParams(seed=0, max_tokens=max_tokens)
     return Submit(
-        request_id=request_id, epoch=epoch, prompt_token_ids=prompt, sampling=sampling,
+        request_id=request_id, epoch=epoch, prompt=pack_tokens(prompt), sampling=sampling,
         timeout_s=30,
     )  # fmt: skip
 
