@@ -19,6 +19,7 @@ from redis_for_tests import RedisForTests, redis_for_tests
 from pdserve.cluster.channel import Channel, connect
 from pdserve.cluster.membership import Membership
 from pdserve.cluster.records import WorkerRecord, WorkerState
+from pdserve.protocol.blocks import pack_tokens
 from pdserve.protocol.errors import ErrorCode
 from pdserve.protocol.messages import StepFrame, Submit, ToRouter
 from pdserve.protocol.sampling import SamplingParams
@@ -67,7 +68,7 @@ async def channel_to(record: WorkerRecord) -> Channel:
 
 def submit(name: str, epoch: int, max_tokens: int, hand_off: bool = False) -> Submit:
     return Submit(
-        request_id=name, epoch=epoch, prompt_token_ids=list(range(10, 60)), hand_off=hand_off,
+        request_id=name, epoch=epoch, prompt=pack_tokens(range(10, 60)), hand_off=hand_off,
         sampling=SamplingParams(seed=1, max_tokens=max_tokens, temperature=0), timeout_s=60,
     )  # fmt: skip
 
