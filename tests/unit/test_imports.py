@@ -87,9 +87,9 @@ def test_light_folders_import_nothing_heavy(folder: str) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_the_protocol_needs_msgspec_alone() -> None:
+def test_the_protocol_needs_msgspec_and_xxhash_alone() -> None:
     found = {outer(name) for path in sources("protocol") for _, name in imports(path)}
-    assert found - sys.stdlib_module_names == {"msgspec", "pdserve"}
+    assert found - sys.stdlib_module_names == {"msgspec", "pdserve", "xxhash"}
 
 
 @pytest.mark.parametrize("file", PLAIN)
