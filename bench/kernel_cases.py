@@ -379,6 +379,11 @@ def quantized(size: Sizes, device: str, dtype: torch.dtype) -> Iterator[Case]:
             columns=columns,
         )
     for name, weight in weights.items():
+        yield Case(
+            name=f"dequantize {name} {rows} x {columns}",
+            run=lambda weight=weight: kernels.dequantize(weight, dtype),  # type: ignore[misc]
+            nbytes=weight.nbytes + dense.nbytes,
+        )
         for tokens in (1, size.batch, size.rows):
             x = torch.randn(tokens, columns, device=device).to(dtype)
             yield Case(

@@ -15,8 +15,8 @@ from pdserve.kernels.experts import ExpertWeights, expert_weights, mixture, rout
 from pdserve.kernels.linear import linear
 from pdserve.kernels.native import DecodeStep, LayerTensors
 from pdserve.kernels.norm import fused_add_rms_norm, rms_norm
-from pdserve.kernels.quantized import quantized_linear
-from pdserve.kernels.quantized_weight import QuantizedWeight, dequantize, quantize, sort_groups
+from pdserve.kernels.quantized import dequantize, quantized_linear
+from pdserve.kernels.quantized_weight import QuantizedWeight, quantize, sort_groups
 from pdserve.kernels.rope import rope
 from pdserve.kernels.sampling import (
     apply_bias,

@@ -56,6 +56,7 @@ MODULES: dict[str, dict[str, str]] = {
     "sample": {"triton": "triton_sampling"},
     "log_probabilities": {"triton": "triton_sampling"},
     "quantized_linear": {"triton": "triton_quantized"},
+    "dequantize": {"triton": "triton_quantized"},
 }
 """Operation → word → module of this package that holds a function of the operation's name; the
 first word is the one that runs unless something says otherwise."""

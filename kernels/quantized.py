@@ -6,7 +6,7 @@ import torch
 
 from pdserve.kernels import checks, dispatch
 from pdserve.kernels.linear import linear
-from pdserve.kernels.quantized_weight import QuantizedWeight, dequantize
+from pdserve.kernels.quantized_weight import QuantizedWeight, stored_matrix
 
 
 def quantized_linear(
@@ -22,9 +22,10 @@ def quantized_linear(
     dtype. Returns [T, N] in x's dtype; sums are float32, rounded once.
 
     invariant: a row of the result has the same bits in any batch. Without it Triton gives the same
-    bits in any batch of up to 64 rows, and in any larger one: tiles, and the split of the sum over
-    K, depend on the weight's shape and on that border alone. The reference multiplies by the
-    dequantised matrix, rounded to x's dtype, with what `linear` promises.
+    bits in any batch of up to 64 rows: tiles, and the split of the sum over K, depend on the
+    weight's shape alone. More rows get other tiles, and many of them a dequantised copy of W and
+    torch's product. The reference multiplies by S, rounded to x's dtype, with what `linear`
+    promises.
     """
     checks.shape("x", x, [None, weight.columns])
     checks.dtype("x", x, checks.FLOATS)
@@ -39,4 +40,23 @@ def quantized_linear(
         return result
     if weight.order is not None:
         x = x[:, weight.order]
-    return linear(x, dequantize(weight, x.dtype), bias, invariant=invariant)
+    return linear(x, stored_matrix(weight, x.dtype), bias, invariant=invariant)
+
+
+def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The matrix W [N, K] that `weight` stands for, rounded once to `dtype`: float32, float16 or
+    bfloat16."""
+    if dtype not in checks.FLOATS:
+        raise checks.KernelError(
+            f"dtype must be float32, float16 or bfloat16, not {str(dtype)[6:]}."
+        )
+    fast = dispatch.implementation("dequantize", weight.scales)
+    if fast is not None:
+        result: torch.Tensor = fast(weight, dtype)
+        return result
+    stored = stored_matrix(weight, dtype)
+    if weight.order is None:
+        return stored
+    matrix = torch.empty_like(stored)
+    matrix[:, weight.order] = stored
+    return matrix

@@ -1,8 +1,10 @@
 """Weights of a product in fewer bits than its activations: what is stored, and what it stands for.
 
-Legend: N rows (outputs), K columns (inputs), G groups of columns. The matrix that is meant:
+Legend: N rows (outputs), K columns (inputs), G groups of columns. What is stored, and the matrix
+that is meant:
 
-    W[n, k] = scales[k // group, n] · (values[n, k] − zeros[k // group, n])
+    S[n, k] = scales[k // group, n] · (values[n, k] − zeros[k // group, n])
+    W[n, order[k]] = S[n, k]
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ class QuantizedWeight:
     zero_offset: int = 0
     """Added to each stored zero point, modulo 16: 1 in GPTQ's first format, which stores z - 1."""
     order: torch.Tensor | None = None
-    """[K] int64: column k of W multiplies x[:, order[k]]; None: x[:, k]."""
+    """[K] int64, which column of W each column of S is; None: W = S."""
 
     def __post_init__(self) -> None:
         checks.dtype("scales", self.scales, checks.FLOATS)
@@ -117,8 +119,8 @@ class QuantizedWeight:
         return sum(part.nbytes for part in parts if part is not None)
 
 
-def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """W [N, K] with its columns in the order of `weight.order`, rounded once to `dtype`."""
+def stored_matrix(weight: QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:
+    """S [N, K], rounded once to `dtype`."""
     if weight.packing != "bytes":
         wide = _nibbles(weight).float()
     elif weight.values.dtype == torch.int8:

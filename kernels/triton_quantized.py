@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as functional
 import triton
 import triton.language as tl
 
@@ -19,6 +20,8 @@ from pdserve.kernels.quantized_weight import QuantizedWeight
 FEW = 64
 """Up to so many rows the tile is low, which reads the weight at full speed; above, it is high,
 which reads it fewer times."""
+MANY = 512
+"""From so many rows on, a dequantised copy costs less than unpacking the weight for every tile."""
 PROGRAMS = 264
 """Programs that a product of few rows should have: two for each multiprocessor of an H200. Fixed,
 because it decides how sums are split."""
@@ -57,8 +60,10 @@ def quantized_linear(
     x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None, *, invariant: bool
 ) -> torch.Tensor:
     """See `pdserve.kernels.quantized_linear`."""
-    x = x if x.stride(-1) == 1 else x.contiguous()
     rows, width = x.shape[0], weight.rows
+    if rows >= MANY and not invariant:
+        return functional.linear(x, dequantize(weight, x.dtype), bias)
+    x = x if x.stride(-1) == 1 else x.contiguous()
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
@@ -66,14 +71,12 @@ def quantized_linear(
     target = out
     if tile.splits > 1:
         target = torch.empty((tile.splits, rows, width), dtype=torch.float32, device=x.device)
-    values, packing = weight.values, weight.packing
-    fp8 = values.dtype == torch.float8_e4m3fn
-    kind = packing if packing != "bytes" else "fp8" if fp8 else "int8"
+    kind, values = _stored(weight)
     grid = (triton.cdiv(rows, tile.rows), triton.cdiv(width, tile.width), tile.splits)
     quantized_kernel[grid](
         x,
         weight.order,
-        values.view(torch.uint8) if fp8 else values,
+        values,
         weight.zeros,
         weight.scales,
         bias,
@@ -106,6 +109,40 @@ def quantized_linear(
             BLOCK=COMBINE,
         )
     return out
+
+
+def dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:
+    """See `pdserve.kernels.dequantize`."""
+    rows, columns = weight.rows, weight.columns
+    out = torch.empty((rows, columns), dtype=dtype, device=weight.values.device)
+    tile = tile_for(weight, dtype, many=True)
+    kind, values = _stored(weight)
+    dequantize_kernel[(triton.cdiv(rows, tile.width), triton.cdiv(columns, tile.columns))](
+        weight.order,
+        values,
+        weight.zeros,
+        weight.scales,
+        out,
+        columns,
+        rows,
+        KIND=kind,
+        GROUP=weight.group if weight.scales.shape[0] > 1 else 0,
+        ZERO_OFFSET=weight.zero_offset,
+        ORDERED=weight.order is not None,
+        WIDTH=tile.width,
+        COLUMNS=tile.columns,
+        num_warps=4,
+    )
+    return out
+
+
+def _stored(weight: QuantizedWeight) -> tuple[str, torch.Tensor]:
+    """KIND and the values as the kernels read them: e4m3 as bytes, which every GPU has."""
+    if weight.packing != "bytes":
+        return weight.packing, weight.values
+    if weight.values.dtype == torch.int8:
+        return "int8", weight.values
+    return "fp8", weight.values.view(torch.uint8)
 
 
 @triton.jit
@@ -190,6 +227,35 @@ def nibble_tile(
     return biased(values, DTYPE) - biased(zeros, DTYPE)[None, :]
 
 
+@triton.jit
+def weight_tile(
+    value_ptr,
+    zero_ptr,
+    first_n,
+    first_k,
+    columns,
+    width,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    ZERO_OFFSET: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """[COLUMNS, WIDTH] of a matrix before scaling (e4m3 256 times too small), and their group."""
+    group = first_k // GROUP if GROUP else 0
+    if KIND == "int8" or KIND == "fp8":
+        n = first_n + tl.arange(0, WIDTH)
+        k = first_k + tl.arange(0, COLUMNS)
+        tile = byte_tile(value_ptr, n, k, columns, width, KIND, DTYPE)
+    else:
+        tile = nibble_tile(
+            value_ptr, zero_ptr, first_n, first_k, group, columns, width,
+            KIND, ZERO_OFFSET, WIDTH, COLUMNS, DTYPE,
+        )  # fmt: skip
+    return tile, group
+
+
 @triton.jit(do_not_specialize=["rows"])
 def quantized_kernel(
     x_ptr,
@@ -231,14 +297,10 @@ def quantized_kernel(
             source = tl.load(order_ptr + k, mask=k < columns, other=0)
         mask = (m < rows)[:, None] & (k < columns)[None, :]
         x = tl.load(x_ptr + m[:, None] * x_row + source[None, :], mask=mask, other=0.0)
-        group = first_k // GROUP if GROUP else 0
-        if KIND == "int8" or KIND == "fp8":
-            tile = byte_tile(value_ptr, n, k, columns, width, KIND, dtype)
-        else:
-            tile = nibble_tile(
-                value_ptr, zero_ptr, first_n, first_k, group, columns, width,
-                KIND, ZERO_OFFSET, WIDTH, COLUMNS, dtype,
-            )  # fmt: skip
+        tile, group = weight_tile(
+            value_ptr, zero_ptr, first_n, first_k, columns, width,
+            KIND, GROUP, ZERO_OFFSET, WIDTH, COLUMNS, dtype,
+        )  # fmt: skip
         if GROUP:
             scale = tl.load(scale_ptr + group * width + n, mask=n < width, other=0.0)
             acc += tl.dot(x, tile, input_precision="ieee") * scale.to(tl.float32)[None, :]
@@ -281,3 +343,39 @@ def combine_splits_kernel(
     if BIASED:
         acc += tl.load(bias_ptr + offset % width, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + offset, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def dequantize_kernel(
+    order_ptr,
+    value_ptr,
+    zero_ptr,
+    scale_ptr,
+    out_ptr,
+    columns,
+    width,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    ZERO_OFFSET: tl.constexpr,
+    ORDERED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """WIDTH rows and COLUMNS columns of the matrix [width, columns]."""
+    first_n = tl.program_id(0) * WIDTH
+    first_k = tl.program_id(1) * COLUMNS
+    n = first_n + tl.arange(0, WIDTH)
+    k = first_k + tl.arange(0, COLUMNS)
+    tile, group = weight_tile(
+        value_ptr, zero_ptr, first_n, first_k, columns, width,
+        KIND, GROUP, ZERO_OFFSET, WIDTH, COLUMNS, tl.float32,
+    )  # fmt: skip
+    scale = tl.load(scale_ptr + group * width + n, mask=n < width, other=0.0).to(tl.float32)
+    if KIND == "fp8":
+        scale = scale * 256.0
+    target = k
+    if ORDERED:
+        target = tl.load(order_ptr + k, mask=k < columns, other=0)
+    offset = n.to(tl.int64)[None, :] * columns + target[:, None]
+    mask = (n < width)[None, :] & (k < columns)[:, None]
+    tl.store(out_ptr + offset, (tile * scale[None, :]).to(out_ptr.dtype.element_ty), mask=mask)

@@ -266,6 +266,19 @@ CASES: list[tuple[Any, dict[str, Any], dict[str, str]]] = [
         for kind, group in [("int8", 4096), ("fp8", 128), ("awq", 128), ("gptq", 32)]
         for many in (False, True)
     ],
+    (
+        triton_quantized.dequantize_kernel,
+        {
+            "KIND": "awq",
+            "GROUP": 128,
+            "ZERO_OFFSET": 0,
+            "ORDERED": False,
+            "order_ptr": None,
+            "WIDTH": 128,
+            "COLUMNS": 64,
+        },
+        {"value_ptr": "*i32"},
+    ),
     (triton_quantized.combine_splits_kernel, {"SPLITS": 4, "BIASED": True, "BLOCK": 1024}, {}),
 ]
 

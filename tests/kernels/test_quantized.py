@@ -78,6 +78,7 @@ def test_scattered_groups_are_brought_together(group: int) -> None:
     )
     x = torch.randn(3, 80)
     assert error_of(quantized_linear(x, weight), x.double() @ made.matrix.t()) < 1e-5
+    assert error_of(dequantize(weight), made.matrix) < 1e-6
 
 
 def test_groups_in_order_are_left_where_they_are() -> None:
@@ -165,5 +166,7 @@ def test_bad_arguments_are_refused_with_a_sentence() -> None:
         quantized_linear(x, weight, torch.zeros(17))
     with pytest.raises(KernelError, match="bias is float16 but x is float32"):
         quantized_linear(x, weight, torch.zeros(16).half())
+    with pytest.raises(KernelError, match="dtype must be float32, float16 or bfloat16, not float6"):
+        dequantize(weight, torch.float64)
     with pytest.raises(KernelError, match="weight must be float32 or bfloat16 or float16, not int"):
         quantize(torch.zeros(2, 3).char(), "int8")

@@ -49,7 +49,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
         (1, 136, 384, 128),
         (17, 72, 176, 32),
         (63, 136, 200, -1),
-        (500, 40, 96, 64),
+        (500, 24, 96, 64),
         (65, 136, 24, -1),
     ],
 )
@@ -88,8 +88,23 @@ def test_inputs_in_another_order(dtype: torch.dtype) -> None:
         zero_offset=1,
         order=order,
     )
-    x = torch.randn(7, 144).to(dtype)
-    assert_close(kernels.quantized_linear(x, weight), x.double() @ made.matrix.t())
+    for rows in (7, triton_quantized.MANY):
+        x = torch.randn(rows, 144).to(dtype)
+        assert_close(kernels.quantized_linear(x, weight), x.double() @ made.matrix.t())
+    assert_close(kernels.dequantize(weight, dtype), made.matrix)
+
+
+@halves
+@pytest.mark.parametrize(("width", "columns", "group"), [(8, 24, -1), (72, 176, 32)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_matrix_is_the_one_that_was_packed(
+    kind: str, width: int, columns: int, group: int, dtype: torch.dtype
+) -> None:
+    weight, matrix = random_weight(kind, width, columns, group)
+    assert_close(kernels.dequantize(weight, dtype), matrix)
+    x, bias = torch.randn(triton_quantized.MANY, columns).to(dtype), torch.randn(width).to(dtype)
+    expected = x.double() @ matrix.t() + bias.double()
+    assert_close(kernels.quantized_linear(x, weight, bias), expected)
 
 
 def test_every_byte_of_e4m3_means_what_torch_says() -> None:
