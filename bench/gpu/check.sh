@@ -105,6 +105,7 @@ decode() {
   [ $code -eq 0 ] || told "decode-$name" $code
 }
 decode dense --shape qwen3-8b --batches 1 64
+decode int8 --shape qwen3-8b --batches 1 64 --quantization int8
 decode experts --shape qwen3-30b-a3b --layers 12 --batches 1 64
 
 step nccl 60 "$python" -P bench/gpu/nccl_pair.py

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 
 from pdserve.bench.kernels import Clock, ceilings
+from pdserve.engine.build import QUANTIZATIONS, quantized
 from pdserve.engine.config import ModelConfig, model_config
 from pdserve.engine.graphs import DecodeGraphs, cuda_capture
-from pdserve.engine.models.checkpoint import EMBEDDING, weight_specs
+from pdserve.engine.models.checkpoint import EMBEDDING, quantized_layers, weight_specs
 from pdserve.engine.models.decoder import Batch, Decoder
 from pdserve.engine.pool import KVPool
-from pdserve.engine.weights import Weights
+from pdserve.engine.weights import Weights, assemble
 
 BLOCK = 16
 DTYPE = "bfloat16"
@@ -79,6 +80,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--repeat", type=int, default=30, help="timed steps (default 30)")
     parser.add_argument("--batch-invariant", action="store_true")
+    parser.add_argument("--quantization", choices=("none", *QUANTIZATIONS), default="none")
     parser.add_argument("--json", type=Path, help="write the results there, too")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -87,7 +89,7 @@ def main() -> None:
     raw = dict(SHAPES[args.shape])
     raw["num_hidden_layers"] = args.layers or raw["num_hidden_layers"]
     with torch.inference_mode():
-        rows = measure(model_config(raw), args)
+        rows = measure(quantized(model_config(raw), args.quantization), args)
     if args.json is not None:
         args.json.write_text(json.dumps(rows))
 
@@ -96,9 +98,7 @@ def measure(model: ModelConfig, args: argparse.Namespace) -> list[dict[str, Any]
     """One row per batch size; prints each."""
     device, width = args.device, -(-args.context // BLOCK)
     weights = random_weights(model, device)
-    decoder = Decoder(
-        model, Weights(weights, {}), args.context, device, invariant=args.batch_invariant
-    )
+    decoder = Decoder(model, weights, args.context, device, invariant=args.batch_invariant)
     pool = KVPool(
         model,
         num_blocks=max(args.batches) * width,
@@ -127,7 +127,8 @@ def measure(model: ModelConfig, args: argparse.Namespace) -> list[dict[str, Any]
             rows.append(
                 {
                     "name": f"decode step {args.shape} x {model.num_layers} layers, batch {size}"
-                    + (" invariant" if args.batch_invariant else ""),
+                    + (" invariant" if args.batch_invariant else "")
+                    + (f" {args.quantization}" if model.quantization is not None else ""),
                     "milliseconds": seconds * 1e3,
                     "weight_bytes": nbytes,
                     "copy_gb_s": copy,
@@ -153,15 +154,17 @@ def token_of(decoder: Decoder, graphs: DecodeGraphs, batch: Batch) -> torch.Tens
     return decoder.logits(graphs.forward(batch)).argmax(-1)
 
 
-def random_weights(model: ModelConfig, device: str) -> dict[str, torch.Tensor]:
+def random_weights(model: ModelConfig, device: str) -> Weights:
     torch.manual_seed(0)
-    shapes = {name: spec.shapes[0] for name, spec in weight_specs(model).items()}
-    return {
-        name: torch.ones(shape, dtype=torch.bfloat16, device=device)
-        if len(shape) == 1
-        else torch.randn(shape, dtype=torch.bfloat16, device=device).mul_(0.02)
-        for name, shape in shapes.items()
-    }
+    tensors = {}
+    for name, spec in weight_specs(model).items():
+        shape = spec.shapes[0]
+        tensors[name] = torch.ones(shape, dtype=torch.bfloat16, device=device)
+        if len(shape) > 1:
+            tensors[name].normal_().mul_(0.02)
+    if model.quantization is None:
+        return Weights(tensors, {})
+    return assemble(tensors, quantized_layers(model), model.quantization.scheme, device)
 
 
 def steps(size: int, context: int, width: int, device: str) -> Batch:
@@ -179,18 +182,19 @@ def steps(size: int, context: int, width: int, device: str) -> Batch:
     )
 
 
-def bytes_read(model: ModelConfig, weights: dict[str, torch.Tensor], size: int) -> float:
+def bytes_read(model: ModelConfig, weights: Weights, size: int) -> float:
     """Of the weights, in one step: all but the embedding, and of the experts the share that
     `size` tokens with independent choices go to."""
     share = 1.0
     if model.experts is not None:
         share = 1 - math.pow(1 - model.experts.active / model.experts.count, size)
     tied = model.tie_word_embeddings
-    return sum(
+    plain = sum(
         tensor.nbytes * (share if ".experts." in name else 1.0)
-        for name, tensor in weights.items()
+        for name, tensor in weights.tensors.items()
         if tied or name != EMBEDDING
     )
+    return plain + sum(weight.nbytes for weight in weights.quantized.values())
 
 
 if __name__ == "__main__":
