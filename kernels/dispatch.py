@@ -95,9 +95,12 @@ def settle(operation: str, word: str) -> bool:
     return True
 
 
-def records(device: str) -> bool:
-    """Whether a decode step on `device` can be recorded as a CUDA graph."""
-    return device == "cuda" and all(choices(device)[name] != "reference" for name in ASKING)
+def records(device: str, cache: torch.dtype) -> bool:
+    """Whether a decode step on `device`, with a KV cache of that type, can be recorded as a CUDA
+    graph."""
+    if device != "cuda" or torch.cuda.get_device_capability() < CAPABILITIES.get(cache, (0, 0)):
+        return False
+    return all(choices(device)[name] != "reference" for name in ASKING)
 
 
 def forget() -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from pdserve.kernels import dispatch
 from pdserve.kernels.attention import attention_decode, attention_prefill
 from pdserve.kernels.blocks import gather_blocks, scatter_blocks
 from pdserve.kernels.checks import FLOAT8
@@ -88,6 +89,8 @@ def _attention(cache: torch.Tensor, model: Model, sizes: Sizes) -> Iterator[Tria
     device = cache.device
     prompt = min(sizes.prompt, blocks * size)
     query = torch.randn(prompt, model.heads, dim, device=device).to(model.dtype)
+    if dispatch.implementation("attention_decode", query, cache) is None:
+        return  # a GPU that is too old for the cache's type
     wide, shape = attention_class(query, cache)
     table = torch.randperm(blocks, device=device)
     starts, length = (torch.tensor(n, device=device) for n in ([0, prompt], [prompt]))
@@ -114,6 +117,13 @@ def _copies(pool: torch.Tensor, sizes: Sizes) -> Iterator[Trial]:
     formats: tuple[str | None, ...] = (None, "int8")
     if pool.dtype == FLOAT8:
         pool, formats = pool.view(torch.uint8), (None,)
+    shape, device = (count, *pool.shape[1:]), pool.device
+    if pool.is_floating_point():
+        content = torch.randn(shape, device=device, dtype=pool.dtype)
+    else:
+        content = torch.randint(256, shape, device=device, dtype=pool.dtype)
+    pool.index_copy_(0, ids, content)
+    del content
     for wire in formats:
         buffer = gather_blocks(pool, ids, wire=wire)
 

@@ -112,9 +112,13 @@ def test_eight_bit_floats_need_a_newer_gpu(
     assert dispatch.implementation("attention_decode", *both) is None
     assert "attention_decode of float8_e4m3fn runs as its reference" in caplog.text
     assert dispatch.implementation("attention_decode", both[0]) is not None
+    assert dispatch.records("cuda", torch.bfloat16)
+    assert not dispatch.records("cuda", torch.float8_e4m3fn)
     gpu["capability"] = (8, 9)
     dispatch.forget()
     assert dispatch.implementation("attention_decode", *both) is not None
+    assert dispatch.records("cuda", torch.float8_e4m3fn)
+    assert not dispatch.records("cpu", torch.bfloat16)
 
 
 def test_what_a_measurement_settles_yields_to_the_override(
