@@ -99,10 +99,11 @@ def test_bits_do_not_depend_on_batch_and_chunks(
         stepper = Stepper(built, seed=budget)
 
 
-def test_it_holds_over_a_cache_of_float8(
-    make_model: MakeModel, build: Build, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("options", [{"kv_cache_dtype": "fp8"}, {"quantization": "int8"}], ids=str)
+def test_it_holds_over_a_cache_of_float8_and_with_quantised_weights(
+    options: dict[str, Any], make_model: MakeModel, build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    built = build(make_model("qwen3"), dtype="bfloat16", kv_cache_dtype="fp8", batch_invariant=True)
+    built = build(make_model("qwen3"), dtype="bfloat16", batch_invariant=True, **options)
     watched = Watched(built, monkeypatch)
     stepper = Stepper(built)
     one, other = (stepper.add(text(TOKENS, 1), prompt_logprobs=1) for _ in range(2))

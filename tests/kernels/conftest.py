@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+
+from pdserve.kernels import dispatch
 
 
 @pytest.fixture(autouse=True)
@@ -19,6 +22,31 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
             return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor.fill_(-1)
 
         monkeypatch.setattr(torch, name, poisoning)
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Everything by Triton, in its interpreter."""
+    triton = pytest.importorskip("triton")
+    if not triton.knobs.runtime.interpret:
+        pytest.skip("Triton was imported without TRITON_INTERPRET=1.")
+    monkeypatch.setenv(dispatch.ENVIRONMENT, "triton")
+    dispatch.forget()
+    yield
+    dispatch.forget()
+
+
+@pytest.fixture(params=["reference", "triton"])
+def implementation(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
+    """Each way that there is here; Triton in its interpreter."""
+    if request.param == "triton":
+        request.getfixturevalue("interpreted")
+    monkeypatch.setenv(dispatch.ENVIRONMENT, request.param)
+    dispatch.forget()
+    yield request.param
+    dispatch.forget()
 
 
 @pytest.fixture(autouse=True, scope="session")

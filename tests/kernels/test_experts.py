@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pdserve import kernels
-from pdserve.kernels import KernelError, dispatch, expert_weights, mixture, route
+from pdserve.kernels import KernelError, expert_weights, mixture, route
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 ACTIVATIONS = {
@@ -17,17 +17,7 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
 }
 
-
-@pytest.fixture(params=["reference", "triton"], autouse=True)
-def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    if request.param == "triton":
-        triton = pytest.importorskip("triton")
-        if not triton.knobs.runtime.interpret:
-            pytest.skip("Triton was imported without TRITON_INTERPRET=1.")
-    monkeypatch.setenv(dispatch.ENVIRONMENT, request.param)
-    dispatch.forget()
-    yield request.param
-    dispatch.forget()
+pytestmark = pytest.mark.usefixtures("implementation")
 
 
 @pytest.mark.parametrize("renormalise", [False, True])

@@ -11,7 +11,6 @@ from pdserve.kernels import (
     KernelError,
     attention_decode,
     attention_prefill,
-    dispatch,
     gather_blocks,
     rope,
     rope_and_store_kv,
@@ -22,19 +21,6 @@ from pdserve.kernels import (
 FLOAT8 = torch.float8_e4m3fn
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 SCALES = {"k_scale": 0.11, "v_scale": 0.037}
-
-
-@pytest.fixture(params=["reference", "triton"])
-def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Each way that there is here; Triton in its interpreter."""
-    if request.param == "triton":
-        triton = pytest.importorskip("triton")
-        if not triton.knobs.runtime.interpret:
-            pytest.skip("Triton was imported without TRITON_INTERPRET=1.")
-    monkeypatch.setenv(dispatch.ENVIRONMENT, request.param)
-    dispatch.forget()
-    yield request.param
-    dispatch.forget()
 
 
 def dtypes(implementation: str) -> list[torch.dtype]:

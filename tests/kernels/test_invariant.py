@@ -19,9 +19,7 @@ floats = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The C kernels where they serve, torch alone, and Triton in its interpreter."""
     if request.param == "triton":
-        triton = pytest.importorskip("triton")
-        if not triton.knobs.runtime.interpret:
-            pytest.skip("Triton was imported without TRITON_INTERPRET=1.")
+        request.getfixturevalue("interpreted")
         if request.getfixturevalue("dtype") == torch.bfloat16:
             pytest.skip("the interpreter computes bfloat16 products wrongly")
     if request.param == "c":

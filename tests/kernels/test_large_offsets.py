@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from pdserve import kernels
-from pdserve.kernels import dispatch
 
 BLOCK = (2, 2, 16, 2, 64)
 """Layers, K and V, tokens, heads, head size: 8,192 elements."""
@@ -19,17 +18,7 @@ FAR = 2**31 // 8192 + 7
 """The number of a block whose elements lie beyond 2³¹."""
 NEAR = 3
 
-
-@pytest.fixture(params=["reference", "triton"], autouse=True)
-def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    if request.param == "triton":
-        triton = pytest.importorskip("triton")
-        if not triton.knobs.runtime.interpret:
-            pytest.skip("Triton was imported without TRITON_INTERPRET=1.")
-    monkeypatch.setenv(dispatch.ENVIRONMENT, request.param)
-    dispatch.forget()
-    yield request.param
-    dispatch.forget()
+pytestmark = pytest.mark.usefixtures("implementation")
 
 
 def virtual(*shape: int, dtype: torch.dtype) -> torch.Tensor:

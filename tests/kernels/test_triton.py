@@ -20,16 +20,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 halves = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 floats = pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp16", "bf16"])
 
-
-@pytest.fixture(autouse=True)
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Everything by Triton, in the interpreter."""
-    if not triton.knobs.runtime.interpret:
-        pytest.skip("Triton was imported without TRITON_INTERPRET=1.")
-    monkeypatch.setenv(dispatch.ENVIRONMENT, "triton")
-    dispatch.forget()
-    yield
-    dispatch.forget()
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 
 def reference(monkeypatch: pytest.MonkeyPatch, operation: str) -> None:

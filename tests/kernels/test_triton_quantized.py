@@ -10,7 +10,6 @@ import torch
 from quantised_weights import random_nibbles, random_weight
 
 from pdserve import kernels
-from pdserve.kernels import dispatch
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -21,16 +20,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
 halves = pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp16"])
 KINDS = ["int8", "fp8", "awq", "gptq", "gptq_v2"]
 
-
-@pytest.fixture(autouse=True)
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Everything by Triton, in the interpreter."""
-    if not triton.knobs.runtime.interpret:
-        pytest.skip("Triton was imported without TRITON_INTERPRET=1.")
-    monkeypatch.setenv(dispatch.ENVIRONMENT, "triton")
-    dispatch.forget()
-    yield
-    dispatch.forget()
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:

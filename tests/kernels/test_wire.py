@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -13,19 +12,6 @@ from pdserve.kernels import KernelError, dispatch, gather_blocks, scatter_blocks
 FORMATS = pytest.mark.parametrize("form", ["int8", "fp8"])
 POOLS = [torch.float32, torch.bfloat16, torch.float16]
 ROUNDING = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
-
-
-@pytest.fixture(params=["reference", "triton"])
-def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Each way that packs and unpacks here; Triton in its interpreter."""
-    if request.param == "triton":
-        triton = pytest.importorskip("triton")
-        if not triton.knobs.runtime.interpret:
-            pytest.skip("Triton was imported without TRITON_INTERPRET=1.")
-    monkeypatch.setenv(dispatch.ENVIRONMENT, request.param)
-    dispatch.forget()
-    yield request.param
-    dispatch.forget()
 
 
 def values(*shape: int) -> torch.Tensor:
