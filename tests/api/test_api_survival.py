@@ -69,6 +69,30 @@ def test_an_answer_waits_for_a_worker_that_is_loading(start: Start) -> None:
     assert (asking.text, asking.last) == (TEXT, "data: [DONE]")
 
 
+def test_a_lost_connection_is_noticed_at_once_and_not_after_the_lease(start: Start) -> None:
+    harness = start()
+    workers = [harness.add(Role.COLOCATED) for _ in range(2)]
+    harness.until_connected()
+    for worker in workers:
+        worker.pause_at = 3
+    asking = Asking(harness)
+    harness.wait(lambda: any(not worker.go.is_set() for worker in workers))
+    dying, other = sorted(workers, key=lambda worker: worker.go.is_set())
+    other.pause_at = None
+
+    async def die() -> list[str]:
+        """Who is in the cluster once the other one has the request."""
+        await dying.die()
+        await dying.membership.publish(dying._record(), 60.0)  # its lease has hardly begun
+        await other.until(lambda: len(other.submits) == 1)
+        return [record.worker_id for record in await other.membership.workers()]
+
+    assert dying.worker_id in harness.run(die())
+    asking.join(20)
+    assert asking.text == TEXT
+    harness.run(other.membership.remove(dying.worker_id, dying.epoch))
+
+
 def test_a_worker_with_faults_of_its_own_is_left_alone_for_a_while(start: Start) -> None:
     harness = start(routing_policy="round-robin")
     workers = [harness.add(Role.COLOCATED) for _ in range(2)]

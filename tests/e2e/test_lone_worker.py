@@ -21,7 +21,7 @@ from pdserve.cluster.membership import Membership
 from pdserve.cluster.records import WorkerRecord, WorkerState
 from pdserve.protocol.blocks import pack_tokens
 from pdserve.protocol.errors import ErrorCode
-from pdserve.protocol.messages import StepFrame, Submit, ToRouter
+from pdserve.protocol.messages import Abort, Alive, StepFrame, Submit, ToRouter
 from pdserve.protocol.sampling import SamplingParams
 from pdserve.worker.presence import LEASE_S
 
@@ -62,8 +62,28 @@ async def ready(membership: Membership, after: int = 0) -> WorkerRecord:
             await asyncio.sleep(0.02)
 
 
-async def channel_to(record: WorkerRecord) -> Channel:
-    return await connect(record.host, record.port, secret=SECRET, name="r", receives=ToRouter)
+class Router:
+    """A channel that says, as a router's does, that its owner lives."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+        self._beating = asyncio.create_task(self._beat())
+
+    async def _beat(self) -> None:
+        with contextlib.suppress(ConnectionError):
+            while True:
+                self.channel.send(Alive(epoch=self.channel.epoch))
+                await asyncio.sleep(0.5)
+
+    async def close(self) -> None:
+        self._beating.cancel()
+        await self.channel.close()
+
+
+async def router_of(record: WorkerRecord) -> Router:
+    return Router(
+        await connect(record.host, record.port, secret=SECRET, name="r", receives=ToRouter)
+    )
 
 
 def submit(name: str, epoch: int, max_tokens: int, hand_off: bool = False) -> Submit:
@@ -107,7 +127,8 @@ async def test_a_worker_that_was_frozen_begins_anew(tmp_path: Path) -> None:
     async with redis_for_tests() as redis, worker(redis, model) as process:
         membership = Membership(redis.url)
         before = await ready(membership)
-        channel = await channel_to(before)
+        router = await router_of(before)
+        channel = router.channel
         channel.send(submit("held", before.epoch, 20, hand_off=True))
         channel.send(submit("long", before.epoch, 900))
         await frames(channel, "held", "long")
@@ -126,17 +147,19 @@ async def test_a_worker_that_was_frozen_begins_anew(tmp_path: Path) -> None:
         async with asyncio.timeout(10):
             while not is_clean(metrics(after.host, after.http_port)):
                 await asyncio.sleep(0.05)
-        channel = await channel_to(after)
+        await router.close()
+        router = await router_of(after)
+        channel = router.channel
         assert channel.epoch == after.epoch
         channel.send(submit("stale", before.epoch, 5))
         [refused] = [o for f in await frames(channel, "stale") for o in f.outputs]
         assert refused.error is not None and refused.error.code is ErrorCode.STALE_EPOCH
         assert len(await answer(channel, submit("fresh", after.epoch, 30))) == 30
-        await channel.close()
+        await router.close()
         await membership.close()
 
 
-async def test_a_short_freeze_and_redis_away_change_nothing(tmp_path: Path) -> None:
+async def test_redis_away_changes_nothing_and_a_signal_drains(tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path / "nano", "llama", "nano")
     async with redis_for_tests() as redis, worker(redis, model) as process:
         membership = Membership(redis.url)
@@ -145,18 +168,29 @@ async def test_a_short_freeze_and_redis_away_change_nothing(tmp_path: Path) -> N
         await asyncio.sleep(LEASE_S + 1)
         await redis.start()
         assert (await ready(membership)).epoch == before.epoch
-        process.send_signal(signal.SIGSTOP)
-        process.send_signal(signal.SIGCONT)
 
-        # SIGTERM: what it has is finished, then it leaves.
-        channel = await channel_to(before)
+        # SIGTERM: what it has is finished, and what others must still fetch is waited for.
+        router = await router_of(before)
+        channel = router.channel
+        channel.send(submit("held", before.epoch, 20, hand_off=True))
+        await frames(channel, "held")
         waiting = asyncio.create_task(answer(channel, submit("long", before.epoch, 900)))
         async with asyncio.timeout(30):
             while not metrics(before.host, before.http_port)["running"]:
                 await asyncio.sleep(0)
         process.send_signal(signal.SIGTERM)
         assert len(await waiting) == 900
-        assert await process.wait() == 0
+        async with asyncio.timeout(10):
+            while not (
+                (record := (await membership.workers())[0]).state is WorkerState.DRAINING
+                and record.status is not None
+                and (record.status.running, record.status.tickets) == (0, 1)
+            ):
+                await asyncio.sleep(0.02)
+        assert process.returncode is None
+        channel.send(Abort(request_id="held", epoch=before.epoch))
+        async with asyncio.timeout(10):
+            assert await process.wait() == 0
         assert await membership.workers() == []
-        await channel.close()
+        await router.close()
         await membership.close()
