@@ -29,6 +29,7 @@ def as_chat(body: MessagesFields) -> ChatCompletionRequest:
         "messages": messages,
         "tools": [_tool(place, tool) for place, tool in enumerate(body.tools or ())] or None,
         "tool_choice": _tool_choice(body.tool_choice),
+        "parallel_tool_calls": _parallel(body.tool_choice),
         "chat_template_kwargs": body.chat_template_kwargs,
         "reasoning_effort": _effort(body),
         "response_format": _response_format(body),
@@ -44,6 +45,7 @@ def as_chat(body: MessagesFields) -> ChatCompletionRequest:
             "stop": body.stop_sequences,
             "stream": body.stream,
             "cache_salt": body.cache_salt,
+            "thinking_token_budget": _budget(body.thinking or {}),
         }
     return parse(ChatCompletionRequest, content)
 
@@ -186,6 +188,8 @@ def _tool(place: int, tool: Json) -> Json:
         "description": tool.get("description") or "",
         "parameters": {"type": "object", **schema},
     }
+    if tool.get("strict") is True:
+        function["strict"] = True
     return {"type": "function", "function": function}
 
 
@@ -202,6 +206,20 @@ def _tool_choice(choice: Json | None) -> str | Json | None:
             param="tool_choice.type",
         )
     return words[kind]
+
+
+def _budget(thinking: Json) -> Any:
+    return thinking.get("budget_tokens") if thinking.get("type") == "enabled" else None
+
+
+def _parallel(choice: Json | None) -> bool | None:
+    disabled = (choice or {}).get("disable_parallel_tool_use")
+    if disabled is not None and not isinstance(disabled, bool):
+        raise BadRequest(
+            f"tool_choice.disable_parallel_tool_use must be a boolean, got {disabled!r:.100}.",
+            param="tool_choice.disable_parallel_tool_use",
+        )
+    return None if disabled is None else not disabled
 
 
 def _check_thinking(body: MessagesFields) -> None:
@@ -222,11 +240,6 @@ def _check_thinking(body: MessagesFields) -> None:
             f"max_tokens={body.max_tokens}, got {budget!r:.100}.",
             param="thinking.budget_tokens",
         )
-    raise BadRequest(
-        "thinking of type enabled cannot be used: no reasoning parser is configured; leave it "
-        "out, or send adaptive or disabled.",
-        param="thinking",
-    )
 
 
 def _effort(body: MessagesFields) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from anthropic import Anthropic
 from openai import BadRequestError, OpenAI
 from router_harness import RouterHarness
 
@@ -319,3 +320,68 @@ def test_harmony_marks_are_special_tokens(
         message, streamed = whole(client)["message"], joined(client)
     assert (message["reasoning"], message["content"]) == ("Hm", "Yes")
     assert (streamed["reasoning"], streamed["content"]) == ("Hm", "Yes")
+
+
+# The same in Anthropic's words
+
+ANTHROPIC_TOOLS: Any = [
+    {"name": "get_weather", "input_schema": WEATHER},
+    {"name": "now", "input_schema": {"type": "object"}},
+]
+
+
+def test_anthropic_calls(router: RouterHarness, say: Callable[[str], OpenAI]) -> None:
+    say(f"Let me see. {CALL}\n{NOW}").close()
+    body: Any = {"model": "demo", "max_tokens": 200, "messages": MESSAGES, "tools": ANTHROPIC_TOOLS}
+    with Anthropic(base_url=router.url, api_key="none", max_retries=0) as client:
+        message = client.messages.create(**body)
+        assert message.stop_reason == "tool_use"
+        text, weather, now = message.content
+        assert text.type == "text" and text.text == "Let me see. "
+        assert weather.type == now.type == "tool_use" and weather.id != now.id
+        assert weather.input == {"city": 'Paris "é"', "days": 2} and now.input == {}
+        with client.messages.stream(**body) as stream:
+            final = stream.get_final_message()
+        assert final.stop_reason == "tool_use"
+        listed = [block.model_dump(exclude={"id"}) for block in final.content]
+        assert listed == [block.model_dump(exclude={"id"}) for block in message.content]
+        single = {"type": "auto", "disable_parallel_tool_use": True}
+        assert len(client.messages.create(**body, tool_choice=single).content) == 2
+        grammars(router)
+        client.messages.create(**body, tool_choice={"type": "tool", "name": "now"})
+        assert "now" in grammars(router)[0]
+
+
+def test_anthropic_thoughts(start: Callable[..., RouterHarness], thinker: Path) -> None:
+    router = start(model=str(thinker), reasoning_parser="qwen3")
+    worker = router.add(
+        Role.COLOCATED, router.answer("<think>\nHm.\n</think>\n\nYes."), vocab_size=2054
+    )
+    router.until_connected()
+    body: Any = {"model": "demo", "max_tokens": 2000, "messages": MESSAGES,
+                 "thinking": {"type": "enabled", "budget_tokens": 1024}}  # fmt: skip
+    with Anthropic(base_url=router.url, api_key="none", max_retries=0) as client:
+        message = client.messages.create(**body)
+        constraint = worker.submits[-1].sampling.constraint
+        assert constraint is not None and constraint.budget == 1024
+        thought, text = message.content
+        assert thought.type == "thinking" and thought.thinking == "Hm."
+        assert len(thought.signature) == 32
+        assert text.type == "text" and text.text == "Yes."
+        with client.messages.stream(**body) as stream:
+            final = [
+                b.model_dump(exclude={"parsed_output"}) for b in stream.get_final_message().content
+            ]
+        assert final == [block.model_dump() for block in message.content]
+        plain = client.messages.create(**body | {"thinking": {"type": "disabled"}})
+        assert [block.type for block in plain.content] == ["text"]
+
+
+def test_anthropic_formats(router: RouterHarness) -> None:
+    grammars(router)
+    form = {"type": "json_schema", "schema": WEATHER}
+    body: Any = {"model": "demo", "max_tokens": 20, "messages": MESSAGES}
+    body["output_config"] = {"format": form}
+    with Anthropic(base_url=router.url, api_key="none", max_retries=0) as client:
+        client.messages.create(**body)
+    assert '"days"' in grammars(router)[0]
