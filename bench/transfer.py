@@ -2,12 +2,14 @@
 
     python -P -m pdserve.bench.transfer [--block-kib 64] [--seconds 1.0] [--max-mib 1024]
 
-The source runs in a process of its own. Per transport, size and number of hand-overs at once: `p50`
-and `best` are the times from "tickets received" to "blocks usable", GB/s is of the best one, the
-next columns are the limit and the share of it reached: a memcpy of as many bytes for shared memory,
-a bare socket loop for TCP. Every round, of the limits too, works on another part of the pools, so
-that nobody's bytes are in a cache already. `s/GiB` is CPU time of both processes, checksums
-included.
+The source runs in a process of its own. Per transport, size and number of hand-overs at once, the
+limit (a memcpy of as many bytes for shared memory, a bare socket loop for TCP) and the hand-over
+are measured in turn, round after round: `p50` is the median time from "tickets received" to "blocks
+usable", GB/s and limit are of the medians, and `share` is the median of limit / hand-over of each
+round, so that what else the machine does meanwhile hits both. Every round works on another part of
+the pools, so that nobody's bytes are in a cache already. `s/GiB` is CPU time of both processes for
+hand-overs, checksums included. `first` is the time of the very first one, which also maps the
+source's pool and touches its pages.
 
 A ticket rests for a while before it is fetched, as it does while a router passes it on; the source
 computes the checksums meanwhile. With --hurry it is fetched at once.
@@ -25,6 +27,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 import msgspec
@@ -48,6 +51,7 @@ FINGERPRINT = LayoutFingerprint(
 
 
 STOP = b"stop"
+MOST_ROUNDS = 400
 
 
 class Order(msgspec.Struct, array_like=True):
@@ -133,14 +137,31 @@ class Parts:
         return start
 
 
-def _times(seconds: float, once: Callable[[], float]) -> list[float]:
-    """Seconds that `once` took, over and over for at least `seconds`, after two to warm up."""
-    once(), once()
+@dataclass(frozen=True, slots=True)
+class Rounds:
+    """Seconds of both sides of each round."""
+
+    limits: list[float]
+    taken: list[float]
+
+    @property
+    def share(self) -> float:
+        return statistics.median(
+            limit / taken for limit, taken in zip(self.limits, self.taken, strict=True)
+        )
+
+
+def _alternate(seconds: float, limit: Callable[[], float], once: Callable[[], float]) -> Rounds:
+    """Both in turn for at least `seconds` and MOST_ROUNDS at most, after two rounds to warm up."""
+    limit(), once(), limit(), once()
+    rounds = Rounds([], [])
     until = time.perf_counter() + seconds
-    taken = [once() for _ in range(3)]
-    while time.perf_counter() < until:
-        taken.append(once())
-    return taken
+    while len(rounds.taken) < 3 or (
+        time.perf_counter() < until and len(rounds.taken) < MOST_ROUNDS
+    ):
+        rounds.limits.append(limit())
+        rounds.taken.append(once())
+    return rounds
 
 
 class Bench:
@@ -157,14 +178,12 @@ class Bench:
         self._theirs[:] = 7
         self._child_cpu = 0.0
 
-    def limit(self, transport: str, nbytes: int, bare: socket.socket) -> float:
-        """Seconds at best for the bytes alone."""
+    def limit(self, transport: str, nbytes: int, bare: socket.socket) -> Callable[[], float]:
+        """What measures the seconds that the bytes alone take, once."""
         parts = Parts(len(self._mine), nbytes)
-        return min(
-            _times(self._seconds / 2, lambda: self._memcpy(parts(), nbytes))
-            if transport == "shm"
-            else _times(self._seconds / 2, lambda: self._bare(bare, parts(), nbytes))
-        )
+        if transport == "shm":
+            return lambda: self._memcpy(parts(), nbytes)
+        return lambda: self._bare(bare, parts(), nbytes)
 
     def _memcpy(self, first: int, nbytes: int) -> float:
         start = time.perf_counter()
@@ -209,24 +228,28 @@ class Bench:
         sink: TransferSink,
         count: int,
         at_once: int,
-        limit: float,
+        limit: Callable[[], float],
     ) -> str:
         nbytes = count * at_once * self.block_nbytes
         parts = Parts(self.num_blocks, count * at_once)
+        spent = 0.0
 
         def once() -> float:
-            return self.hand_over(orders, sink, parts(), count, at_once)
+            nonlocal spent
+            before = time.process_time() + self._child_cpu
+            taken = self.hand_over(orders, sink, parts(), count, at_once)
+            self._offered(orders, 0, count, 0)  # for the child's CPU time
+            spent += time.process_time() + self._child_cpu - before
+            return taken
 
         self._offered(orders, 0, count, 0)
-        before = time.process_time() + self._child_cpu
-        taken = _times(self._seconds, once)
-        self._offered(orders, 0, count, 0)
-        cpu = (time.process_time() + self._child_cpu - before) / (len(taken) + 2)
-        best, middle = min(taken), statistics.median(taken)
+        rounds = _alternate(self._seconds, limit, once)
+        middle, best = statistics.median(rounds.taken), statistics.median(rounds.limits)
+        cpu = spent / (len(rounds.taken) + 2)
         return (
             f"{name:10}{count * self.block_nbytes / 2**20:9.2f}{at_once:8}{middle * 1e3:10.3f}"
-            f"{best * 1e3:10.3f}{nbytes / best / 1e9:8.2f}{nbytes / limit / 1e9:8.2f}"
-            f"{limit / best:8.0%}{cpu * 2**30 / nbytes:8.3f}"
+            f"{nbytes / middle / 1e9:8.2f}{nbytes / best / 1e9:8.2f}"
+            f"{rounds.share:8.0%}{cpu * 2**30 / nbytes:8.3f}"
         )
 
     def close(self) -> None:
@@ -251,7 +274,7 @@ def main() -> None:
     bench = Bench(num_blocks, block_nbytes, options.seconds, options.hurry)
     print(f"Blocks of {options.block_kib} KiB, source in its own process.")
     heads = (
-        ("MiB", 9), ("at once", 8), ("p50 ms", 10), ("best ms", 10), ("GB/s", 8), ("limit", 8),
+        ("MiB", 9), ("at once", 8), ("p50 ms", 10), ("GB/s", 8), ("limit", 8),
         ("share", 8), ("s/GiB", 8),
     )  # fmt: skip
     print("transport " + "".join(f"{text:>{width}}" for text, width in heads))
@@ -263,6 +286,8 @@ def main() -> None:
             with TransferSink(
                 bench.memory, FINGERPRINT, name="sink", secret=secret, transport=name
             ) as sink:
+                first = bench.hand_over(orders, sink, 0, num_blocks, 1)
+                print(f"{name:10}{num_blocks * block_nbytes / 2**20:9.2f}   first: {first:.3f} s")
                 for count, many in plans:
                     limit = bench.limit(name, count * many * block_nbytes, bare)
                     print(bench.row(name, orders, sink, count, many, limit), flush=True)
