@@ -125,9 +125,10 @@ class Attempts:
         """Raises what a wrong or refusing answer means."""
         ticket, nbytes = job.ticket, self.nbytes(job)
         if isinstance(header, Refused):
+            reason = header.reason or "The source refused and did not say why."
             if header.retry_other_transport:
-                raise TransportUnfit(header.reason)
-            raise Ended(header.reason)
+                raise TransportUnfit(reason)
+            raise Ended(reason)
         if not isinstance(header, FetchHeader):
             raise ProtocolError("The source answered a fetch with another message.")
         if (header.ticket_id, header.epoch) != (ticket.ticket_id, ticket.epoch):

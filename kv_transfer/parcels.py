@@ -32,6 +32,10 @@ from pdserve.protocol.transfer import Parcels
 
 CONVERTIBLE = ("float32", "bfloat16", "float16")
 WIRES = ("int8", "fp8")
+MOST_TOKENS = 1024
+"""Of a parcel: what a reader asks for must not exhaust the source's memory."""
+MOST_BYTES = 128 * 2**20
+"""Of the parcels of one `Fetch`, if they are several; twice what an honest reader asks for."""
 LONGEST = 256
 """Parcels gathered at once."""
 
@@ -91,21 +95,24 @@ def agree(
     )
 
 
-def objection(mine: LayoutFingerprint, parcels: Parcels) -> str:
-    """Why a source with the layout `mine` cannot make such parcels; "" if it can."""
+def objection(mine: LayoutFingerprint, parcels: Parcels, count: int = 1) -> str:
+    """Why a source with the layout `mine` cannot make so many such parcels; "" if it can."""
     held = heads_of(mine)
     first, end = parcels.first_head, parcels.first_head + parcels.num_heads
     if parcels.wire not in ("", *WIRES):
         return f"KV blocks travel as stored or as {' or '.join(WIRES)}, not as {parcels.wire!r}."
     if parcels.wire and mine.dtype not in CONVERTIBLE:
         return f"KV blocks in {mine.dtype} cannot travel as {parcels.wire}."
-    if not 1 <= parcels.block_size <= 2**16:
-        return f"A parcel holds 1 to {2**16} tokens, not {parcels.block_size}."
+    if not 1 <= parcels.block_size <= MOST_TOKENS:
+        return f"A parcel holds 1 to {MOST_TOKENS} tokens, not {parcels.block_size}."
     if parcels.num_heads < 1 or first < held.start or end > held.stop:
         return (
             f"KV heads {first} to {end - 1} were asked for; this rank holds {held.start} to "
             f"{held.stop - 1}."
         )
+    nbytes = count * Packing(mine, parcels).nbytes(mine.dtype)
+    if count > 1 and nbytes > MOST_BYTES:
+        return f"Parcels of {nbytes} bytes were asked for at once; {MOST_BYTES} are allowed."
     return ""
 
 

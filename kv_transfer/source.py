@@ -335,7 +335,7 @@ class TransferSource:
             self._refuse(line, fetch, objection, retry_other_transport=True)
             return
         if fetch.parcels is not None:
-            objection = parcels_objection(self._fingerprint, fetch.parcels)
+            objection = parcels_objection(self._fingerprint, fetch.parcels, len(fetch.wanted))
         if objection:
             self._refuse(line, fetch, objection)
             return

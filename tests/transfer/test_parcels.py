@@ -15,7 +15,7 @@ from pdserve.kernels.wire import packed_nbytes
 from pdserve.kv_transfer.faults import Dice, Faults, faulty_sink, faulty_source
 from pdserve.kv_transfer.layout import LayoutError
 from pdserve.kv_transfer.memory import HostMemory
-from pdserve.kv_transfer.parcels import Packing, agree, heads_of, objection
+from pdserve.kv_transfer.parcels import MOST_BYTES, Packing, agree, heads_of, objection
 from pdserve.kv_transfer.sink import TransferSink
 from pdserve.kv_transfer.source import TransferSource
 from pdserve.kv_transfer.transports import SINK_HALVES, SOURCE_HALVES
@@ -243,8 +243,8 @@ def test_exactness_is_not_given_up_for_batch_invariant_workers() -> None:
     ("parcels", "says"),
     [
         ({"wire": "zip"}, "not as 'zip'"),
-        ({"block_size": 0}, "1 to 65536 tokens"),
-        ({"block_size": 2**40}, "1 to 65536 tokens"),
+        ({"block_size": 0}, "1 to 1024 tokens"),
+        ({"block_size": 2**40}, "1 to 1024 tokens"),
         ({"first_head": 2, "num_heads": 1}, "holds 0 to 1"),
         ({"first_head": -1, "num_heads": 2}, "holds 0 to 1"),
         ({"num_heads": 0}, "holds 0 to 1"),
@@ -254,3 +254,10 @@ def test_a_source_refuses_impossible_parcels(parcels: dict[str, Any], says: str)
     asked = msgspec.structs.replace(ANY, **parcels)
     assert says in objection(layout(tp_size=2), asked)
     assert objection(layout(tp_size=2), ANY) == ""
+
+
+def test_a_source_does_not_gather_more_than_it_can_hold() -> None:
+    big = msgspec.structs.replace(ANY, block_size=1024, num_heads=4)
+    each = Packing(layout(), big).nbytes("float32")
+    assert objection(layout(), big, MOST_BYTES // each) == ""
+    assert "are allowed" in objection(layout(), big, MOST_BYTES // each + 1)

@@ -6,12 +6,12 @@ import contextlib
 import logging
 import socket
 import struct
-import threading
 import time
 from collections.abc import Callable, Iterator
 
 import msgspec
 import pytest
+from fake_source import FakeSource
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transfer_rig import FINGERPRINT, PATIENCE_S, Rig, is_poison, poison, scramble
@@ -21,7 +21,6 @@ from pdserve.kv_transfer.line import (
     Address,
     Complaints,
     Line,
-    answer_handshake,
     connect,
 )
 from pdserve.kv_transfer.source import TransferSource
@@ -261,60 +260,6 @@ def test_complaints_are_rationed(caplog: pytest.LogCaptureFixture) -> None:
     time.sleep(0.11)
     complain("once more")
     assert "more since" in caplog.records[-1].getMessage()
-
-
-# A source that does not keep to the protocol.
-
-
-class FakeSource:
-    """Shakes hands correctly, then answers every fetch with what the test wants."""
-
-    def __init__(self, answer: Callable[[Line, Fetch], None]) -> None:
-        self._answer = answer
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
-        self._lines: list[Line] = []
-        self._serving: list[threading.Thread] = []
-        self._thread = threading.Thread(target=self._accept)
-        self._thread.start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                sock, _ = self._listener.accept()
-            except OSError:
-                return
-            line = Line(sock)
-            self._lines.append(line)
-            thread = threading.Thread(target=self._serve, args=(line,))
-            thread.start()
-            self._serving.append(thread)
-
-    def _serve(self, line: Line) -> None:
-        try:
-            answer_handshake(line, secret="a secret", worker_id="prefill-0", epoch=7)
-            while True:
-                message = line.receive(TO_SOURCE, soon())
-                if isinstance(message, Fetch):
-                    self._answer(line, message)
-                else:
-                    released = Released(ticket_id=message.ticket_id, valid=True)  # type: ignore[attr-defined]
-                    line.send(released, soon())
-        except OSError:
-            pass
-        finally:
-            line.interrupt()
-
-    def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._thread.join(PATIENCE_S)
-        self._listener.close()
-        for line in self._lines:
-            line.interrupt()
-        for thread in self._serving:
-            thread.join(PATIENCE_S)
-        for line in self._lines:
-            line.close()
 
 
 @pytest.fixture
