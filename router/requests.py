@@ -16,10 +16,10 @@ import msgspec
 
 from pdserve.protocol.sampling import SamplingParams
 from pdserve.router import chat
+from pdserve.router.answer import AnswerSpec
 from pdserve.router.answer_form import AnswerForm, AnswerForms
 from pdserve.router.chat import ChatTemplate
 from pdserve.router.conversation import check_messages, flat_text
-from pdserve.router.dispatch import AnswerSpec
 from pdserve.router.errors import BadRequest
 from pdserve.router.fields import refuse
 from pdserve.router.grammar_check import GrammarCheck

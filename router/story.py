@@ -10,7 +10,7 @@ import msgspec
 
 from pdserve.cluster.journal import MAX_BYTES, AnswerStory, Chosen, Considered, LegStory, Record
 from pdserve.router.chooser import Verdict
-from pdserve.router.dispatch import AnswerLeg
+from pdserve.router.leg import AnswerLeg
 from pdserve.router.placement import Candidate, rank
 
 MAX_CANDIDATES = 16

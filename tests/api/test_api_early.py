@@ -175,3 +175,30 @@ def test_a_decode_worker_that_refuses_is_not_asked_early_again(early: Early) -> 
         prefill.go.set()
     assert says(found) == TEXT
     harness.until_idle()
+
+
+def test_a_choice_that_comes_after_the_token_is_not_carried_out(
+    early: Early, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness, prefill, decodes = early(2)
+    chooser = harness.router.dispatcher.chooser
+    pick, late = chooser.pick, []
+
+    def pick_late(candidates: Any, need: Any, done: Any) -> None:
+        if need.fetches and not late:
+            late.append(lambda: pick(candidates, need, done))
+        else:
+            pick(candidates, need, done)
+
+    monkeypatch.setattr(chooser, "pick", pick_late)
+    with asking(harness, BODY) as found:
+        harness.wait(lambda: bool(late), "for the early choice")
+        prefill.go.set()
+    assert says(found) == TEXT
+
+    async def choose() -> None:
+        late[0]()
+
+    harness.run(choose())
+    harness.until_idle()
+    assert sum(len(worker.submits) for worker in decodes) == 1

@@ -1,0 +1,94 @@
+"""A hand-over that begins before its prompt is complete.
+
+    placing ──submitted──► leg ──first token, same ticket──► resumed: it is the answer's running leg
+       ▲                   │ │
+       └──its worker fails─┘ └── first token, another ticket ──► awaited, then handed over anew
+
+Whatever goes wrong here costs nothing but the head start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from pdserve.protocol.errors import RequestError
+from pdserve.protocol.ticket import KVTicket
+from pdserve.router.chooser import Verdict
+from pdserve.router.leg import AnswerLeg
+from pdserve.router.placement import Candidate
+
+MAX_TRIES = 4
+"""Workers that are asked to fetch one prompt early."""
+
+Done = Callable[[Verdict], None]
+
+
+class Early:
+    """At most one leg at a time, which awaits its first token. Event loop only."""
+
+    def __init__(
+        self,
+        ticket: KVTicket,
+        *,
+        readers: Callable[[], Sequence[Candidate]],
+        choose: Callable[[Sequence[Candidate], Done], None],
+        submit: Callable[[Verdict, KVTicket], AnswerLeg | None],
+    ) -> None:
+        """`readers()`: who may fetch; `choose(readers, done)`: one of them, now or later;
+        `submit(verdict, ticket)`: the leg, or None if its worker has just left."""
+        self._ticket = ticket
+        self._readers, self._choose, self._submit = readers, choose, submit
+        self._tries = 0
+        self._over = False
+        self._successor: KVTicket | None = None
+        self.leg: AnswerLeg | None = None
+        """None: it is being placed, or has ended badly."""
+
+    def place(self) -> None:
+        """Choose who shall fetch; maybe nobody."""
+        readers = self._readers()
+        if readers and self._tries < MAX_TRIES:
+            self._tries += 1
+            self._choose(readers, self._send)
+
+    def _send(self, verdict: Verdict) -> None:
+        """Carry a choice out, unless the first token was quicker."""
+        if not self._over:
+            self.leg = self._submit(verdict, self._ticket)
+            if self.leg is None:
+                self.place()
+
+    def fetches(self, ticket: KVTicket) -> bool:
+        """The prompt is complete and this is its ticket: whether the leg is fetching with it. If
+        not, the growing one has ended, and `ended` will return this one: the leg has the id that
+        the next one must have."""
+        if ticket.ticket_id == self._ticket.ticket_id:
+            return True
+        self._successor = ticket
+        return False
+
+    def resume(self, tokens: Sequence[int]) -> AnswerLeg | None:
+        """Send the leg its first tokens; it is the caller's now. None if its worker has gone."""
+        leg, self.leg, self._over = self.leg, None, True
+        assert leg is not None
+        try:
+            leg.link.resume(leg.request_id, list(tokens))
+        except RequestError:
+            return None
+        return leg
+
+    def ended(self, elsewhere: bool) -> KVTicket | None:
+        """The leg has failed. The ticket with which to hand over now, if that has come; otherwise,
+        if that may help, somebody else fetches."""
+        self.leg = None
+        if self._successor is not None:
+            self._over = True
+        elif elsewhere:
+            self.place()
+        return self._successor
+
+    def drop(self) -> None:
+        """Nobody needs it any more. Idempotent."""
+        leg, self.leg, self._over = self.leg, None, True
+        if leg is not None:
+            leg.link.abort(leg.request_id)
