@@ -65,6 +65,8 @@ def build_runner(
     if config.threads:
         torch.set_num_threads(config.threads)
     decoder, digest = _load(folder, model, config, progress)
+    if config.device == "cuda":
+        torch.cuda.empty_cache()  # weights that were joined have left holes, which the pool needs
     pool = KVPool(
         model,
         num_blocks=config.num_blocks,

@@ -17,6 +17,7 @@ import torch.nn.functional as functional
 from pdserve import kernels
 from pdserve.engine.config import ExpertsConfig, ModelConfig
 from pdserve.engine.models.checkpoint import EMBEDDING, NAMES, OUTPUT
+from pdserve.engine.models.linear import Joined, Linear
 from pdserve.engine.weights import Weights
 
 Angles = tuple[torch.Tensor, torch.Tensor]
@@ -42,43 +43,18 @@ class Batch:
     num_decodes: int
 
 
-class Linear:
-    """y = x Wᵀ + b for x [T, columns], W [rows, columns].
-
-    invariant, here and below: a row has the same bits in any batch and any chunk."""
-
-    def __init__(self, weights: Weights, name: str, invariant: bool) -> None:
-        self.weight = weights.matrix(name)
-        self.bias = weights.get(name + ".bias")
-        self.invariant = invariant
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.weight
-        if isinstance(weight, kernels.QuantizedWeight):
-            return kernels.quantized_linear(x, weight, self.bias, invariant=self.invariant)
-        return kernels.linear(x, weight, self.bias, invariant=self.invariant)
-
-    @property
-    def tensors(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """Weight and bias; None where the weight is quantised."""
-        weight = self.weight
-        return None if isinstance(weight, kernels.QuantizedWeight) else (weight, self.bias)
-
-
 class Attention:
     """Grouped-query self-attention of one layer over its paged cache.
 
-    q, k and v are three products, not one of a fused matrix (nor are gate and up): a fused copy
-    would take two thirds of the weights out of the pages that the workers of a host share, to save
-    50 µs of the 1 ms of a layer (8 rows, bfloat16, hidden size 512; nothing at 256 rows).
-    """
+    invariant, here and below: a row has the same bits in any batch and any chunk."""
 
     def __init__(self, config: ModelConfig, weights: Weights, layer: int, invariant: bool) -> None:
         prefix = f"model.layers.{layer}.self_attn."
-        self.query = Linear(weights, prefix + "q_proj", invariant)
-        self.key = Linear(weights, prefix + "k_proj", invariant)
-        self.value = Linear(weights, prefix + "v_proj", invariant)
-        self.output = Linear(weights, prefix + "o_proj", invariant)
+        self.query = Linear.of(weights, prefix + "q_proj", invariant)
+        self.key = Linear.of(weights, prefix + "k_proj", invariant)
+        self.value = Linear.of(weights, prefix + "v_proj", invariant)
+        self.projections = Joined((self.query, self.key, self.value))
+        self.output = Linear.of(weights, prefix + "o_proj", invariant)
         self.invariant = invariant
         self.norms: tuple[torch.Tensor, torch.Tensor] | None = None
         if config.qk_norm:
@@ -95,9 +71,7 @@ class Attention:
         self, x: torch.Tensor, angles: Angles, cache: torch.Tensor, batch: Batch
     ) -> torch.Tensor:
         """x: [T, E]; cache: the layer's. Returns [T, E]."""
-        query = self.query(x).unflatten(-1, (-1, self.dim))
-        key = self.key(x).unflatten(-1, (-1, self.dim))
-        value = self.value(x).unflatten(-1, (-1, self.dim))
+        query, key, value = (part.unflatten(-1, (-1, self.dim)) for part in self.projections(x))
         query = kernels.rope_and_store_kv(
             query,
             key,
@@ -152,13 +126,14 @@ class FeedForward:
 
     def __init__(self, config: ModelConfig, weights: Weights, layer: int, invariant: bool) -> None:
         prefix = f"model.layers.{layer}.mlp."
-        self.gate = Linear(weights, prefix + "gate_proj", invariant)
-        self.up = Linear(weights, prefix + "up_proj", invariant)
-        self.down = Linear(weights, prefix + "down_proj", invariant)
+        self.gate = Linear.of(weights, prefix + "gate_proj", invariant)
+        self.up = Linear.of(weights, prefix + "up_proj", invariant)
+        self.halves = Joined((self.gate, self.up))
+        self.down = Linear.of(weights, prefix + "down_proj", invariant)
         self.activate = partial(kernels.GATES[config.activation], invariant=invariant)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(self.activate(self.gate(x), self.up(x)))
+        return self.down(self.activate(*self.halves(x)))
 
 
 class Experts:
@@ -174,7 +149,7 @@ class Experts:
     ) -> None:
         block, names = NAMES[experts.naming]
         prefix = f"model.layers.{layer}.{block}."
-        self.router = Linear(weights, prefix + "gate", invariant)
+        self.router = Linear.of(weights, prefix + "gate", invariant)
         matrices = []
         for expert in range(experts.count):
             one = f"{prefix}experts.{expert}."
