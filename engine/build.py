@@ -232,7 +232,18 @@ def _load(
     if model.quantization is not None:
         scheme = model.quantization.scheme
         weights = loading.assemble(tensors, quantized_layers(model), scheme, config.device)
+        _compile(weights, dtype, config.batch_invariant)
     decoder = Decoder(
         model, weights, config.max_model_len, config.device, invariant=config.batch_invariant
     )
     return decoder, digest
+
+
+def _compile(weights: loading.Weights, dtype: torch.dtype, invariant: bool) -> None:
+    """The kernels of every shape of quantised layer."""
+    found = {}
+    for name, weight in weights.quantized.items():
+        bias = weights.get(name + ".bias")
+        found[weight.rows, weight.columns, bias is None] = weight, bias
+    for weight, bias in found.values():
+        kernels.compile_products(weight, dtype, bias, invariant=invariant)

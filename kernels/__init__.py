@@ -15,7 +15,7 @@ from pdserve.kernels.experts import ExpertWeights, expert_weights, mixture, rout
 from pdserve.kernels.linear import linear
 from pdserve.kernels.native import DecodeStep, LayerTensors
 from pdserve.kernels.norm import fused_add_rms_norm, rms_norm
-from pdserve.kernels.quantized import dequantize, quantized_linear
+from pdserve.kernels.quantized import compile_products, dequantize, quantized_linear
 from pdserve.kernels.quantized_weight import QuantizedWeight, quantize, sort_groups
 from pdserve.kernels.rope import rope
 from pdserve.kernels.sampling import (
@@ -42,6 +42,7 @@ __all__ = [
     "copy_blocks_summed",
     "sum_blocks",
     "attention_prefill",
+    "compile_products",
     "dequantize",
     "expert_weights",
     "fused_add_rms_norm",

@@ -8,6 +8,12 @@ from pdserve.kernels import checks, dispatch
 from pdserve.kernels.linear import linear
 from pdserve.kernels.quantized_weight import QuantizedWeight, stored_matrix
 
+FEW = 64
+"""Up to so many rows a kernel's tile is low, which reads the weight at full speed; above, it is
+high, which reads it fewer times."""
+MANY = 512
+"""From so many rows on, a dequantised copy costs less than unpacking the weight for every tile."""
+
 
 def quantized_linear(
     x: torch.Tensor,
@@ -22,9 +28,9 @@ def quantized_linear(
     dtype. Returns [T, N] in x's dtype; sums are float32, rounded once.
 
     invariant: a row of the result has the same bits in any batch. Without it Triton gives the same
-    bits in any batch of up to 64 rows: tiles, and the split of the sum over K, depend on the
-    weight's shape alone. More rows get other tiles, and many of them a dequantised copy of W and
-    torch's product. The reference multiplies by S, rounded to x's dtype, with what `linear`
+    bits in any batch of up to FEW rows: tiles, and the split of the sum over K, depend on the
+    weight's shape alone. More rows get other tiles, and MANY a dequantised copy of W and torch's
+    product. The reference multiplies by S, rounded to x's dtype, with what `linear`
     promises.
     """
     checks.shape("x", x, [None, weight.columns])
@@ -60,3 +66,20 @@ def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> t
     matrix = torch.empty_like(stored)
     matrix[:, weight.order] = stored
     return matrix
+
+
+def compile_products(
+    weight: QuantizedWeight,
+    dtype: torch.dtype,
+    bias: torch.Tensor | None = None,
+    *,
+    invariant: bool = False,
+) -> None:
+    """Run `quantized_linear` once for each number of rows that it treats differently, so that its
+    kernels are compiled when a model is loaded and not by a request. Nothing to do for the
+    reference."""
+    if dispatch.implementation("quantized_linear", weight.scales) is None:
+        return
+    for rows in (1, FEW + 1, MANY):
+        x = torch.zeros(rows, weight.columns, dtype=dtype, device=weight.values.device)
+        quantized_linear(x, weight, bias, invariant=invariant)

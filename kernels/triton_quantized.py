@@ -15,13 +15,9 @@ import torch.nn.functional as functional
 import triton
 import triton.language as tl
 
+from pdserve.kernels.quantized import FEW, MANY
 from pdserve.kernels.quantized_weight import QuantizedWeight
 
-FEW = 64
-"""Up to so many rows the tile is low, which reads the weight at full speed; above, it is high,
-which reads it fewer times."""
-MANY = 512
-"""From so many rows on, a dequantised copy costs less than unpacking the weight for every tile."""
 PROGRAMS = 264
 """Programs that a product of few rows should have: two for each multiprocessor of an H200. Fixed,
 because it decides how sums are split."""

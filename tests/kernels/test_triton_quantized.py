@@ -10,6 +10,8 @@ import torch
 from quantised_weights import random_nibbles, random_weight
 
 from pdserve import kernels
+from pdserve.kernels import dispatch
+from pdserve.kernels.quantized import FEW, MANY
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -78,7 +80,7 @@ def test_inputs_in_another_order(dtype: torch.dtype) -> None:
         zero_offset=1,
         order=order,
     )
-    for rows in (7, triton_quantized.MANY):
+    for rows in (7, MANY):
         x = torch.randn(rows, 144).to(dtype)
         assert_close(kernels.quantized_linear(x, weight), x.double() @ made.matrix.t())
     assert_close(kernels.dequantize(weight, dtype), made.matrix)
@@ -92,7 +94,7 @@ def test_the_matrix_is_the_one_that_was_packed(
 ) -> None:
     weight, matrix = random_weight(kind, width, columns, group)
     assert_close(kernels.dequantize(weight, dtype), matrix)
-    x, bias = torch.randn(triton_quantized.MANY, columns).to(dtype), torch.randn(width).to(dtype)
+    x, bias = torch.randn(MANY, columns).to(dtype), torch.randn(width).to(dtype)
     expected = x.double() @ matrix.t() + bias.double()
     assert_close(kernels.quantized_linear(x, weight, bias), expected)
 
@@ -159,3 +161,21 @@ def test_tiles_follow_from_the_weight_alone() -> None:
     assert tile_for(weight, torch.bfloat16, many=True).splits == 1
     narrow, _ = random_weight("awq", 64, 64, 16)
     assert tile_for(narrow, torch.float32, many=True).columns == 16
+
+
+def test_a_model_is_loaded_with_its_kernels_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, _ = random_weight("awq", 16, 32, 32)
+    ran = []
+
+    def noted(x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        ran.append((x.shape[0], options["invariant"]))
+        return x
+
+    monkeypatch.setattr(triton_quantized, "quantized_linear", noted)
+    dispatch.forget()
+    kernels.compile_products(weight, torch.float16)
+    assert ran == [(1, False), (FEW + 1, False), (MANY, False)]
+    monkeypatch.setenv(dispatch.ENVIRONMENT, "reference")
+    dispatch.forget()
+    kernels.compile_products(weight, torch.float16)
+    assert len(ran) == 3
