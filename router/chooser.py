@@ -79,7 +79,9 @@ class Chooser:
         self._policy = policy
         self._epoch_of = epoch_of
         self._rng = rng
-        self._turn = 0
+        self._turns = {False: 0, True: 0}
+        """Whose turn it is among those that compute, and among those that fetch: with one count
+        for both, every pair would take two turns, and half of the workers would never come."""
         self._waiting: list[_Waiting] = []
         self._asking: asyncio.Task[None] | None = None
         self._away_until = 0.0
@@ -92,8 +94,8 @@ class Chooser:
         if len(candidates) == 1:
             done(Verdict(candidates[0], "only one", need.tokens, candidates))
         elif self._policy is Policy.ROUND_ROBIN:
-            index = by_turn(candidates, need.tokens, self._turn)
-            self._turn += 1
+            index = by_turn(candidates, need.tokens, self._turns[need.fetches])
+            self._turns[need.fetches] += 1
             done(Verdict(candidates[index or 0], self._policy, need.tokens, candidates))
         elif self._policy is Policy.SESSION and need.session:
             index = by_session(candidates, need.tokens, need.session)

@@ -81,6 +81,15 @@ def test_round_robin(start: Start) -> None:
     assert counts(workers) == [2, 2, 2]
 
 
+def test_round_robin_over_pairs(start: Start) -> None:
+    harness = start(routing_policy="round-robin")
+    workers = [harness.add(role) for role in [Role.PREFILL] * 2 + [Role.DECODE] * 2]
+    harness.until_connected()
+    for _ in range(6):
+        ask(harness)
+    assert counts(workers) == [3, 3, 3, 3]
+
+
 @pytest.mark.parametrize("session", ["alice", "bob", "carol"])
 def test_a_session_stays_at_its_worker(start: Start, session: str) -> None:
     harness, workers = three(start, routing_policy="session")

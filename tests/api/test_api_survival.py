@@ -8,14 +8,17 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import fake_worker
 import httpx
 import msgspec
+import pytest
 from fake_worker import FakeWorker
 from router_harness import TEXT, RedisProcess, RouterHarness
 
 from pdserve.cluster.records import Role, WorkerState
 from pdserve.protocol.errors import ErrorCode, WorkerError
-from pdserve.protocol.messages import Output, StepFrame
+from pdserve.protocol.events import RECOMPUTED
+from pdserve.protocol.messages import LifeEvent, Output, StepFrame, Submit
 
 CHAT = "/v1/chat/completions"
 BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
@@ -117,6 +120,32 @@ def test_faults_of_clients_are_not_held_against_a_worker(start: Start) -> None:
     for _ in range(16):
         harness.client.post(CHAT, json=BODY)
     assert count(workers) == [8, 8]
+
+
+def test_a_pair_that_fails_is_parted_and_its_halves_go_on(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of one prefill worker never arrive, so its readers compute prompts again."""
+    harness = start(routing_policy="round-robin")
+    prefills = [harness.add(Role.PREFILL) for _ in range(2)]
+    decodes = [harness.add(Role.DECODE) for _ in range(2)]
+    harness.until_connected()
+    life, bad = fake_worker._life, prefills[0].worker_id
+
+    def recomputed(submit: Submit) -> tuple[LifeEvent, ...]:
+        lost = submit.ticket is not None and submit.ticket.source == bad
+        return (*life(submit), *([LifeEvent(RECOMPUTED, 0.01)] if lost else []))
+
+    monkeypatch.setattr(fake_worker, "_life", recomputed)
+    pairs = harness.router.dispatcher.pairs
+    readers = {worker.worker_id for worker in decodes}
+    deadline = time.monotonic() + 10
+    while pairs.shunned(bad) != readers:
+        assert time.monotonic() < deadline
+        assert harness.client.post(CHAT, json=BODY).status_code == 200
+    assert pairs.shunned(prefills[1].worker_id) == set()
+    assert not any(load.shunned for load in harness.router.pool.snapshot())
+    assert harness.client.post(CHAT, json=BODY).status_code == 200, "there is nobody else"
 
 
 def test_frames_of_another_epoch_reach_nobody(start: Start) -> None:
