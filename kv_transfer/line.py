@@ -12,6 +12,7 @@ import logging
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -64,6 +65,8 @@ class Line:
         """The other side's name, once it has proved itself."""
         self.keeps: object = None
         """What a transport holds open as long as this line (a mapped pool)."""
+        self.kept: deque[Any] = deque()
+        """Messages that came while another one was awaited; whoever serves the line takes them."""
         self.idle_since = 0.0
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 

@@ -3,8 +3,9 @@
     sink                                     source
       │ ── Fetch("nccl", detail = version/over) ────► │
       │ ◄── FetchHeader(checksums) ────────────────── │
-      │ ◄── Ready(session, blocks per send) ───────── │  holds the pair; joins if the session is new
-      │ joins; posts a receive      ═══ raw bytes ═══►│  one send per chunk, out of a staging buffer
+      │ ◄── Ready(session, blocks per send) ───────── │  holds the pair
+      │ ── Joining(session) ────────────────────────► │  only if the session is new: both join now
+      │ posts a receive        ◄═══ raw bytes ═══════ │  one send per chunk, out of a staging buffer
       │ scatters, verifies                            │
 
 One communicator per pair of processes, made on first use; a session is its unique id. Both ends
@@ -15,9 +16,18 @@ buffer that nobody uses any more.
 
 Every NCCL call that may block is made by one thread of the process, under a deadline; waiting for
 completion is polling an event. If that thread does not come back it is given up and replaced, at
-most `LOST_THREADS` times; then this process does without NCCL until it is started again. Whatever
-fails on the sink's side is TransportUnfit: the pair goes on with the next transport, in the middle
-of the request, and leaves NCCL alone for a while.
+most `LOST_THREADS` times (a communicator that cannot be aborted counts too); then this process does
+without NCCL until it is started again. Whatever fails on the sink's side is TransportUnfit: the
+pair goes on with the next transport, in the middle of the request, and leaves NCCL alone for a
+while.
+
+Why not a process of its own. What it could do better is to be killed: with a kernel that spins
+after an abort that hangs (here it keeps at most `MAX_CTAS` blocks of threads of the GPU until the
+worker is restarted), with a CUDA error that spoils its context, with a crash inside NCCL. What it
+would cost is paid by every step: two processes share a GPU in time slices unless MPS is set up, so
+each transfer would hold up decoding; and it takes a CUDA context of some hundred MiB. A worker is
+such a process already: `pdserve up` restarts it, and its requests go on elsewhere. None of this has
+been measured.
 """
 
 from __future__ import annotations
@@ -39,7 +49,7 @@ import torch
 
 from pdserve.kernels import gather_blocks, scatter_blocks
 from pdserve.kv_transfer.device import DeviceMemory
-from pdserve.kv_transfer.line import Line
+from pdserve.kv_transfer.line import REQUEST_LIMIT, Line
 from pdserve.kv_transfer.memory import Pool
 from pdserve.kv_transfer.transports import (
     SinkHalf,
@@ -49,7 +59,7 @@ from pdserve.kv_transfer.transports import (
     Wait,
 )
 from pdserve.protocol.errors import PdserveError, ProtocolError
-from pdserve.protocol.transfer import Fetch, FetchHeader, Ready, ToReader
+from pdserve.protocol.transfer import Fetch, FetchHeader, Joining, Ready, ToReader, ToSource
 from pdserve.protocol.wire import MessageDecoder
 
 log = logging.getLogger(__name__)
@@ -64,12 +74,15 @@ IDLE_S = 600.0
 """A pair that was not used for so long is given up when another one is made."""
 POLL_S = 0.0001
 LOCK_LOOK_S = 0.05
+MOST_KEPT = 8
+"""Messages that a reader may have sent ahead of its `Joining`."""
 MAX_CTAS = "4"
 """Of a communicator, unless the environment says otherwise: what it takes from the engine's GPU."""
 SOURCE, SINK = 0, 1
 """Ranks."""
 
 _TO_READER: MessageDecoder[Any] = MessageDecoder(ToReader)
+_TO_SOURCE: MessageDecoder[Any] = MessageDecoder(ToSource)
 
 T = TypeVar("T")
 
@@ -142,7 +155,7 @@ class Owner:
         self.nccl, self.streams, self.init_s = nccl, streams, init_s
         self.version = int(nccl.get_version())
         self.lost = 0
-        """Threads that did not come back."""
+        """Threads that did not come back, and communicators that could not be aborted."""
         self._lock = threading.Lock()
         self._start()
 
@@ -177,6 +190,8 @@ class Owner:
         helper.start()
         helper.join(ABORT_S)
         if helper.is_alive():
+            with self._lock:
+                self.lost += 1  # its kernel may spin on the device for ever
             log.error("Aborting an NCCL communicator is stuck; it is left alone.")
 
     def _abort(self, communicator: Any) -> None:
@@ -296,9 +311,23 @@ class _End:
             stream = owner.streams.new()
             staging = self._blocks.new_empty((self._room, self._blocks.shape[1]))
             communicator = owner.nccl.NcclCommunicator(2, session, self._rank)
+            try:
+                self._greet(communicator, staging, stream)
+            except BaseException:
+                owner.abort(communicator)
+                raise
             return _Pair(session, communicator, stream, staging)
 
         return owner.call(join, time.monotonic() + owner.init_s)
+
+    def _greet(self, communicator: Any, staging: torch.Tensor, stream: Any) -> None:
+        """One byte: the first operation makes the connections, in a call that may wait for the
+        other end, and should do so while there is time."""
+        owner, other = self._owner, 1 - self._rank
+        post = communicator.send if self._rank == SOURCE else communicator.recv
+        with owner.streams.on(stream):
+            handle = owner.streams.handle(stream)
+            post(int(staging.data_ptr()), 1, owner.nccl.NCCL_UINT8, other, handle)
 
     def _launch(self, pair: _Pair, function: Callable[[int], None], wait: Wait) -> None:
         """Run `function(stream handle)` on the pair's stream, then wait until all of it is done."""
@@ -370,6 +399,7 @@ class NcclSource(_End):
             session = self._new_session(wait) if place.pair is None else place.pair.session
             line.send(Ready(session=session, blocks_per_send=self._room), wait())
             if place.pair is None:
+                _await_joining(line, session, wait)
                 place.pair = self._join(peer, session)
             pair = place.pair
             for start in range(0, len(block_ids), self._room):
@@ -388,6 +418,18 @@ class NcclSource(_End):
             pair.communicator.send(address, nbytes, kind, SINK, stream)
 
         self._launch(pair, send, wait)
+
+
+def _await_joining(line: Line, session: bytes, wait: Wait) -> None:
+    """Until the reader says that it joins; what it has asked ahead meanwhile is kept."""
+    while len(line.kept) < MOST_KEPT:
+        message = line.receive(_TO_SOURCE, wait(), REQUEST_LIMIT)
+        if isinstance(message, Joining):
+            if message.session != session:
+                raise ProtocolError("The reader joins another session.")
+            return
+        line.kept.append(message)
+    raise ProtocolError("The reader asks for ever more and does not join.")
 
 
 class NcclSink(_End):
@@ -427,6 +469,7 @@ class NcclSink(_End):
             if place.pair is None and ready.session == place.over:
                 raise NcclTrouble("The source named a session that is over.")
             if place.pair is None:
+                line.send(Joining(session=ready.session), wait())
                 place.pair = self._join(peer, ready.session)
             for start in range(0, len(targets), ready.blocks_per_send):
                 chunk = targets[start : start + ready.blocks_per_send]

@@ -46,6 +46,7 @@ from pdserve.protocol.transfer import (
     Fetch,
     FetchHeader,
     Grown,
+    Joining,
     Parcels,
     Refused,
     Release,
@@ -283,7 +284,11 @@ class TransferSource:
             )
             while not self._closing.is_set():
                 idle_until = time.monotonic() + self._idle_s
-                message = line.receive(_TO_SOURCE, idle_until, REQUEST_LIMIT, frame_s=self._stall_s)
+                message = (
+                    line.kept.popleft()
+                    if line.kept
+                    else line.receive(_TO_SOURCE, idle_until, REQUEST_LIMIT, frame_s=self._stall_s)
+                )
                 self._answer(line, message)
         except LineClosed:
             pass
@@ -298,7 +303,9 @@ class TransferSource:
             with self._lock:
                 self._lines.pop(line, None)
 
-    def _answer(self, line: Line, message: Fetch | Watch | Renew | Release) -> None:
+    def _answer(self, line: Line, message: Fetch | Watch | Renew | Release | Joining) -> None:
+        if isinstance(message, Joining):
+            raise ProtocolError("The peer joins a session that nobody has offered it.")
         if isinstance(message, Fetch):
             self._send(line, message)
             return

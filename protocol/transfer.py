@@ -123,6 +123,13 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     blocks_per_send: int
 
 
+class Joining(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="joining"):
+    """After `Ready`, for "nccl", from a reader that does not have the session yet: it joins now, so
+    the source may too. Neither side enters a call that waits for the other without knowing."""
+
+    session: bytes
+
+
 class Renew(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="renew"):
     """Keep the ticket's blocks for another `lease_s` seconds."""
 
@@ -149,7 +156,7 @@ class Released(
     valid: bool
 
 
-ToSource = Fetch | Watch | Renew | Release
+ToSource = Fetch | Watch | Renew | Release | Joining
 ToReader = FetchHeader | Refused | Grown | Released | Ready
 
 

@@ -13,6 +13,7 @@ from transfer_rig import Reports, Rig
 
 from pdserve.kv_transfer import nccl as nccl_module
 from pdserve.kv_transfer.device import DeviceMemory
+from pdserve.kv_transfer.line import Address, connect
 from pdserve.kv_transfer.nccl import (
     NcclTrouble,
     Owner,
@@ -29,8 +30,11 @@ from pdserve.kv_transfer.transports import (
     TransportSettingError,
     TransportUnfit,
 )
+from pdserve.protocol.transfer import Fetch, FetchHeader, Ready, ToReader
+from pdserve.protocol.wire import MessageDecoder
 
 BLOCKS, NBYTES = 16, 1000
+TO_READER: MessageDecoder[object] = MessageDecoder(ToReader)
 STALL_S = 0.4
 
 
@@ -192,6 +196,44 @@ def test_an_abort_that_is_stuck_hurts_nobody(ends: Ends) -> None:
     begun = time.monotonic()
     ends.fetch("tcp")
     assert time.monotonic() - begun < 3 * STALL_S + 2
+
+
+def test_aborts_that_are_stuck_end_the_use_of_nccl(ends: Ends) -> None:
+    owner = ends.owners[0]
+    ends.fake.misbehaviour.stuck_aborts = True
+    ends.fetch("nccl")
+    (place,) = ends.source._halves["nccl"]._places.values()  # type: ignore[attr-defined]
+    communicator = place.pair.communicator
+    for _ in range(nccl_module.LOST_THREADS + 1):
+        owner.abort(communicator)
+    assert "3 calls" in owner.problem
+
+
+def test_a_reader_that_does_not_join_costs_the_source_nothing(ends: Ends) -> None:
+    """Neither a thread nor the next reader's communicator."""
+    ticket = ends.rig.ticket(ends.source, "r", [1])
+    address = Address("127.0.0.1", ends.source.port, "prefill-0", 7)
+    until = time.monotonic() + 10
+    line = connect(
+        address, secret=ends.rig.secret, name="x#1", deadline=until, attach=lambda line: None
+    )
+    fetch = Fetch(
+        ticket_id=ticket.ticket_id,
+        request_id="r",
+        epoch=7,
+        fingerprint=ends.rig.fingerprint,
+        transport="nccl",
+        wanted=(0,),
+        host_id="",
+        detail=f"{ends.fake.version}/",
+    )
+    line.send(fetch, until)
+    assert isinstance(line.receive(TO_READER, until), FetchHeader)
+    assert isinstance(line.receive(TO_READER, until), Ready)
+    line.close()
+    ends.fetch("nccl")
+    assert [owner.lost for owner in ends.owners] == [0, 0]
+    assert len(ends.fake.joined) == 2
 
 
 def test_cancel_while_stuck(ends: Ends) -> None:
