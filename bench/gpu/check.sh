@@ -4,6 +4,7 @@
 #   float32 at small sizes), its time, its share of the ceiling measured in the same run, and the
 #   ratio to torch's own;
 #   decode steps recorded as CUDA graphs, of a dense model and of a mixture of experts;
+#   the same bits for a row alone and in any batch, where --batch-invariant promises them;
 #   NCCL between two processes on this GPU;
 #   clusters, disaggregated and colocated: the same tokens, and how fast;
 #   a table of targets last.
@@ -108,6 +109,8 @@ decode dense --shape qwen3-8b --batches 1 64
 decode int8 --shape qwen3-8b --batches 1 64 --quantization int8
 decode experts --shape qwen3-30b-a3b --layers 12 --batches 1 64
 
+step same-bits 60 "$python" -P bench/gpu/same_bits.py
+told same-bits $?
 step nccl 60 "$python" -P bench/gpu/nccl_pair.py
 told nccl $?
 
