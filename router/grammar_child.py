@@ -23,6 +23,8 @@ from pdserve.protocol.grammar import LIMITS, MAX_CHARS
 from pdserve.router.grammar_check import CPU_S
 from pdserve.router.grammars import WishError, grammar_of
 
+START_S = 30.0
+"""Processor time for reading the tokenizer."""
 ADDRESS_SPACE = 4 << 30
 """Bytes; a wish that needs more ends the process."""
 
@@ -76,6 +78,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_PROF, START_S)
     try:
         compiler = Compiler(Path(sys.argv[1]), int(sys.argv[2]))
     except (OSError, ValueError) as error:

@@ -134,6 +134,18 @@ def without_offsets(body: Body) -> Body:
     return body.model_copy(update={"return_token_offsets": None})
 
 
+def _form(router: Router, body: SamplingFields) -> Json:
+    """What holds the answer to a form; calls of tools that are forced are a form, too."""
+    if isinstance(body, ChatCompletionRequest):
+        wish = router.parser.forms.tools(body).wish
+        if wish is not None and wish.param == "tools":
+            return {"structured_outputs": {wish.kind: wish.value}}
+    return {
+        "structured_outputs": body.structured_outputs,
+        "response_format": body.response_format,
+    }
+
+
 def rendered(
     router: Router,
     parsed: GenerateRequest,
@@ -154,8 +166,7 @@ def rendered(
         "stop_token_ids": list(sampling.stop_token_ids),
         "include_stop_str_in_output": parsed.text.include_stop,
         "skip_special_tokens": parsed.text.skip_special_tokens,
-        "structured_outputs": body.structured_outputs,
-        "response_format": body.response_format,
+        **_form(router, body),
         "logit_bias": {str(key): value for key, value in sampling.logit_bias.items()} or None,
     }
     spans = None

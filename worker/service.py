@@ -9,6 +9,7 @@ from collections.abc import Callable
 import msgspec
 
 from pdserve.cluster.channel import Channel
+from pdserve.engine.grammar import Matcher
 from pdserve.engine.loop import Engine, StepOutcome
 from pdserve.protocol.errors import ErrorCode, ProtocolError, WorkerError
 from pdserve.protocol.messages import (
@@ -156,7 +157,8 @@ class RouterService:
         elif isinstance(message, Alive):
             self._heard[channel] = self._loop.time()
         elif isinstance(message, Continue):
-            self._engine.resume(message)
+            if self._compiling is None or not self._compiling.hold(channel, message):
+                self._engine.resume(message)
         elif isinstance(message, Submit):
             self._heard[channel] = self._loop.time()
             if self._draining:
@@ -194,12 +196,13 @@ class RouterService:
         if self._compiling is None:
             failed("This worker cannot constrain what it draws.")
             return
-        self._compiling.start(
-            channel,
-            message,
-            lambda submit, matcher: engine.submit(submit, channel, matcher),
-            failed,
-        )
+
+        def done(submit: Submit, matcher: Matcher, continued: Continue | None) -> None:
+            engine.submit(submit, channel, matcher)
+            if continued is not None:
+                engine.resume(continued)
+
+        self._compiling.start(channel, message, done, failed)
 
     def _deliver(self, outcome: StepOutcome) -> None:
         self._step = outcome.step

@@ -217,6 +217,18 @@ def test_without_permission_the_model_does_not_choose(harness: RouterHarness) ->
         assert whole(client, tools=TOOLS, tool_choice="required")["finish_reason"] == "stop"
 
 
+def test_rendered_requests_keep_their_form(start: Callable[..., RouterHarness]) -> None:
+    router = start(enable_scale_out=True)
+    body = {"messages": MESSAGES, "tools": TOOLS, "tool_choice": NAMED}
+    router.add(Role.COLOCATED)
+    router.until_connected()
+    rendered = router.client.post("/v1/chat/completions/render", json=body).json()
+    assert "get_weather" in json.dumps(rendered["sampling_params"]["structured_outputs"])
+    sent = {**rendered, "sampling_params": {**rendered["sampling_params"], "max_tokens": 9}}
+    assert router.client.post("/inference/v1/generate", json=sent).status_code == 200
+    assert "get_weather" in grammars(router)[0]
+
+
 @pytest.mark.parametrize("parser", CALLS)
 def test_each_format_can_be_forced(start: Callable[..., RouterHarness], parser: str) -> None:
     router = start(tool_call_parser=parser, enable_auto_tool_choice=True)

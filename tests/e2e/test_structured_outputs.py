@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from live_cluster import Cluster, is_clean, metrics
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, BadRequestError
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -159,6 +159,25 @@ def test_forced_calls_fit_their_schema(pair: Cluster) -> None:
         ((name, arguments),) = calls
         assert name == "scale" and set(arguments) == {"kind", "count"}
         assert arguments["kind"] in ("prefill", "decode") and 1 <= arguments["count"] <= 9
+
+
+async def _beyond_the_limits(url: str) -> str:
+    """The error of an answer whose grammar grows too large, beside one that goes on."""
+    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        hostile = client.completions.create(
+            model="demo", prompt="x", max_tokens=100, temperature=0,
+            extra_body={"structured_outputs": {"regex": "(a{1000}){1000}"}},
+        )  # fmt: skip
+        plain = ask(client, "choice", temperature=0)
+        error, other = await asyncio.gather(hostile, plain, return_exceptions=True)
+        assert isinstance(error, BadRequestError), error
+        assert not isinstance(other, BaseException), other
+        return error.message
+
+
+def test_a_grammar_beyond_its_limits_ends_alone(pair: Cluster) -> None:
+    assert "cannot be followed any further" in asyncio.run(_beyond_the_limits(pair.url))
+    pair.wait_until_clean()
 
 
 def kill_the_busy_one(decoding: list[dict[str, Any]]) -> int:
