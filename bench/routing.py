@@ -6,8 +6,10 @@ Prints, for growing numbers of workers and placed route hashes: the router's CPU
 the prompt (once per request, for the messages to workers, too), for hashing it and for a choice,
 the round trip, and Redis' own time for it. The placed hashes are random, but for every worker's
 prefix of the prompt, whose length differs from worker to worker.
-Choices that wait at the same time travel in one round trip; the last column is the CPU time of each
-of 32 such choices.
+Choices that wait at the same time travel in one round trip; `batched CPU` is the time of each of
+32 such choices. `bytes` go to Redis and back per choice, in one round trip whatever the number of
+workers and routers; besides, a worker sends a report each 50 ms while something changes, to Redis
+alone.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+import msgspec
 import uvloop
 from redis.asyncio import Redis
 
@@ -28,7 +31,14 @@ from pdserve.cluster.process import start, stop
 from pdserve.cluster.redis_server import private_folder, private_redis, until_answering
 from pdserve.protocol.blocks import ROUTE_BYTES, pack_tokens, route_hashes
 
-SIZES = ((1, 10_000), (8, 100_000), (64, 100_000), (64, 1_000_000), (256, 1_000_000))
+SIZES = (
+    (1, 10_000),
+    (8, 100_000),
+    (64, 100_000),
+    (64, 1_000_000),
+    (256, 1_000_000),
+    (1000, 1_000_000),
+)
 """(workers, route hashes placed in all)."""
 BATCH = 32
 T = TypeVar("T")
@@ -84,8 +94,10 @@ async def measure(url: str, workers: int, placed: int, tokens: list[int], rounds
     await raw.flushall()
     await raw.aclose()
     await placement.close()
+    choice = (await placement.choose([question()]))[0]
+    size = len(question()) + len(msgspec.msgpack.encode(choice))
     times = [packing * 1e6, hashing * 1e6, choosing * 1e6, trip * 1e6, redis, batched * 1e6]
-    return f"{workers:>7} {placed:>9}" + "".join(f"{value:>12.0f}" for value in times)
+    return f"{workers:>7} {placed:>9}" + "".join(f"{value:>12.0f}" for value in [*times, size])
 
 
 async def main() -> None:
@@ -101,7 +113,15 @@ async def main() -> None:
     try:
         await until_answering(redis.url, child)
         print(f"prompt of {arguments.tokens} tokens; times in µs")
-        names = ("packing", "hashing", "choice CPU", "round trip", "in Redis", "batched CPU")
+        names = (
+            "packing",
+            "hashing",
+            "choice CPU",
+            "round trip",
+            "in Redis",
+            "batched CPU",
+            "bytes",
+        )
         print(f"{'workers':>7} {'placed':>9}" + "".join(f"{name:>12}" for name in names))
         for workers, placed in SIZES:
             print(await measure(redis.url, workers, placed, tokens, arguments.rounds), flush=True)

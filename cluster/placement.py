@@ -57,8 +57,9 @@ class Price(msgspec.Struct, frozen=True, array_like=True):
 
         missing = tokens - cached prefix
         before = cached prefix + missing / 2
-        cost = max(base + queued × queued tokens + request × requests
-                   + missing × (token + context × before), floor) + harm × missing × requests
+        own = base + queued × queued tokens + request × requests
+              + missing × (token + context × before)
+        cost = max(own, floor) + missing × (later + harm × requests)
 
     The scripts below know the order of the fields.
     """
@@ -77,6 +78,9 @@ class Price(msgspec.Struct, frozen=True, array_like=True):
     """What a missing token costs each request that is there."""
     most_requests: int = ANY_NUMBER
     """With so many there, it counts as full."""
+    later: float = 0.0
+    """What it costs those who come later that a missing token is computed once more: it displaces
+    another one from a cache, and its prefix lies in one place more."""
 
 
 class Option(msgspec.Struct, frozen=True, array_like=True):
@@ -204,10 +208,10 @@ for i, option in ipairs(options) do
     end
   end
   local missing = tokens - cached
-  local token, context, waiting, request, base, harm, most = unpack(option[4])
+  local token, context, waiting, request, base, harm, most, later = unpack(option[4])
   local cost = base + waiting * queued + request * requests
     + missing * (token + context * (cached + missing / 2))
-  cost = math.floor(math.max(cost, option[3]) + harm * missing * requests)
+  cost = math.floor(math.max(cost, option[3]) + missing * (later + harm * requests))
   local full = (free >= 0 and free < missing) or requests >= most
   scores[i] = {cached, queued, requests, free, cost, full}
   local rank = (full and 1e15 or 0) + cost

@@ -27,15 +27,15 @@ import msgspec
 
 from pdserve.cluster.placement import Price
 from pdserve.cluster.records import Role
-from pdserve.router.predict import PriceOf
+from pdserve.router.predict import LATER, PriceOf
 
 REQUEST_TOKENS = 64
 """What a request that runs or waits is worth, in prompt tokens still to be computed: a decode
 step of one request costs about as much as so many tokens of a prefill chunk."""
 
 
-COMPUTE = Price(request=REQUEST_TOKENS)
-"""In tokens to be computed: as long as nobody knows how long things take here."""
+COMPUTE = Price(request=REQUEST_TOKENS, later=LATER)
+"""In tokens to be computed, as long as nobody knows how long things take here."""
 FETCH = Price(token=0.05, request=REQUEST_TOKENS)
 """What is missing is fetched, not computed."""
 
@@ -119,7 +119,7 @@ def rank(candidate: Candidate, tokens: int) -> Rank:
         + price.request * worker.requests
         + missing * (price.token + price.context * (cached + missing / 2))
     )
-    cost = max(cost, candidate.floor) + price.harm * missing * worker.requests
+    cost = max(cost, candidate.floor) + missing * (price.later + price.harm * worker.requests)
     full = worker.free_tokens is not None and worker.free_tokens < missing
     return int(full or worker.requests >= price.most_requests), math.floor(cost)
 
@@ -217,7 +217,7 @@ def first_options(
         others = _prefer_other(partners[worker.worker_id], avoid)
         # Where there are only pairs, what comes behind them is the same for all.
         behind = min(other.load for other in others) if colocated else 0
-        found.append(Candidate(worker, True, max(behind * price.token, slowest), price))
+        found.append(Candidate(worker, True, max(behind * price.queued, slowest), price))
     for worker in _prefer_other(alone, avoid):
         hand_off = worker.role is Role.COLOCATED and _relieved(worker, helpers)
         price = price_of(worker.worker_id, hand_off) if price_of else COMPUTE

@@ -36,6 +36,10 @@ MAX_WORKERS = 1024
 HARM = 1.0
 """A second that each stream waits for a prefill beside it, in seconds of the request's own wait."""
 
+LATER = 3.0
+"""What it costs those who come later that a token is computed once more, in such tokens;
+`bench/placement.py` shows what that brings."""
+
 
 class Fit:
     """y ≈ weights · x, all weights ≥ 0: recursive least squares with exponential forgetting
@@ -184,6 +188,7 @@ class Predictor:
                 context=context,
                 queued=token,
                 request=0.0,
+                later=LATER * token,
                 base=base + (self.transfer_s("", tokens) or 0.0) * 1e6,
             )
         step = self._step.of(worker_id)
@@ -193,6 +198,7 @@ class Predictor:
             queued=token,
             request=step.weights[1] * 1e5 if step else 0.0,
             base=base,
+            later=LATER * token,
             harm=HARM * (token + context * tokens / 2),
         )
 

@@ -60,7 +60,7 @@ def test_prompts_go_where_their_prefix_lies(start: Start) -> None:
 
 def test_unless_there_is_too_much_to_do(start: Start) -> None:
     harness, workers = three(start)
-    for worker, cached, queued in zip(workers, (100, 700, 0), (0, 2000, 2000), strict=True):
+    for worker, cached, queued in zip(workers, (100, 700, 0), (0, 4000, 4000), strict=True):
         report(harness, worker, cached, LoadReport(queued, 0, 10**6))
     ask(harness)
     assert counts(workers) == [1, 0, 0]

@@ -25,7 +25,7 @@ TABLE = {
     "prefill_worker": WORKER_PARTS | {"worker"},
     "decode_worker": WORKER_PARTS | {"worker"},
     "demo": set(),
-    "bench": {"cluster", "engine", "kernels", "kv_transfer", "protocol"},
+    "bench": {"router", "cluster", "engine", "kernels", "kv_transfer", "protocol"},
 }
 LIGHT = ("protocol", "cluster", "router", "parsers")
 """Never torch, not even late."""

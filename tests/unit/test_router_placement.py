@@ -154,9 +154,9 @@ def test_decode_workers_come_before_colocated_ones() -> None:
 
 
 def test_a_cached_prefix_is_weighed_against_load() -> None:
-    """100 tokens of prompt: 80 cached ones are worth 80 queued ones."""
-    assert decode(worker("d0", 79, cached_tokens=80), worker("d1")) == "d0"
-    assert decode(worker("d0", 81, cached_tokens=80), worker("d1")) == "d1"
+    """100 tokens of prompt: 80 cached ones are worth 4 times as many queued ones."""
+    assert decode(worker("d0", 319, cached_tokens=80), worker("d1")) == "d0"
+    assert decode(worker("d0", 321, cached_tokens=80), worker("d1")) == "d1"
 
 
 def test_tokens_to_be_fetched_cost_less_than_tokens_to_be_computed() -> None:

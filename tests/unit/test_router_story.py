@@ -54,7 +54,7 @@ def test_those_without_room_come_last() -> None:
 
 def test_the_own_view_tells_costs_and_a_policy_without_costs_does_not() -> None:
     among = [candidate("a", queued=7)]
-    assert considered(Verdict(among[0], "own view", 10, among))[0].cost == 17
+    assert considered(Verdict(among[0], "own view", 10, among))[0].cost == 47
     assert considered(Verdict(among[0], "round-robin", 10, among))[0].cost is None
 
 
