@@ -39,7 +39,7 @@ from pdserve.kernels import copy_blocks_summed, sum_blocks
 from pdserve.kv_transfer.device import DeviceMemory
 from pdserve.kv_transfer.line import Line
 from pdserve.kv_transfer.memory import NONCE_BYTES, Pool, host_id
-from pdserve.kv_transfer.nccl import CudaStreams, Streams
+from pdserve.kv_transfer.streams import CudaStreams, Streams
 from pdserve.kv_transfer.transports import (
     SinkHalf,
     SourceHalf,

@@ -16,34 +16,29 @@ buffer that nobody uses any more.
 
 Every NCCL call that may block is made by one thread of the process, under a deadline; waiting for
 completion is polling an event. If that thread does not come back it is given up and replaced, at
-most `LOST_THREADS` times (a communicator that cannot be aborted counts too); then this process does
-without NCCL until it is started again. Whatever fails on the sink's side is TransportUnfit: the
-pair goes on with the next transport, in the middle of the request, and leaves NCCL alone for a
-while.
+most `nccl_owner.LOST_THREADS` times (a communicator that cannot be aborted counts too); then this
+process does without NCCL until it is started again. Whatever fails on the sink's side is
+TransportUnfit: the pair goes on with the next transport, in the middle of the request, and leaves
+NCCL alone for a while.
 
 Why not a process of its own. What it could do better is to be killed: with a kernel that spins
-after an abort that hangs (here it keeps at most `MAX_CTAS` blocks of threads of the GPU until the
-worker is restarted), with a CUDA error that spoils its context, with a crash inside NCCL. What it
-would cost is paid by every step: two processes share a GPU in time slices unless MPS is set up, so
-each transfer would hold up decoding; and it takes a CUDA context of some hundred MiB. A worker is
-such a process already: `pdserve up` restarts it, and its requests go on elsewhere. None of this has
-been measured.
+after an abort that hangs (here it keeps at most `nccl_owner.MAX_CTAS` blocks of threads of the GPU
+until the worker is restarted), with a CUDA error that spoils its context, with a crash inside NCCL.
+What it would cost is paid by every step: two processes share a GPU in time slices unless MPS is set
+up, so each transfer would hold up decoding; and it takes a CUDA context of some hundred MiB. A
+worker is such a process already: `pdserve up` restarts it, and its requests go on elsewhere. None
+of this has been measured.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
 
@@ -51,6 +46,8 @@ from pdserve.kernels import gather_blocks, scatter_blocks
 from pdserve.kv_transfer.device import DeviceMemory
 from pdserve.kv_transfer.line import REQUEST_LIMIT, Line
 from pdserve.kv_transfer.memory import Pool
+from pdserve.kv_transfer.nccl_owner import NcclTrouble, Owner, load_nccl
+from pdserve.kv_transfer.streams import CudaStreams
 from pdserve.kv_transfer.transports import (
     SinkHalf,
     SourceHalf,
@@ -67,171 +64,17 @@ log = logging.getLogger(__name__)
 STAGING_BYTES = 8 * 2**20
 """One send: large enough to fill the link, small enough to be late by little. More if one block is
 larger."""
-INIT_S = 10.0
-ABORT_S = 5.0
-LOST_THREADS = 2
 IDLE_S = 600.0
 """A pair that was not used for so long is given up when another one is made."""
 POLL_S = 0.0001
 LOCK_LOOK_S = 0.05
 MOST_KEPT = 8
 """Messages that a reader may have sent ahead of its `Joining`."""
-MAX_CTAS = "4"
-"""Of a communicator, unless the environment says otherwise: what it takes from the engine's GPU."""
 SOURCE, SINK = 0, 1
 """Ranks."""
 
 _TO_READER: MessageDecoder[Any] = MessageDecoder(ToReader)
 _TO_SOURCE: MessageDecoder[Any] = MessageDecoder(ToSource)
-
-T = TypeVar("T")
-
-
-class NcclTrouble(PdserveError, ConnectionError):
-    """NCCL failed, or did not come back in time."""
-
-
-class Streams(Protocol):
-    """What is needed of a device's streams."""
-
-    def enter(self) -> None:
-        """Called once by a thread that is going to make NCCL calls."""
-
-    def new(self) -> Any:
-        """A stream of its own, that waits for no other."""
-
-    def handle(self, stream: Any) -> int: ...
-
-    def on(self, stream: Any) -> AbstractContextManager[Any]:
-        """What is launched inside goes to this stream."""
-
-    def mark(self, stream: Any) -> Any:
-        """An object whose `query()` says whether all that is in the stream now is done."""
-
-
-class CudaStreams:
-    """Those of a CUDA device, through torch."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def enter(self) -> None:
-        torch.cuda.set_device(self._device)
-
-    def new(self) -> torch.cuda.Stream:
-        return torch.cuda.Stream(self._device)
-
-    def handle(self, stream: torch.cuda.Stream) -> int:
-        return int(stream.cuda_stream)
-
-    def on(self, stream: torch.cuda.Stream) -> AbstractContextManager[Any]:
-        context: AbstractContextManager[Any] = torch.cuda.stream(stream)
-        return context
-
-    def mark(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
-        event = torch.cuda.Event()
-        event.record(stream)
-        return event
-
-
-def load_nccl() -> Any:
-    """CuPy's NCCL module. Raises TransportUnfit with a sentence if it cannot be had."""
-    if not torch.cuda.is_available():
-        raise TransportUnfit("NCCL needs a CUDA device, and this process sees none.")
-    os.environ.setdefault("NCCL_MAX_CTAS", MAX_CTAS)
-    try:
-        from cupy.cuda import nccl
-    except ImportError as error:
-        raise TransportUnfit(f"NCCL needs CuPy (extra `gpu`): {error}.") from None
-    if not getattr(nccl, "available", True):
-        raise TransportUnfit("CuPy finds no NCCL; install the package nvidia-nccl-cu13.")
-    return nccl
-
-
-class Owner:
-    """The thread that makes this process' NCCL calls, and its successors."""
-
-    def __init__(self, nccl: Any, streams: Streams, init_s: float = INIT_S) -> None:
-        self.nccl, self.streams, self.init_s = nccl, streams, init_s
-        self.version = int(nccl.get_version())
-        self.lost = 0
-        """Threads that did not come back, and communicators that could not be aborted."""
-        self._lock = threading.Lock()
-        self._start()
-
-    @property
-    def problem(self) -> str:
-        """Why NCCL cannot be used any more; "" if it can."""
-        if self.lost <= LOST_THREADS:
-            return ""
-        return f"NCCL did not come back from {self.lost} calls in this process."
-
-    def call(self, function: Callable[[], T], deadline: float) -> T:
-        """Have the thread run `function` by `deadline`. Raises NcclTrouble."""
-        if self.problem:
-            raise NcclTrouble(self.problem)
-        future: Future[T] = Future()
-        orders = self._orders
-        orders.put((function, future))
-        try:
-            return future.result(max(0.0, deadline - time.monotonic()))
-        except FutureTimeout:
-            if not future.cancel():  # it has begun, so it is this call that is stuck
-                self._replace(orders)
-            raise NcclTrouble("NCCL did not come back from a call in time.") from None
-        except Exception as error:  # NcclError; KeyError for codes that CuPy does not know
-            raise NcclTrouble(f"NCCL failed: {error!r}.") from error
-
-    def abort(self, communicator: Any) -> None:
-        """Abort it without waiting for long."""
-        helper = threading.Thread(
-            target=self._abort, args=(communicator,), name="kv-nccl-abort", daemon=True
-        )
-        helper.start()
-        helper.join(ABORT_S)
-        if helper.is_alive():
-            with self._lock:
-                self.lost += 1  # its kernel may spin on the device for ever
-            log.error("Aborting an NCCL communicator is stuck; it is left alone.")
-
-    def _abort(self, communicator: Any) -> None:
-        with contextlib.suppress(Exception):
-            self.streams.enter()
-            communicator.abort()
-
-    def close(self) -> None:
-        """Idempotent; does not wait for a call that is stuck."""
-        self._orders.put(None)
-        self._thread.join(ABORT_S)
-
-    def _start(self) -> None:
-        self._orders: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = (
-            queue.SimpleQueue()
-        )
-        self._thread = threading.Thread(
-            target=self._run, args=(self._orders,), name="kv-nccl", daemon=True
-        )
-        self._thread.start()
-
-    def _replace(self, stuck: object) -> None:
-        with self._lock:
-            if self._orders is not stuck:
-                return  # somebody else has noticed
-            self.lost += 1
-            self._orders.put(None)  # should it ever come back
-            log.error("An NCCL call is stuck; its thread is given up (number %d).", self.lost)
-            self._start()
-
-    def _run(self, orders: queue.SimpleQueue[Any]) -> None:
-        self.streams.enter()
-        while (order := orders.get()) is not None:
-            function, future = order
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                future.set_result(function())
-            except Exception as error:
-                future.set_exception(error)
 
 
 @dataclass(slots=True, eq=False)

@@ -23,6 +23,7 @@ from pdserve.kv_transfer import cuda_ipc, nccl
 from pdserve.kv_transfer.device import DeviceMemory
 from pdserve.kv_transfer.line import Line
 from pdserve.kv_transfer.memory import HostMemory, Spans
+from pdserve.kv_transfer.nccl_owner import Owner
 from pdserve.kv_transfer.sink import TransferSink
 from pdserve.kv_transfer.source import TransferSource
 from pdserve.kv_transfer.transports import SINK_HALVES, SOURCE_HALVES, ShmSink, SinkHalf
@@ -164,8 +165,8 @@ class Rig:
         )
         return DeviceMemory(blocks)
 
-    def _owner(self) -> nccl.Owner:
-        owner = nccl.Owner(self._nccl, self._nccl.streams)
+    def _owner(self) -> Owner:
+        owner = Owner(self._nccl, self._nccl.streams)
         self._closers.append(owner.close)
         return owner
 

@@ -12,16 +12,11 @@ from fake_nccl import FakeNccl
 from transfer_rig import Reports, Rig
 
 from pdserve.kv_transfer import nccl as nccl_module
+from pdserve.kv_transfer import nccl_owner as owner_module
 from pdserve.kv_transfer.device import DeviceMemory
 from pdserve.kv_transfer.line import Address, connect
-from pdserve.kv_transfer.nccl import (
-    NcclTrouble,
-    Owner,
-    load_nccl,
-    open_nccl,
-    sink_halves,
-    source_halves,
-)
+from pdserve.kv_transfer.nccl import open_nccl, sink_halves, source_halves
+from pdserve.kv_transfer.nccl_owner import NcclTrouble, Owner, load_nccl
 from pdserve.kv_transfer.sink import TransferSink
 from pdserve.kv_transfer.source import TransferSource
 from pdserve.kv_transfer.transports import (
@@ -102,7 +97,7 @@ class Ends:
 
 @pytest.fixture
 def ends(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ends]:
-    monkeypatch.setattr(nccl_module, "ABORT_S", 0.2)
+    monkeypatch.setattr(owner_module, "ABORT_S", 0.2)
     monkeypatch.setattr(nccl_module, "STAGING_BYTES", 3 * NBYTES)  # several sends per fetch
     ends = Ends(rig, FakeNccl())
     yield ends
@@ -174,7 +169,7 @@ def test_a_stuck_join_is_bounded_and_its_thread_replaced(ends: Ends) -> None:
 
 def test_a_process_that_lost_too_many_threads_does_without(ends: Ends) -> None:
     owner = ends.owners[0]
-    for _ in range(nccl_module.LOST_THREADS + 1):
+    for _ in range(owner_module.LOST_THREADS + 1):
         with pytest.raises(NcclTrouble, match="in time"):
             owner.call(lambda: ends.fake.misbehaviour.let_go.wait(60), time.monotonic() + 0.05)
     with pytest.raises(NcclTrouble, match="did not come back from 3 calls"):
@@ -204,7 +199,7 @@ def test_aborts_that_are_stuck_end_the_use_of_nccl(ends: Ends) -> None:
     ends.fetch("nccl")
     (place,) = ends.source._halves["nccl"]._places.values()  # type: ignore[attr-defined]
     communicator = place.pair.communicator
-    for _ in range(nccl_module.LOST_THREADS + 1):
+    for _ in range(owner_module.LOST_THREADS + 1):
         owner.abort(communicator)
     assert "3 calls" in owner.problem
 
