@@ -14,7 +14,7 @@ from load import Load
 
 OPTIONS = (
     "--prefill", 1, "--decode", 1, "--served-model-name", "m", "--dtype", "float32",
-    "--kv-cache-memory", "32MiB", "--max-num-batched-tokens", 256,
+    "--kv-cache-memory", "32MiB", "--max-num-batched-tokens", 32, "--max-num-seqs", 32,
 )  # fmt: skip
 CLIENTS = 8
 RECOVERY_S = 5.0

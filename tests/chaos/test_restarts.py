@@ -17,7 +17,8 @@ from load import Load
 
 OPTIONS = (
     "--prefill", 1, "--decode", 1, "--served-model-name", "m", "--dtype", "float32",
-    "--kv-cache-memory", "32MiB", "--max-num-batched-tokens", 256, "--lease-s", 3,
+    "--kv-cache-memory", "32MiB", "--max-num-batched-tokens", 32, "--max-num-seqs", 32,
+    "--lease-s", 3,
 )  # fmt: skip
 RESUME_S = 2.0
 """From readiness to the next right answer."""
