@@ -174,7 +174,7 @@ class Scheduler:
         assert request.ticket is not None
         return takes_early(
             self.pool.num_available,
-            request.ticket.num_blocks,
+            self.pool.blocks_for(request.ticket.num_tokens),
             self.pool.num_blocks,
             self._places_taken,
             self.limits.max_num_seqs,

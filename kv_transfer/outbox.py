@@ -22,18 +22,25 @@ stood when they were done, and throw their copy away if it did not.
 
 from __future__ import annotations
 
-import enum
 import logging
 import secrets
 import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import msgspec
 
-from pdserve.protocol.errors import PdserveError
+from pdserve.kv_transfer.held import (
+    Ending,
+    Held,
+    Read,
+    Refusal,
+    TicketState,
+    check_blocks,
+    check_wanted,
+)
 from pdserve.protocol.ticket import RESHAPED, KVTicket, LayoutFingerprint
 from pdserve.protocol.transfer import Fetch, Outcome
 
@@ -41,34 +48,6 @@ log = logging.getLogger(__name__)
 
 REMEMBERED = 4096
 """Released tickets whose verdict is kept, for a reader that must ask again on a new connection."""
-
-
-class TicketState(enum.Enum):
-    GROWING = enum.auto()
-    READY = enum.auto()
-    SENDING = enum.auto()
-    ENDING = enum.auto()
-    RETURNED = enum.auto()
-
-
-class Ending(enum.StrEnum):
-    """Why a ticket's blocks went back to the pool."""
-
-    COMMITTED = "committed"
-    FAILED = "failed"
-    ABORTED = "aborted"
-    """These three are the fetching side's word (`Outcome`)."""
-    WITHDRAWN = "withdrawn"
-    """The own engine's: the request was aborted here, or preempted while its ticket grew."""
-    EXPIRED = "expired"
-    FENCED = "fenced"
-    """The worker's epoch is over."""
-    CLOSED = "closed"
-    """The transfer was shut down."""
-
-
-class Refusal(PdserveError):
-    """A fetch that the outbox does not allow; `str()` is the sentence for the reader."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,56 +62,6 @@ class OutboxCounters:
     """Tickets minted since the start."""
     returned: dict[str, int]
     """Tickets by `Ending` since the start."""
-
-
-@dataclass(slots=True, eq=False)
-class _Held:
-    ticket: KVTicket
-    block_ids: tuple[int, ...]
-    deadline: float
-    growing: bool = False
-    """The engine still computes: it alone ends the ticket, and nothing is returned."""
-    readers: int = 0
-    ending: Ending | None = None
-    checksums: dict[int, int] = field(default_factory=dict)
-
-    @property
-    def state(self) -> TicketState:
-        if self.ending is not None:
-            busy = self.readers or self.growing
-            return TicketState.ENDING if busy else TicketState.RETURNED
-        if self.growing:
-            return TicketState.GROWING
-        return TicketState.SENDING if self.readers else TicketState.READY
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Read:
-    """A reader's right to look at some of a ticket's blocks until it is given to `Outbox.end`."""
-
-    held: _Held
-    wanted: tuple[int, ...]
-    early: bool = False
-    """Begun while the ticket was growing."""
-
-    @property
-    def block_ids(self) -> tuple[int, ...]:
-        """Block numbers in the pool, in the order of `wanted`."""
-        return tuple(self.held.block_ids[index] for index in self.wanted)
-
-    @property
-    def stopped(self) -> bool:
-        """Whether to stop early: nobody wants the blocks any more and the pool wants them back."""
-        return self.held.ending in (Ending.WITHDRAWN, Ending.FENCED, Ending.CLOSED)
-
-    def checksums(self, compute: Callable[[int], int]) -> tuple[int, ...]:
-        """Of the wanted blocks, in order; `compute(block number)` only for blocks not yet asked.
-        Two readers may compute the same one at once: they get the same number."""
-        known = self.held.checksums
-        for index in self.wanted:
-            if index not in known:
-                known[index] = compute(self.held.block_ids[index])
-        return tuple(known[index] for index in self.wanted)
 
 
 class Outbox:
@@ -162,8 +91,8 @@ class Outbox:
         self._clock = clock
         self._lock = threading.Lock()
         self._grown = threading.Condition(self._lock)
-        self._held: dict[str, _Held] = {}
-        self._by_request: dict[str, _Held] = {}
+        self._held: dict[str, Held] = {}
+        self._by_request: dict[str, Held] = {}
         self._verdicts: OrderedDict[str, str] = OrderedDict()
         self._offered = 0
         self._held_blocks = 0
@@ -180,8 +109,8 @@ class Outbox:
         """Take blocks over and mint their ticket. Raises ValueError if the numbers contradict each
         other or the request is offered already, RuntimeError after `close`."""
         ticket = self._mint(request_id, num_tokens, block_hashes, growing=False)
-        _check_blocks(ticket, block_ids, whole=True)
-        held = _Held(ticket, tuple(block_ids), self._clock() + self._lease_s)
+        check_blocks(ticket, block_ids, whole=True)
+        held = Held(ticket, tuple(block_ids), self._clock() + self._lease_s)
         with self._lock:
             self._add(held)
             self._held_blocks += len(held.block_ids)
@@ -191,7 +120,7 @@ class Outbox:
         """Mint the ticket of a prompt that is still being computed. Raises as `offer` does."""
         ticket = self._mint(request_id, num_tokens, block_hashes, growing=True)
         with self._lock:
-            self._add(_Held(ticket, (), float("inf"), growing=True))
+            self._add(Held(ticket, (), float("inf"), growing=True))
         return ticket
 
     def extend(self, request_id: str, block_ids: Sequence[int]) -> str:
@@ -200,7 +129,7 @@ class Outbox:
         with self._lock:
             held = self._growing(request_id)
             blocks = (*held.block_ids, *block_ids)
-            _check_blocks(held.ticket, blocks, whole=False)
+            check_blocks(held.ticket, blocks, whole=False)
             held.block_ids = blocks
             self._grown.notify_all()
             return held.ticket.ticket_id
@@ -211,7 +140,7 @@ class Outbox:
         with self._lock:
             held = self._growing(request_id)
             blocks = (*held.block_ids, *block_ids)
-            _check_blocks(held.ticket, blocks, whole=True)
+            check_blocks(held.ticket, blocks, whole=True)
             held.block_ids = blocks
             held.ticket = msgspec.structs.replace(held.ticket, growing=False)
             held.deadline = self._clock() + self._lease_s
@@ -297,7 +226,7 @@ class Outbox:
         with self._lock:
             held, lapsed = self._standing(fetch.ticket_id)
             if held is not None:
-                _check_wanted(fetch, held.ticket, len(held.block_ids))
+                check_wanted(fetch, held.ticket, len(held.block_ids))
                 held.readers += 1
                 return Read(held, fetch.wanted, held.growing)
         if lapsed is not None:
@@ -420,7 +349,7 @@ class Outbox:
 
     # Below: called with the lock held, except _report.
 
-    def _standing(self, ticket_id: str) -> tuple[_Held | None, _Held | None]:
+    def _standing(self, ticket_id: str) -> tuple[Held | None, Held | None]:
         """(the entry whose lease stands or None, the entry that this look returned or None).
         A lease is over when its time has come, not when somebody gets round to it."""
         held = self._held.get(ticket_id)
@@ -430,13 +359,13 @@ class Outbox:
             return held, None
         return None, held if self._end(held, Ending.EXPIRED) else None
 
-    def _end_all(self, ending: Ending) -> list[_Held]:
+    def _end_all(self, ending: Ending) -> list[Held]:
         """Mark every entry; those that are to be reported now."""
         live = [held for held in self._held.values() if held.ending is None]
         self._grown.notify_all()
         return [held for held in live if self._end(held, ending)]
 
-    def _end(self, held: _Held, ending: Ending) -> bool:
+    def _end(self, held: Held, ending: Ending) -> bool:
         """Mark an entry; True if nobody reads it, so that it is to be reported now. The first
         ending counts; once marked it is never reported from here again."""
         if held.ending is not None:
@@ -447,14 +376,14 @@ class Outbox:
         self._by_request.pop(held.ticket.request_id)
         return self._settle(held)
 
-    def _settle(self, held: _Held) -> bool:
+    def _settle(self, held: Held) -> bool:
         """Forget an entry if it is over and unread; whether it was."""
         if held.state is not TicketState.RETURNED:
             return False
         self._forget(held)
         return True
 
-    def _add(self, held: _Held) -> None:
+    def _add(self, held: Held) -> None:
         request_id = held.ticket.request_id
         if self._closed:
             raise RuntimeError("The outbox is closed and takes no more blocks.")
@@ -463,13 +392,13 @@ class Outbox:
         self._held[held.ticket.ticket_id] = self._by_request[request_id] = held
         self._offered += 1
 
-    def _growing(self, request_id: str) -> _Held:
+    def _growing(self, request_id: str) -> Held:
         held = self._by_request.get(request_id)
         if held is None or not held.growing:
             raise ValueError(f"The request {request_id} has no ticket that grows.")
         return held
 
-    def _let_go(self, held: _Held) -> None:
+    def _let_go(self, held: Held) -> None:
         """The engine computes no more for it; its blocks count as the outbox's."""
         held.growing = False
         self._held_blocks += len(held.block_ids)
@@ -477,48 +406,15 @@ class Outbox:
             self._by_request.pop(held.ticket.request_id)
         self._grown.notify_all()
 
-    def _forget(self, held: _Held) -> None:
+    def _forget(self, held: Held) -> None:
         assert held.ending is not None
         del self._held[held.ticket.ticket_id]
         self._held_blocks -= len(held.block_ids)
         self._returned[held.ending.value] += 1
 
-    def _report(self, held: _Held) -> None:
+    def _report(self, held: Held) -> None:
         assert held.ending is not None
         try:
             self._on_returned(held.ticket, held.ending.value)
         except Exception:
             log.exception("Giving back the blocks of %s failed.", held.ticket.request_id)
-
-
-def _check_blocks(ticket: KVTicket, blocks: Sequence[int], whole: bool) -> None:
-    missing = ticket.num_blocks - len(blocks)
-    if missing < 0 or (whole and missing):
-        size = ticket.fingerprint.block_size
-        raise ValueError(
-            f"{ticket.num_tokens} tokens in blocks of {size} do not fill {len(blocks)} blocks."
-        )
-    if len(set(blocks)) != len(blocks):
-        raise ValueError("A block was offered twice in one ticket.")
-
-
-def _check_wanted(fetch: Fetch, ticket: KVTicket, ready: int) -> None:
-    if fetch.request_id != ticket.request_id:
-        raise Refusal(f"The ticket {ticket.ticket_id} belongs to another request.")
-    count = ticket.num_blocks
-    if fetch.parcels is not None:
-        size, complete = max(1, fetch.parcels.block_size), ready == count
-        count = -(-ticket.num_tokens // size)
-        ready = count if complete else ready * ticket.fingerprint.block_size // size
-    previous = -1
-    for index in fetch.wanted:
-        if index <= previous or index >= count:
-            raise Refusal(
-                f"The wanted blocks must be ascending and below {count}. "
-                f"Given: {index} after {previous}."
-            )
-        if index >= ready:
-            raise Refusal(f"Block {index} is still to be computed; {ready} are ready.")
-        previous = index
-    if not fetch.wanted:
-        raise Refusal("A fetch must want at least one block.")

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from pdserve.kernels.digest import digest_blocks
+from pdserve.kv_transfer.held import Read, Refusal
 from pdserve.kv_transfer.line import (
     REQUEST_LIMIT,
     Complaints,
@@ -35,7 +36,7 @@ from pdserve.kv_transfer.line import (
     answer_handshake,
 )
 from pdserve.kv_transfer.memory import BlockMemory, Pool, as_pool
-from pdserve.kv_transfer.outbox import Outbox, OutboxCounters, Read, Refusal
+from pdserve.kv_transfer.outbox import Outbox, OutboxCounters
 from pdserve.kv_transfer.parcels import Packing, blocks_of, stream_of
 from pdserve.kv_transfer.parcels import objection as parcels_objection
 from pdserve.kv_transfer.transports import SOURCE_HALVES, SourceHalf
@@ -89,7 +90,7 @@ class TransferSource:
     """Offers blocks of `memory` and serves them until `close`. Satisfies the engine's Exporter.
 
     `on_returned(ticket, ending)` is called exactly once per ticket, from any thread, when its
-    blocks are the pool's again; `ending` is one of `outbox.Ending`. `transports` are offered best
+    blocks are the pool's again; `ending` is one of `held.Ending`. `transports` are offered best
     first (see `transports.offered_transports`). `host` is what tickets name and, unless `bind` says
     otherwise, where the server listens; `port` 0 takes any free one. `halves` are the transports'
     implementations; `clock` counts the leases' seconds.

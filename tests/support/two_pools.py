@@ -25,8 +25,8 @@ from transfer_rig import FINGERPRINT
 
 from pdserve.engine.blocks import BlockPool, Owner
 from pdserve.kv_transfer.faults import Dice, Faults, faulty_sink, faulty_source
+from pdserve.kv_transfer.held import TicketState
 from pdserve.kv_transfer.memory import HostMemory
-from pdserve.kv_transfer.outbox import TicketState
 from pdserve.kv_transfer.sink import TransferSink
 from pdserve.kv_transfer.source import TransferSource
 from pdserve.kv_transfer.transports import SINK_HALVES, SOURCE_HALVES

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
-from pdserve.kv_transfer.outbox import Outbox, Read, Refusal, TicketState
+from pdserve.kv_transfer.held import Read, Refusal, TicketState
+from pdserve.kv_transfer.outbox import Outbox
 from pdserve.protocol.ticket import KVTicket, LayoutFingerprint
 from pdserve.protocol.transfer import Fetch, Outcome
 

@@ -17,7 +17,8 @@ from hypothesis.stateful import (
     rule,
 )
 
-from pdserve.kv_transfer.outbox import Outbox, Read, Refusal, TicketState
+from pdserve.kv_transfer.held import Read, Refusal, TicketState
+from pdserve.kv_transfer.outbox import Outbox
 from pdserve.protocol.ticket import KVTicket, LayoutFingerprint
 from pdserve.protocol.transfer import Fetch, Outcome
 

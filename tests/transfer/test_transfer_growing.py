@@ -7,7 +7,7 @@ import threading
 import pytest
 from transfer_rig import PATIENCE_S, Gate, HostMemory, Reports, Rig, is_poison, poison, scramble
 
-from pdserve.kv_transfer.outbox import Refusal
+from pdserve.kv_transfer.held import Refusal
 from pdserve.kv_transfer.source import TransferSource
 from pdserve.protocol.ticket import KVTicket
 from pdserve.protocol.transfer import Fetch
