@@ -87,7 +87,9 @@ MATMUL = {"ROWS": 64, "COLUMNS": 64, "DEPTH": 128}
 DECODE = {**SHAPE, "QUERIES": 1, "WINDOW": 0, "SPLIT": 256, "MOST_SPLITS": 32}
 
 
-def quantized_case(kind: str, group: int, *, many: bool) -> tuple[Any, dict[str, Any], dict]:
+def quantized_case(
+    kind: str, group: int, *, many: bool
+) -> tuple[Any, dict[str, Any], dict[str, str]]:
     """The product with a 4096 × 4096 weight, by the tile that such a weight gets."""
     size = 4096
     stored = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}.get(kind, torch.int32)
@@ -263,8 +265,13 @@ CASES: list[tuple[Any, dict[str, Any], dict[str, str]]] = [
     (triton_sampling.race_kernel, {"CHUNK": 4096}, {}),
     *[
         quantized_case(kind, group, many=many)
-        for kind, group in [("int8", 4096), ("fp8", 128), ("awq", 128), ("gptq", 32)]
-        for many in (False, True)
+        for kind, group, many in [
+            ("int8", 4096, False),
+            ("fp8", 128, True),
+            ("awq", 128, False),
+            ("awq", 128, True),
+            ("gptq", 32, False),
+        ]
     ],
     (
         triton_quantized.dequantize_kernel,
