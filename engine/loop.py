@@ -89,6 +89,8 @@ class Engine:
         self._exporter = exporter
         self._importer = importer
         self._requests: dict[str, Request] = {}
+        self._successors: dict[str, Callable[[], None]] = {}
+        """Submissions under the id of a request whose fetch is still being cancelled."""
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._bag = _Bag()
         self._steps = 0
@@ -217,6 +219,10 @@ class Engine:
     # Commands ----------------------------------------------------------------------------------
 
     def _submit(self, message: Submit, client: object, matcher: Matcher | None) -> None:
+        dying = self._requests.get(message.request_id)
+        if dying is not None and dying.abort_requested:
+            self._successors[message.request_id] = lambda: self._submit(message, client, matcher)
+            return
         tokens = message.prompt_token_ids + message.output_token_ids
         problem = self._problem_with(message, tokens)
         if problem:
@@ -315,6 +321,7 @@ class Engine:
         self._fail(request, ErrorCode.INVALID_REQUEST, problem)
 
     def _abort(self, request_id: str) -> None:
+        self._successors.pop(request_id, None)
         request = self._requests.get(request_id)
         if request is None:
             self._outgoing.withdraw(lambda held: held.request_id == request_id)
@@ -337,6 +344,7 @@ class Engine:
         self._scheduler.fetched(request, report)
         if request.abort_requested:
             self._finish(request)
+            self._successors.pop(request.request_id, lambda: None)()
         elif request.awaits_token and not report.ok:
             # Whoever computes the prompt will have a ticket for all of it, or has failed.
             self._fail(request, ErrorCode.KV_LOST, f"The early transfer failed: {report.reason}")

@@ -349,12 +349,11 @@ class Answer:
 
     def _go_on_early(self, ticket: KVTicket) -> bool:
         """The first token and its ticket are here: whether an early leg takes over."""
-        if self._early is None or self._early.leg is None:
-            self._drop_early()  # a choice may still be on its way
+        early = self._early
+        if early is None or not early.fetches(ticket):
+            self._drop_early()
             return False
-        if not self._early.fetches(ticket):
-            return True
-        early, self._early = self._early, None
+        self._early = None
         self._running = early.resume(self._tokens)
         return self._running is not None
 
@@ -364,10 +363,7 @@ class Answer:
         elsewhere = error.code in RETRYABLE and error.code is not ErrorCode.KV_LOST
         if elsewhere:
             self._avoid.add(leg.link.worker_id)
-        successor = early.ended(elsewhere)
-        if successor is not None:
-            self._early = None
-            self._hand_over(successor)
+        early.ended(elsewhere)
 
     def _drop_early(self) -> None:
         """Nobody needs the early leg any more."""
@@ -408,6 +404,8 @@ class Answer:
             return
         leg.error = error
         self._running = None
+        if leg.source:
+            leg.link.abort(leg.request_id)  # what failed may be an early leg of the same id
         self._drop_early()
         self._drop_held()
         spent = self._moves >= MAX_MOVES or self._moves_in_all >= MAX_MOVES_IN_ALL

@@ -1,10 +1,10 @@
 """A hand-over that begins before its prompt is complete.
 
-    placing ──submitted──► leg ──first token, same ticket──► resumed: it is the answer's running leg
-       ▲                   │ │
-       └──its worker fails─┘ └── first token, another ticket ──► awaited, then handed over anew
+    placing ──submitted──► leg ──first token──► resumed: it is the answer's running leg
+       ▲                    │
+       └──its worker fails──┘
 
-Whatever goes wrong here costs nothing but the head start.
+Whatever goes wrong here costs nothing but the head start: then blocks are handed over at the end.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ class Early:
         self._readers, self._choose, self._submit = readers, choose, submit
         self._tries = 0
         self._over = False
-        self._successor: KVTicket | None = None
         self.leg: AnswerLeg | None = None
         """None: it is being placed, or has ended badly."""
 
@@ -59,13 +58,9 @@ class Early:
                 self.place()
 
     def fetches(self, ticket: KVTicket) -> bool:
-        """The prompt is complete and this is its ticket: whether the leg is fetching with it. If
-        not, the growing one has ended, and `ended` will return this one: the leg has the id that
-        the next one must have."""
-        if ticket.ticket_id == self._ticket.ticket_id:
-            return True
-        self._successor = ticket
-        return False
+        """The prompt is complete and this is its ticket: whether a leg is fetching with it. If
+        not, nobody has been found yet, or the growing ticket has ended and this is another one."""
+        return self.leg is not None and ticket.ticket_id == self._ticket.ticket_id
 
     def resume(self, tokens: Sequence[int]) -> AnswerLeg | None:
         """Send the leg its first tokens; it is the caller's now. None if its worker has gone."""
@@ -77,15 +72,11 @@ class Early:
             return None
         return leg
 
-    def ended(self, elsewhere: bool) -> KVTicket | None:
-        """The leg has failed. The ticket with which to hand over now, if that has come; otherwise,
-        if that may help, somebody else fetches."""
+    def ended(self, elsewhere: bool) -> None:
+        """The leg has failed; if that may help, somebody else fetches."""
         self.leg = None
-        if self._successor is not None:
-            self._over = True
-        elif elsewhere:
+        if elsewhere:
             self.place()
-        return self._successor
 
     def drop(self) -> None:
         """Nobody needs it any more. Idempotent."""

@@ -174,6 +174,8 @@ class FakeInbox:
         self.source, self.outbox, self.target = source, outbox, target
         self.pending: dict[str, Callable[..., None]] = {}
         self.cancelled: list[str] = []
+        self.slow = False
+        """A fetch that is cancelled goes on until `deliver`."""
         self.kept: set[str] = set()
 
     def keep(self, ticket: KVTicket) -> None:
@@ -208,8 +210,10 @@ class FakeInbox:
         self.pending[ticket.request_id] = finish
 
     def cancel(self, request_id: str) -> None:
-        self.cancelled.append(request_id)
-        self.pending.pop(request_id)((0,))
+        if not self.slow:
+            self.pending.pop(request_id)((0,))
+        elif request_id not in self.cancelled:
+            self.cancelled.append(request_id)
 
     def deliver(self, request_id: str, failed: tuple[int, ...] = ()) -> None:
         self.pending.pop(request_id)(failed)

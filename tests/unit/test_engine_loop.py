@@ -410,6 +410,41 @@ def test_a_preempted_prompt_is_offered_again_only_when_it_is_complete() -> None:
     decode.assert_clean()
 
 
+@pytest.mark.parametrize("end", ["goes on", "is aborted, too"])
+@pytest.mark.parametrize("state", ["waiting", "fetching", "arrived"])
+def test_an_id_may_come_again_at_once_after_an_abort(state: str, end: str) -> None:
+    """The transfer may still hold the blocks of the request that had it before."""
+    prefill, decode = pair(budget=8)
+    if state == "waiting":
+        keep_busy(decode)
+    arrive_early(prefill, decode)
+    prefill.run()
+    first = prefill.last("a")
+    if state == "arrived":
+        decode.inbox.deliver("a")
+        decode.engine.step()
+    decode.inbox.slow = True
+    decode.engine.abort("a")
+    decode.submit("a", prompt(20), output=first.token_ids, ticket=first.ticket)
+    if end != "goes on":
+        decode.engine.abort("a")
+    decode.engine.step()
+    decode.inbox.slow = False
+    for name in list(decode.inbox.cancelled):
+        decode.inbox.deliver(name, (0,))
+    decode.run()
+    while decode.inbox.pending:
+        decode.inbox.deliver("a")
+        decode.run()
+    if end == "goes on":
+        assert first.token_ids + decode.tokens("a") == continuation(prompt(20), 8)
+    else:
+        assert "a" not in decode.outputs
+    prefill.engine.abort("a")
+    prefill.assert_clean()
+    decode.assert_clean()
+
+
 def test_early_requests_do_not_hold_up_others() -> None:
     prefill, decode = pair(budget=8)
     keep_busy(decode)
