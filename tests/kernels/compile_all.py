@@ -2,6 +2,7 @@
 process of its own, because one process either interprets or compiles.
 
     python -P tests/kernels/compile_all.py 90
+    python -P tests/kernels/compile_all.py 90 table    every configuration that may be measured
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pdserve.kernels import (
+    configs,
     triton_activation,
     triton_blocks,
     triton_cache,
@@ -290,8 +292,42 @@ CASES: list[tuple[Any, dict[str, Any], dict[str, str]]] = [
 ]
 
 
+ALIGNED = {"query_token", "query_head", "cache_block", "cache_kind", "x_row", "weight_row"}
+ALIGNED |= {"source_row", "width", "columns"}
+"""Numbers that are multiples of 16 in real launches, as all pointers are. Without saying so nothing
+would be loaded ahead, and the shared memory would be that of no real launch."""
+
+
+def table() -> list[tuple[Any, dict[str, Any], dict[str, str], str, dict[str, int]]]:
+    """Every entry of configs.TABLE that has stages, with its kernel's first case."""
+    kernels = {
+        "attention_prefill": triton_prefill.prefill_kernel,
+        "attention_decode": triton_decode.decode_kernel,
+        "linear": triton_matmul.linear_kernel,
+        "mixture": triton_experts.grouped_kernel,
+    }
+    found = []
+    for operation, entries in configs.TABLE.items():
+        public, _, wide = operation.partition(" ")
+        if public not in kernels:
+            continue
+        constants, given = next(rest for kernel, *rest in CASES if kernel is kernels[public])
+        for entry in entries:
+            constants = {**constants, **{key: entry[key] for key in entry if key in constants}}
+            if public == "attention_prefill":
+                constants["TOKENS"] = constants["ROWS"] // constants["GROUP_PAD"]
+            options = {key: entry[key] for key in ("num_warps", "num_stages")}
+            found.append((kernels[public], constants, given, "fp32" if wide else "bf16", options))
+    return found
+
+
 def compile_kernel(
-    kernel: Any, constants: dict[str, Any], given: dict[str, str], dtype: str, capability: int
+    kernel: Any,
+    constants: dict[str, Any],
+    given: dict[str, str],
+    dtype: str,
+    capability: int,
+    options: dict[str, int] | None = None,
 ) -> int:
     """Compile for one dtype; returns the bytes of shared memory that it takes."""
     signature = {}
@@ -303,8 +339,13 @@ def compile_kernel(
             signature[name] = f"*{dtype}" if kind == "model" else kind
         else:
             signature[name] = SCALARS.get(name, "i32")
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    options = {"num_warps": 8 if kernel.__name__ == "prefill_kernel" else 4}
+    attributes = {
+        (place,): [["tt.divisibility", 16]]
+        for place, name in enumerate(kernel.arg_names)
+        if name not in constants and (name.endswith("_ptr") or name in ALIGNED)
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = options or {"num_warps": 8 if kernel.__name__ == "prefill_kernel" else 4}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert compiled.asm["cubin"]
     return int(compiled.metadata.shared)
@@ -312,6 +353,12 @@ def compile_kernel(
 
 def main() -> None:
     capability = int(sys.argv[1])
+    if sys.argv[2:] == ["table"]:
+        for kernel, constants, given, dtype, options in table():
+            shared = compile_kernel(kernel, constants, given, dtype, capability, options)
+            name = f"{kernel.__name__} {dtype} {options}".replace(":", "")
+            print(f"{name}: {shared} bytes of shared memory", flush=True)
+        return
     for kernel, constants, given in CASES:
         for dtype in ("bf16", "fp16", "fp32") if len(sys.argv) > 2 else ("bf16",):
             shared = compile_kernel(kernel, constants, given, dtype, capability)
