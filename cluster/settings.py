@@ -112,9 +112,6 @@ class WorkerSettings(CommonSettings):
         "or 1/16 of each element, so answers may differ",
         choices=("auto", "int8", "fp8"),
     )
-    kv_convert_dtype: bool = option(
-        False, "Take KV blocks in another 16- or 32-bit number format, rounded to the own one"
-    )
     device: str = option(
         "auto",
         "Where the model runs; auto takes a GPU if there is one",

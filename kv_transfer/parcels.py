@@ -69,7 +69,7 @@ def agree(
     if mine.dtype != theirs.dtype:
         if not converts:
             raise LayoutError(
-                f"{mine.difference(theirs)} Allow the conversion with --kv-convert-dtype true."
+                f"{mine.difference(theirs)} They are converted only where that is asked for."
             )
         if not {mine.dtype, theirs.dtype} <= set(CONVERTIBLE):
             raise LayoutError(

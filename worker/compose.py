@@ -77,7 +77,6 @@ def compose(context: Context) -> Assembly:
         secret=settings.secret,
         transport=settings.transport,
         wire=wire,
-        converts=settings.kv_convert_dtype,
         halves=faulty_sink(taking, faults) if faults else taking,
     )
     engine = loaded.engine(context.sink, exporter=source, importer=sink)

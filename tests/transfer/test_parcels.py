@@ -170,7 +170,7 @@ def test_another_dtype_is_refused_until_it_is_asked_for(rig: Rig) -> None:
     (report,) = world.fetch([0, 1], [0, 1])
     assert report.failed == (0, 1)
     assert "dtype: 'bfloat16' here, 'float32' there" in report.reason
-    assert "--kv-convert-dtype" in report.reason
+    assert "only where that is asked for" in report.reason
     world = World(rig, theirs, mine, 8, converts=True)
     (report,) = world.fetch([0, 1], [0, 1])
     assert report.ok
