@@ -21,7 +21,6 @@ reports; only a device that does nothing for `LOST_S` is given up, and the worke
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import logging
 import secrets
@@ -39,11 +38,10 @@ from pdserve.kernels import copy_blocks_summed, sum_blocks
 from pdserve.kv_transfer.device import DeviceMemory
 from pdserve.kv_transfer.line import Line
 from pdserve.kv_transfer.memory import NONCE_BYTES, Pool, host_id
-from pdserve.kv_transfer.streams import CudaStreams, Streams
+from pdserve.kv_transfer.streams import CudaStreams, Streams, opened, with_first
 from pdserve.kv_transfer.transports import (
     SinkHalf,
     SourceHalf,
-    TransportSettingError,
     TransportUnfit,
     Wait,
 )
@@ -318,54 +316,30 @@ class IpcSink(_End):
 
 
 def open_ipc(pool: object, transport: str) -> Runtime | None:
-    """CUDA IPC for this pool if the setting `transport` allows it and the process can do it; else
-    None, and a line in the log says why. Raises TransportSettingError if it is asked for by name
-    and cannot be had."""
-    if transport not in ("auto", "ipc"):
-        return None
-    try:
-        if not isinstance(pool, DeviceMemory):
-            raise TransportUnfit("CUDA IPC joins pools on GPUs; this worker's pool is on none.")
-        runtime = CudaRuntime(pool.blocks.device)
-        with _as_unfit():
-            IpcSource(pool, runtime)  # as a source will: fail early
-        return runtime
-    except TransportUnfit as error:
-        if transport == "ipc":
-            raise TransportSettingError(f"{error} Choose another --transport.") from None
-        if isinstance(pool, DeviceMemory):
-            log.info("%s Blocks travel without it.", error)
-        return None
+    """CUDA IPC for this pool, if it can be had; see `streams.opened`."""
+    return opened("ipc", pool, transport, _runtime_for)
 
 
-@contextlib.contextmanager
-def _as_unfit() -> Iterator[None]:
+def _runtime_for(pool: DeviceMemory) -> Runtime:
+    runtime = CudaRuntime(pool.blocks.device)
     try:
-        yield
+        IpcSource(pool, runtime)  # as a source will: fail early
     except TransportUnfit:
         raise
     except Exception as error:  # CuPy's kinds
         raise TransportUnfit(f"The KV pool cannot be shared: {error!r}.") from error
+    return runtime
 
 
 def source_halves(
     runtime: Runtime | None, others: Mapping[str, Callable[[Pool], SourceHalf]]
 ) -> dict[str, Callable[[Pool], SourceHalf]]:
     """`others`, after CUDA IPC if there is a runtime."""
-    if runtime is None:
-        return dict(others)
-    return {"ipc": lambda pool: IpcSource(_on_device(pool), runtime), **others}
+    return with_first("ipc", runtime, IpcSource, others)
 
 
 def sink_halves(
     runtime: Runtime | None, others: Mapping[str, Callable[[Pool], SinkHalf]]
 ) -> dict[str, Callable[[Pool], SinkHalf]]:
     """`others`, after CUDA IPC if there is a runtime."""
-    if runtime is None:
-        return dict(others)
-    return {"ipc": lambda pool: IpcSink(_on_device(pool), runtime), **others}
-
-
-def _on_device(pool: Pool) -> DeviceMemory:
-    assert isinstance(pool, DeviceMemory), "CUDA IPC was opened for a pool on a device"
-    return pool
+    return with_first("ipc", runtime, IpcSink, others)

@@ -47,11 +47,10 @@ from pdserve.kv_transfer.device import DeviceMemory
 from pdserve.kv_transfer.line import REQUEST_LIMIT, Line
 from pdserve.kv_transfer.memory import Pool
 from pdserve.kv_transfer.nccl_owner import NcclTrouble, Owner, load_nccl
-from pdserve.kv_transfer.streams import CudaStreams
+from pdserve.kv_transfer.streams import CudaStreams, opened, with_first
 from pdserve.kv_transfer.transports import (
     SinkHalf,
     SourceHalf,
-    TransportSettingError,
     TransportUnfit,
     Wait,
 )
@@ -331,43 +330,23 @@ class NcclSink(_End):
 
 
 def open_nccl(pool: object, transport: str) -> Owner | None:
-    """NCCL for this pool if the setting `transport` allows it and the process has what it takes;
-    else None, and a line in the log says why. Raises TransportSettingError if NCCL is asked for by
-    name and cannot be had."""
-    if transport not in ("auto", "nccl"):
-        return None
-    try:
-        if not isinstance(pool, DeviceMemory):
-            raise TransportUnfit(
-                "NCCL moves blocks between GPUs; this worker's KV pool is on none."
-            )
-        return Owner(load_nccl(), CudaStreams(pool.blocks.device))
-    except TransportUnfit as error:
-        if transport == "nccl":
-            raise TransportSettingError(f"{error} Choose another --transport.") from None
-        if isinstance(pool, DeviceMemory):
-            log.info("%s Blocks travel without it.", error)
-        return None
+    """NCCL for this pool, if it can be had; see `streams.opened`."""
+
+    def make(memory: DeviceMemory) -> Owner:
+        return Owner(load_nccl(), CudaStreams(memory.blocks.device))
+
+    return opened("nccl", pool, transport, make)
 
 
 def source_halves(
     owner: Owner | None, others: Mapping[str, Callable[[Pool], SourceHalf]]
 ) -> dict[str, Callable[[Pool], SourceHalf]]:
     """`others`, after NCCL if there is an owner."""
-    if owner is None:
-        return dict(others)
-    return {"nccl": lambda pool: NcclSource(_on_device(pool), owner), **others}
+    return with_first("nccl", owner, NcclSource, others)
 
 
 def sink_halves(
     owner: Owner | None, others: Mapping[str, Callable[[Pool], SinkHalf]]
 ) -> dict[str, Callable[[Pool], SinkHalf]]:
     """`others`, after NCCL if there is an owner."""
-    if owner is None:
-        return dict(others)
-    return {"nccl": lambda pool: NcclSink(_on_device(pool), owner), **others}
-
-
-def _on_device(pool: Pool) -> DeviceMemory:
-    assert isinstance(pool, DeviceMemory), "NCCL was opened for a pool on a device"
-    return pool
+    return with_first("nccl", owner, NcclSink, others)
