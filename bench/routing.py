@@ -8,8 +8,8 @@ the round trip, and Redis' own time for it. The placed hashes are random, but fo
 prefix of the prompt, whose length differs from worker to worker.
 Choices that wait at the same time travel in one round trip; `batched CPU` is the time of each of
 32 such choices. `bytes` go to Redis and back per choice, in one round trip whatever the number of
-workers and routers; besides, a worker sends a report each 50 ms while something changes, to Redis
-alone.
+workers and routers: at most 64 workers are asked about. Besides, a worker sends a report each 50 ms
+while something changes, to Redis alone.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from pdserve.cluster.placement import Ask, LoadReport, Option, Placement, ask, p
 from pdserve.cluster.process import start, stop
 from pdserve.cluster.redis_server import private_folder, private_redis, until_answering
 from pdserve.protocol.blocks import ROUTE_BYTES, pack_tokens, route_hashes
+from pdserve.router.placement import MOST_ASKED
 
 SIZES = (
     (1, 10_000),
@@ -72,7 +73,7 @@ async def measure(url: str, workers: int, placed: int, tokens: list[int], rounds
     placement, raw = Placement(url, f"bench-{workers}-{placed}"), Redis.from_url(url)
     packing, text = cpu_s(lambda: pack_tokens(tokens))
     hashing, hashes = cpu_s(lambda: route_hashes(text))
-    options = pack_options(await place(placement, workers, placed, hashes))
+    options = pack_options((await place(placement, workers, placed, hashes))[:MOST_ASKED])
 
     def question() -> Ask:
         return ask(

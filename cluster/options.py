@@ -103,11 +103,11 @@ def integer(low: int, high: int = 2**63 - 1) -> Callable[[str], int]:
     return parse
 
 
-def seconds(low: float) -> Callable[[str], float]:
-    """Parser for a duration in seconds of at least `low`."""
+def seconds(low: float, unit: str = "seconds") -> Callable[[str], float]:
+    """Parser for a duration in seconds, or another unit, of at least `low`."""
 
     def parse(text: str) -> float:
-        rule = f"must be a number of seconds of at least {low:g}; given: {text!r}"
+        rule = f"must be a number of {unit} of at least {low:g}; given: {text!r}"
         try:
             value = float(text)
         except ValueError:

@@ -299,17 +299,17 @@ class RouterSettings(CommonSettings):
         unit="answers",
         shown="0: no limit of its own",
     )
-    max_ttft_ms: int = option(
-        0,
+    max_ttft_ms: float = option(
+        0.0,
         "Clients whose first token is predicted to come later get 429",
-        parse=integer(0, 3_600_000),
+        parse=seconds(0, "milliseconds"),
         unit="milliseconds",
         shown="0: no limit",
     )
-    max_itl_ms: int = option(
-        0,
+    max_itl_ms: float = option(
+        0.0,
         "Requests wait while one more is predicted to bring tokens further apart than this",
-        parse=integer(0, 3_600_000),
+        parse=seconds(0, "milliseconds"),
         unit="milliseconds",
         shown="0: no limit",
     )

@@ -17,11 +17,14 @@ from dataclasses import dataclass
 from pdserve.cluster.membership import RedisUnavailable
 from pdserve.cluster.placement import Ask, Option, Placement, Score, ask, pack_options
 from pdserve.router.placement import (
+    MOST_ASKED,
+    NEAR,
     Candidate,
     Policy,
     by_cost,
     by_session,
     by_turn,
+    shortlist,
 )
 
 log = logging.getLogger(__name__)
@@ -103,6 +106,7 @@ class Chooser:
         elif self._placement is None or time.monotonic() < self._away_until:
             done(self._own_view(candidates, need))
         else:
+            candidates = self._few(candidates, need)
             question = self._question(candidates, need)
             self._waiting.append(_Waiting(candidates, need, question, done))
             if self._asking is None:
@@ -111,6 +115,15 @@ class Chooser:
     def _own_view(self, candidates: Sequence[Candidate], need: Need) -> Verdict:
         index = by_cost(candidates, need.tokens, self._rng.getrandbits(30))
         return Verdict(candidates[index or 0], "own view", need.tokens, candidates)
+
+    def _few(self, candidates: Sequence[Candidate], need: Need) -> Sequence[Candidate]:
+        """Those that are asked about."""
+        if len(candidates) <= MOST_ASKED:
+            return candidates
+        draw = self._rng.getrandbits(30)
+        routes = () if self._policy is Policy.LEAST_LOAD else need.routes()
+        key = routes[min(NEAR, len(routes) - 1)] if routes else draw.to_bytes(4, "little")
+        return shortlist(candidates, key, draw)
 
     def _question(self, candidates: Sequence[Candidate], need: Need) -> Ask:
         options = tuple(

@@ -20,6 +20,8 @@ import dataclasses
 import enum
 import hashlib
 import math
+import random
+import zlib
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -38,6 +40,12 @@ COMPUTE = Price(request=REQUEST_TOKENS, later=LATER)
 """In tokens to be computed, as long as nobody knows how long things take here."""
 FETCH = Price(token=0.05, request=REQUEST_TOKENS)
 """What is missing is fetched, not computed."""
+
+
+MOST_ASKED = 64
+"""Workers that one choice is about."""
+NEAR = 15
+"""Index of the route hash (256 tokens) that says which prompts have the same first choices."""
 
 
 class Disaggregate(enum.StrEnum):
@@ -133,6 +141,17 @@ def by_cost(candidates: Sequence[Candidate], tokens: int, draw: int) -> int | No
     least = min(ranks)
     equal = [index for index, found in enumerate(ranks) if found == least]
     return equal[draw % len(equal)]
+
+
+def shortlist(candidates: Sequence[Candidate], key: bytes, draw: int) -> list[Candidate]:
+    """At most MOST_ASKED of them, so that a choice costs the same however large the cluster is:
+    half are those whose names' hashes are next to that of `key` (the same for the same prefix, so
+    that what it left in their caches is found again), half are drawn by chance."""
+    if len(candidates) <= MOST_ASKED:
+        return list(candidates)
+    half, place = MOST_ASKED // 2, zlib.crc32(key)
+    near = sorted(candidates, key=lambda one: zlib.crc32(one.worker.worker_id.encode()) ^ place)
+    return near[:half] + random.Random(draw).sample(near[half:], half)
 
 
 def by_turn(candidates: Sequence[Candidate], tokens: int, turn: int) -> int | None:
