@@ -24,6 +24,8 @@ OPTIONS = (
     "--lease-s", 3,
 )  # fmt: skip
 READY_S = 90.0
+SHORT = {"seed": 65, "pause_s": (1.0, 2.0), "redis_at": (2, 6), "router_at": (4,), "most": 8}
+"""One of each kind: both roles killed, a decode worker frozen for longer than its lease."""
 
 
 def note_of(cluster: Cluster) -> RunNote:
@@ -46,13 +48,14 @@ async def through(cluster: Cluster, streams: Streams, storm: Storm, count: int) 
     began = time.monotonic()
     storming = asyncio.create_task(storm.run())
     try:
-        await streams.run(count, at_once=min(count, 20), seed=storm.seed)
+        await streams.run(count, min(count, 20), storm.seed, storm.passed)
     finally:
         storming.cancel()
         results = await asyncio.gather(storming, return_exceptions=True)
     took = time.monotonic() - began
-    assert isinstance(results[0], asyncio.CancelledError), results[0]
+    assert isinstance(results[0], (asyncio.CancelledError, type(None))), results[0]
     await all_ready(cluster)
+    await asyncio.to_thread(cluster.until_serving)
     return took
 
 
@@ -93,9 +96,9 @@ def check_sockets(records: list[dict[str, Any]], group: list[psutil.Process]) ->
 @pytest.mark.parametrize(
     ("count", "load", "storm"),
     [
-        pytest.param(50, (8, 400), {"pause_s": (1.0, 2.0), "redis_at": (2, 6)},
-                     marks=pytest.mark.timeout(300)),
-        pytest.param(500, (24, 900), {}, marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
+        pytest.param(50, (8, 400), SHORT, marks=pytest.mark.timeout(300)),
+        pytest.param(500, (24, 900), {"seed": 500},
+                     marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
     ],
     ids=["50", "500"],
 )  # fmt: skip
@@ -104,12 +107,13 @@ def test_every_stream_survives(
 ) -> None:
     folder = make_checkpoint(tmp_path / "nano", "llama", "nano")
     with Cluster("--model", folder, *OPTIONS) as cluster:
-        streams, weather = Streams(cluster.url, *load), Storm(cluster, seed=count, **storm)
+        streams, weather = Streams(cluster.url, *load), Storm(cluster, **storm)
+        streams.excused = weather.router_just_killed
         took = asyncio.run(through(cluster, streams, weather, count))
         print(report(streams, weather, took))
         assert not streams.wrong, "\n".join(streams.wrong[:5])
-        assert streams.done == count
-        assert weather.happened["redis"] and weather.happened.total() > 3, "that was no storm"
+        assert streams.done >= count
+        assert weather.happened["redis"] and weather.happened["router"], "that was no storm"
         cluster.wait_until_clean(5.0)  # a lease whose reader was killed may have to end
         records, group = cluster.workers(), group_of(cluster)
         check_redis(note_of(cluster), records, BLOCKS_TTL_S + 3)

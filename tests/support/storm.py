@@ -13,7 +13,7 @@ import signal
 import statistics
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,6 +71,10 @@ class Streams:
     right: dict[int, Answer] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
     done: int = 0
+    cut: int = 0
+    """Streams whose router was killed; the client asks again."""
+    excused: Callable[[], bool] = lambda: False
+    """Whether a router has just been killed."""
     refused: int = 0
     """Answers of 503 before anything was served: nobody was there; the client asks again."""
     gaps: list[float] = field(default_factory=list)
@@ -86,15 +90,19 @@ class Streams:
             ]
         self.gaps.clear()
 
-    async def run(self, count: int, at_once: int, seed: int) -> None:
-        """`count` streams, `at_once` at any time."""
-        kinds = random.Random(seed).choices(range(self.kinds), k=count)
+    async def run(
+        self, count: int, at_once: int, seed: int, enough: Callable[[], bool] = lambda: True
+    ) -> None:
+        """At least `count` streams, `at_once` at any time, until it is `enough`."""
+        rng = random.Random(seed)
+        kinds = rng.choices(range(self.kinds), k=count)
 
         async def one() -> None:
             # Connections of one's own, so that both routers get some.
             async with self._client() as client:
-                while kinds:
-                    await self._judge(client, kinds.pop())
+                while kinds or not enough():
+                    kind = kinds.pop() if kinds else rng.randrange(self.kinds)
+                    await self._judge(client, kind)
 
         await asyncio.gather(*(one() for _ in range(at_once)))
 
@@ -106,6 +114,12 @@ class Streams:
                 self.refused += 1
                 await asyncio.sleep(RETRY_S)
                 continue
+            except httpx.TransportError as error:
+                if self.excused():
+                    self.cut += 1
+                    continue
+                self.wrong.append(f"kind {kind}: {error!r}")
+                return
             except (httpx.HTTPError, AssertionError) as error:
                 self.wrong.append(f"kind {kind}: {error!r}")
                 return
@@ -161,18 +175,27 @@ class Storm:
     """Between two events."""
     redis_at: tuple[int, ...] = (3, 8)
     """Events that are a restart of Redis."""
+    router_at: tuple[int, ...] = (5, 15, 30)
+    """Events that are the death of a router."""
+    most: int = 10**6
+    """Events, after which it is calm: they come by the clock, however slow the machine is."""
+    router_killed_at: float = 0.0
+    number: int = 0
+    """Of the last event."""
     happened: Counter[str] = field(default_factory=Counter)
     log: list[str] = field(default_factory=list)
 
     async def run(self) -> None:
-        """Until cancelled; nothing stays frozen."""
+        """Until cancelled or calm; nothing stays frozen."""
         rng, began = random.Random(self.seed), time.monotonic()
-        number = 0
-        while True:
+        while self.number < self.most:
             await asyncio.sleep(rng.uniform(*self.pause_s))
-            number += 1
-            if number in self.redis_at:
+            self.number += 1
+            if self.number in self.redis_at:
                 what, victim = "redis", self._redis()
+            elif self.number in self.router_at:
+                what, victim = "router", self._router(rng)
+                self.router_killed_at = time.monotonic()
             else:
                 what = rng.choice(["kill", "kill", "freeze"])
                 victim = self._worker(rng)
@@ -201,6 +224,18 @@ class Storm:
     def _redis(self) -> psutil.Process | None:
         return next((p for p in self._processes() if "redis" in p.name()), None)
 
+    def _router(self, rng: random.Random) -> psutil.Process | None:
+        routers = [p for p in self._processes() if "pdserve.router" in _words(p)]
+        return rng.choice(routers) if routers else None
+
+    def passed(self) -> bool:
+        """Everything that had to happen has happened."""
+        return self.number >= min(self.most, 1 + max(self.redis_at + self.router_at))
+
+    def router_just_killed(self) -> bool:
+        """Within the time that its clients need to notice."""
+        return time.monotonic() - self.router_killed_at < 2.0
+
     def _worker(self, rng: random.Random) -> psutil.Process | None:
         workers = {_name(p): p for p in self._processes() if _name(p).startswith(("pre", "dec"))}
         role = rng.choice(["pre", "dec"])
@@ -210,13 +245,18 @@ class Storm:
 
 def _name(process: psutil.Process) -> str:
     """Worker id, or what the process is called."""
+    words = _words(process)
+    for word in words:
+        if word.startswith("--worker-id="):
+            return word.partition("=")[2]
+    return "router" if "pdserve.router" in words else "redis"
+
+
+def _words(process: psutil.Process) -> list[str]:
     try:
-        for word in process.cmdline():
-            if word.startswith("--worker-id="):
-                return word.partition("=")[2]
-        return str(process.name())
+        return process.cmdline()
     except psutil.Error:
-        return ""
+        return []
 
 
 def report(streams: Streams, storm: Storm, took_s: float) -> str:
@@ -224,7 +264,7 @@ def report(streams: Streams, storm: Storm, took_s: float) -> str:
     gaps = sorted(streams.gaps)
     lines = [
         f"{streams.done} streams in {took_s:.0f} s; {len(streams.wrong)} wrong; "
-        f"{streams.refused} times nobody was there",
+        f"{streams.cut} cut by the death of their router; {streams.refused} times nobody was there",
         "events: " + ", ".join(f"{n} × {what}" for what, n in sorted(storm.happened.items())),
         *storm.log,
     ]
