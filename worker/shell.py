@@ -169,10 +169,21 @@ class WorkerProcess:
         stack.callback(engine.stop)
         self._engine_alive = lambda: engine.alive and not engine.pace.stuck
 
+        server = await self._open(stack, presence, service, assembly)
+        reporting = asyncio.create_task(reporter.run())
+        stack.push_async_callback(reporter.leave)
+        stack.callback(reporting.cancel)
+        log.info("Ready on %s:%d, epoch %d.", self._settings.host, server.port, epoch)
+        return await self._serve(_Parts(presence, service, server, reporter, assembly))
+
+    async def _open(
+        self, stack: AsyncExitStack, presence: Presence, service: RouterService, assembly: Assembly
+    ) -> ChannelServer:
+        """Channels and HTTP face; from now on the record says where they are."""
         server = ChannelServer(
             secret=self._settings.secret,
             worker_id=self._settings.worker_id,
-            epoch=epoch,
+            epoch=presence.record.epoch,
             receives=ToWorker,
             on_channel=service.on_channel,
             host=self._settings.host,
@@ -194,11 +205,7 @@ class WorkerProcess:
             model=assembly.model,
             transports=assembly.transports,
         )
-        reporting = asyncio.create_task(reporter.run())
-        stack.push_async_callback(reporter.leave)
-        stack.callback(reporting.cancel)
-        log.info("Ready on %s:%d, epoch %d.", self._settings.host, server.port, epoch)
-        return await self._serve(_Parts(presence, service, server, reporter, assembly))
+        return server
 
     def _placement(self, stack: AsyncExitStack) -> Placement:
         placement = Placement(self._settings.redis, self._settings.cluster)
