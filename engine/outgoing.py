@@ -50,15 +50,14 @@ class Outgoing:
     def grow(self, request: Request) -> KVTicket | None:
         """A chunk of a prompt that is not complete has been computed: its full blocks may travel.
         Returns the ticket when it has just been minted. One that was preempted is not offered
-        early again: whoever fetched from it has been disappointed once. Nor is one with a grammar,
-        which has to be compiled where it goes before its token can be taken there."""
+        early again: whoever fetched from it has been disappointed once."""
         size = self._pool.block_size
         minted: KVTicket | None = None
         assert self._exporter is not None
         if request.offered is None:
             last = request.sampling.max_tokens == request.num_output + 1
             early = offers_early(request.num_computed, request.num_tokens, size)
-            if last or request.preemptions or request.matcher is not None or not early:
+            if last or request.preemptions or not early:
                 return None
             minted = self._exporter.open(
                 request.request_id, request.num_tokens, self._names(request)

@@ -35,6 +35,7 @@ WISHES: dict[str, dict[str, Any]] = {
     "json": {"structured_outputs": JSON},
     "format": {"response_format": {"type": "json_schema", "json_schema": {
         "name": "n", "schema": SMALL}}, "max_tokens": 200},
+    "long": {"structured_outputs": {"regex": r"[0-9]{5}"}},
     "choice": {"structured_outputs": {"choice": ["yes", "no", "it depends"]},
                "presence_penalty": 1.5},
     "regex": {"structured_outputs": {"regex": r"[0-9]{3}-[a-f]{4}"}},
@@ -46,6 +47,8 @@ WISHES: dict[str, dict[str, Any]] = {
             "type": "json_schema", "json_schema": SMALL}}]}}}},
 }  # fmt: skip
 PROMPT: Any = [{"role": "user", "content": "What is a prefill worker?"}]
+LONG: Any = [{"role": "user", "content": "What is a prefill worker? " * 60}]
+"""Of several steps: its hand-over begins while it is computed, and the grammar is compiled."""
 
 
 def check(name: str, text: str, reason: str) -> None:
@@ -55,6 +58,8 @@ def check(name: str, text: str, reason: str) -> None:
     assert reason == "stop", (name, text)
     if name == "choice":
         assert text in ("yes", "no", "it depends")
+    elif name == "long":
+        assert re.fullmatch(r"[0-9]{5}", text)
     elif name == "regex":
         assert re.fullmatch(r"[0-9]{3}-[a-f]{4}", text)
     else:
@@ -68,7 +73,7 @@ def check(name: str, text: str, reason: str) -> None:
 async def ask(client: AsyncOpenAI, name: str, **options: Any) -> str:
     extra = {"max_tokens": 120, **WISHES[name]} if name else {"max_tokens": 30}
     answer = await client.chat.completions.create(
-        model="demo", messages=PROMPT, extra_body=extra, **options
+        model="demo", messages=LONG if name == "long" else PROMPT, extra_body=extra, **options
     )
     texts = [choice.message.content or "" for choice in answer.choices]
     if name:
@@ -93,13 +98,15 @@ async def everything(url: str) -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Cluster]:
-    with Cluster("--prefill", 1, "--decode", 2) as cluster:
+    with Cluster("--prefill", 1, "--decode", 2, "--max-num-batched-tokens", 64) as cluster:
         yield cluster
 
 
 def test_the_same_constrained_answers_on_both_topologies(pair: Cluster) -> None:
     split = asyncio.run(everything(pair.url))
     pair.wait_until_clean()
+    prefill = pair.worker("prefill")
+    assert metrics(prefill["host"], prefill["http_port"])["bytes_early"] > 0
     with Cluster("--colocated", 1) as cluster:
         assert asyncio.run(everything(cluster.url)) == split
         cluster.wait_until_clean()
