@@ -258,7 +258,7 @@ async def test_a_departure_by_signal() -> None:
 
 async def test_a_router_that_says_nothing_for_too_long_is_cut_off() -> None:
     """Its requests end; one that says that it lives is left in peace, and so is an operator."""
-    async with serving(router_lease_s=0.5) as (_, server, service):
+    async with serving(router_lease_s=2.0) as (_, server, service):
         silent, alive, operator = [await router(server) for _ in range(3)]
         silent.send(submit("a", [1, 2], 250))
         alive.send(submit("b", [3], 5))
