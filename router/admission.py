@@ -122,6 +122,18 @@ def _retry_after(seconds: float) -> int:
     return max(1, min(LONGEST_RETRY_S, math.ceil(seconds)))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Turn:
+    """A request in line."""
+
+    demand: Demand
+    called: asyncio.Future[bool]
+
+    @property
+    def tokens(self) -> int:
+        return self.demand.tokens * self.demand.answers
+
+
 class Admission:
     """One router's door. Event loop only."""
 
@@ -132,11 +144,11 @@ class Admission:
         self._dispatcher = dispatcher
         self._limits = limits
         self._count_refused = count_refused
-        self._line: FairLine[asyncio.Future[bool]] = FairLine()
+        self._line: FairLine[_Turn] = FairLine()
         self._pace = Pace()
         self._in_line = 0
-        self._entering = 0
-        """Answers that were called out of the line and are not launched yet."""
+        self._entering: set[_Turn] = set()
+        """Called out of the line and not launched yet."""
         self._timer: asyncio.TimerHandle | None = None
         dispatcher.unheard.listen(self._let_in)
 
@@ -192,10 +204,10 @@ class Admission:
     def _has_room(self) -> bool:
         """Whether one more may be launched now."""
         unheard = self._dispatcher.unheard
-        count = len(unheard) + self._entering
+        count = len(unheard) + sum(turn.demand.answers for turn in self._entering)
         if not count and not self._dispatcher.in_flight:
             return True
-        tokens = unheard.tokens
+        tokens = unheard.tokens + sum(turn.tokens for turn in self._entering)
         if count >= WAITING_PER_WORKER or tokens >= TOKENS_PER_WORKER:
             workers = len(_takers(self._dispatcher.pool.snapshot()))
             if count >= WAITING_PER_WORKER * workers or tokens >= TOKENS_PER_WORKER * workers:
@@ -209,7 +221,7 @@ class Admission:
         workers = self._dispatcher.pool.snapshot()
         decoders = sum(worker.role is not Role.PREFILL for worker in workers)
         coming = sum(worker.requests for worker in workers if worker.role is Role.PREFILL)
-        more = 1 + (coming + self._entering) // max(1, decoders)
+        more = 1 + (coming + len(self._entering)) // max(1, decoders)
         step = self._itl_s(workers, 0, more)
         return step is not None and step > self._limits.itl_s
 
@@ -231,8 +243,8 @@ class Admission:
                 called.set_result(False)
 
         watcher.add_done_callback(left)
-        cost = max(1, demand.tokens * demand.answers)
-        place = self._line.push(demand.key, demand.priority, cost, called)
+        turn = _Turn(demand, called)
+        place = self._line.push(demand.key, demand.priority, max(1, turn.tokens), turn)
         self._in_line += demand.answers
         self._look_again()
         try:
@@ -242,19 +254,19 @@ class Admission:
             watcher.cancel()
             self._in_line -= demand.answers
             if not self._line.remove(place):
-                self._entering -= 1
+                self._entering.discard(turn)
                 if self._line:  # it may not be launched after all
                     asyncio.get_running_loop().call_soon(self._let_in)
 
     def _let_in(self) -> None:
         """Call as many out of the line as there is room for."""
         while self._line and self._has_room():
-            called = self._line.pop()
-            if called is not None:
-                self._entering += 1
+            turn = self._line.pop()
+            if turn is not None:
+                self._entering.add(turn)
                 self._pace.passed(time.monotonic(), bool(self._line))
-                if not called.done():
-                    called.set_result(True)
+                if not turn.called.done():
+                    turn.called.set_result(True)
 
     def _look_again(self) -> None:
         """Room may come from what other routers do, of which nobody tells."""

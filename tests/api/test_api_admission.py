@@ -135,6 +135,22 @@ def test_the_line_is_fair_among_tenants_and_by_priority(
     assert door.in_line == 0
 
 
+def test_long_prompts_are_let_in_by_their_tokens(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admission, "TOKENS_PER_WORKER", 1000)
+    harness, worker = one(start)
+    door = harness.router.admission
+    with ExitStack() as stack:
+        for _ in range(5):
+            stack.enter_context(asking(harness, {}, prompt=[5] * 900))
+        stack.callback(lambda: harness.run(_go(worker)))
+        harness.wait(lambda: len(worker.submits) + door.in_line == 5)
+        assert len(worker.submits) == 2  # the first one left room
+    harness.until_idle()
+    assert len(worker.submits) == 5
+
+
 def test_who_leaves_the_line_is_not_served(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(admission, "WAITING_PER_WORKER", 1)
     harness, worker = one(start)
