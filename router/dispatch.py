@@ -92,20 +92,22 @@ class Dispatcher:
     def ready(self) -> bool:
         return usable(self.pool.snapshot(), self.disaggregate)
 
-    def launch(self, request_id: str, specs: Sequence[AnswerSpec]) -> Flight:
+    def launch(self, request_id: str, specs: Sequence[AnswerSpec], spent_s: float = 0.0) -> Flight:
         """Send the first legs of all answers. Raises RequestError(NO_WORKER); then none is left.
 
-        `request_id` need not be unique: what workers get is.
+        `request_id` need not be unique: what workers get is. `spent_s` of the requests' life have
+        gone by.
         """
+        left_s = max(0.001, self._timeout_s - spent_s)
         mailbox = Mailbox()
         base_id = f"{request_id}-{secrets.token_hex(4)}"
-        deadline = time.monotonic() + self._timeout_s
+        deadline = time.monotonic() + left_s
         answers = [
             Answer(self, base_id, index, spec, mailbox, deadline)
             for index, spec in enumerate(specs)
         ]
         loop = asyncio.get_running_loop()
-        timer = loop.call_later(self._timeout_s, self._expire, answers)
+        timer = loop.call_later(left_s, self._expire, answers)
         self.in_flight += len(answers)
         for answer, spec in zip(answers, specs, strict=True):
             self.unheard.add(answer, len(spec.prompt_token_ids))

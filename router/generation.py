@@ -130,7 +130,9 @@ class Generation:
             extras=self._extras,
         )
         self._writer = write(self._progress)
-        self._flight: Flight = dispatcher.launch(request.response_id, request.answers)
+        self._flight: Flight = dispatcher.launch(
+            request.response_id, request.answers, time.monotonic() - received
+        )
         self._clock.submitted = time.monotonic()
         self._heard_at = self._clock.submitted
         """When something was last heard of the answers, or said to break the silence."""
