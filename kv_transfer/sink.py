@@ -336,7 +336,7 @@ class TransferSink:
         """Ask for what is due until nothing is, or there is nothing left to try. What remains in
         `job.due` failed for `job.reason`."""
         self._reconcile(job)
-        names = self._routes.plan(job.ticket, len(job.missing) * self._attempts.nbytes(job))
+        names = self._routes.plan(job.ticket, len(job.due) * self._attempts.nbytes(job))
         if job.unpacking is not None:
             names = [name for name in names if self._attempts.takes_parcels(name)]
         if not names:

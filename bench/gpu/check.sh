@@ -5,7 +5,7 @@
 #   ratio to torch's own;
 #   decode steps recorded as CUDA graphs, of a dense model and of a mixture of experts;
 #   the same bits for a row alone and in any batch, where --batch-invariant promises them;
-#   NCCL between two processes on this GPU;
+#   NCCL, and KV blocks through CUDA IPC, between two processes on this GPU;
 #   clusters, disaggregated and colocated: the same tokens, and how fast;
 #   a table of targets last.
 #
@@ -113,6 +113,12 @@ step same-bits 60 "$python" -P bench/gpu/same_bits.py
 told same-bits $?
 step nccl 60 "$python" -P bench/gpu/nccl_pair.py
 told nccl $?
+if "$python" -c 'import msgspec, xxhash' 2>/dev/null; then
+  step ipc 60 "$python" -P bench/gpu/ipc_pair.py
+  told ipc $?
+else
+  note ipc - "left out: msgspec and xxhash are not here, nor in $wheels"
+fi
 
 if "$python" -c 'import fastapi, httptools, msgspec, redis, uvicorn, uvloop, xxhash' 2>/dev/null; then
   step same-tokens 120 "$python" -P bench/gpu/same_tokens.py --device=cuda --kv-cache-memory=4GiB
