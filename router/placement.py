@@ -212,13 +212,16 @@ def first_options(
     is soon enough.
     """
     decodes, colocated = _role(workers, Role.DECODE), _role(workers, Role.COLOCATED)
+    pairs: list[WorkerLoad] = []
     partners: dict[str, list[WorkerLoad]] = {}
+    """By fingerprint, those who can go on behind a prefill worker."""
     if disaggregate is not Disaggregate.NEVER:
+        pairs = _role(workers, Role.PREFILL)
         partners = {
-            worker.worker_id: _alike(worker, decodes) or _alike(worker, colocated)
-            for worker in _role(workers, Role.PREFILL)
+            worker.fingerprint: _alike(worker, decodes) or _alike(worker, colocated)
+            for worker in {worker.fingerprint: worker for worker in pairs}.values()
         }
-    pairs = [worker for worker in workers if partners.get(worker.worker_id)]
+        pairs = [worker for worker in pairs if partners[worker.fingerprint]]
     may_stay = disaggregate is not Disaggregate.ALWAYS and (price_of is not None or not pairs)
     alone = colocated + decodes if may_stay else colocated
     if not pairs or not alone:
@@ -233,9 +236,10 @@ def first_options(
     found = []
     for worker in _prefer_other(pairs, avoid):
         price = price_of(worker.worker_id, True) if price_of else COMPUTE
-        others = _prefer_other(partners[worker.worker_id], avoid)
-        # Where there are only pairs, what comes behind them is the same for all.
-        behind = min(other.load for other in others) if colocated else 0
+        behind = 0
+        if colocated:  # where there are only pairs, what comes behind them is the same for all
+            others = _prefer_other(partners[worker.fingerprint], avoid)
+            behind = min(other.load for other in others)
         found.append(Candidate(worker, True, max(behind * price.queued, slowest), price))
     for worker in _prefer_other(alone, avoid):
         hand_off = worker.role is Role.COLOCATED and _relieved(worker, helpers)
