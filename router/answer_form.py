@@ -44,15 +44,16 @@ class AnswerForms:
         wish = wish_of(fields.response_format, fields.structured_outputs)
         return AnswerForm(await self._constraint(wish))
 
-    def check(self, body: ChatCompletionRequest) -> None:
+    def check(self, body: ChatCompletionRequest) -> ToolUse:
         """What can be said before the prompt is rendered. Raises BadRequest."""
-        self.tools(body)
+        use = self.tools(body)
         if body.thinking_token_budget is not None and self._model.speech.reasoning is None:
             raise BadRequest(
                 "thinking_token_budget needs a reasoning parser; start the router with "
                 "--reasoning-parser (parameter=thinking_token_budget).",
                 param="thinking_token_budget",
             )
+        return use
 
     def tools(self, body: ChatCompletionRequest) -> ToolUse:
         """What a conversation's tools ask for. Raises BadRequest."""
@@ -60,10 +61,11 @@ class AnswerForms:
         return tool_use(body, speech.calls.name if speech.calls else None, speech.auto_calls)
 
     async def chat(
-        self, body: ChatCompletionRequest, kwargs: Mapping[str, Any], prompt: str
+        self, body: ChatCompletionRequest, use: ToolUse, kwargs: Mapping[str, Any], prompt: str
     ) -> AnswerForm:
-        """`kwargs`: the request's, for the template that wrote `prompt`. Raises BadRequest."""
-        use, speech = self.tools(body), self._model.speech
+        """`use`: as checked; `kwargs`: the request's, for the template that wrote `prompt`. Raises
+        BadRequest."""
+        speech = self._model.speech
         thinks = self._thinks(body, kwargs, prompt)
         constraint = await self._constraint(use.wish)
         budget = body.thinking_token_budget

@@ -83,9 +83,11 @@ class _Child:
         assert process.stdout is not None
         process.stdin.write(line)
         reply, deadline = b"", time.monotonic() + REPLY_S
+        poll = select.poll()  # not `select`, which knows no descriptors beyond 1023
+        poll.register(process.stdout, select.POLLIN)
         while not reply.endswith(b"\n"):
-            ready, _, _ = select.select([process.stdout], [], [], deadline - time.monotonic())
-            piece = process.stdout.read(READ) if ready else b""
+            left_ms = max(0.0, deadline - time.monotonic()) * 1000
+            piece = process.stdout.read(READ) if poll.poll(left_ms) else b""
             if not piece:
                 return b""
             reply += piece

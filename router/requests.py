@@ -154,7 +154,7 @@ class RequestParser:
         """Raises ApiError."""
         self.model.check_name(body.model)
         refuse(body)
-        self.forms.check(body)
+        use = self.forms.check(body)
         name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         asked = getattr(body, name)
         if asked is not None:
@@ -163,7 +163,7 @@ class RequestParser:
         kwargs = _with_reasoning(body)
         prompt = await self.render(body, kwargs, _truncation(body, self.model.max_len, asked))
         self._check_length(prompt.token_ids)
-        form = await self.forms.chat(body, kwargs, prompt.text or "")
+        form = await self.forms.chat(body, use, kwargs, prompt.text or "")
         tokens = self._room(prompt.token_ids) if asked is None else asked
         last = body.messages[-1]
         role = last["role"] if body.continue_final_message else "assistant"

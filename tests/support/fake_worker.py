@@ -36,7 +36,7 @@ from pdserve.protocol.messages import (
 from pdserve.protocol.ticket import KVTicket, LayoutFingerprint
 
 SECRET = "tests"
-LEASE_S = 1.0
+LEASE_S = 2.5
 BLOCKS = 1000
 FINGERPRINT = LayoutFingerprint(
     model="fake",
