@@ -155,20 +155,22 @@ class WorkerLink:
 
     def load(self) -> WorkerLoad:
         """The worker's own numbers plus what was sent since; a pure value for placement."""
-        charges = self._charges.values()
-        queued = sum(charge.compute for charge in charges)
-        requests = len(charges) + self.requests
+        record, status, model = self.record, self.status, self.record.model
+        queued, requests, taken = 0, len(self._charges), 0
+        for charge in self._charges.values():
+            queued += charge.compute
+            taken += charge.room
         free: int | None = None
-        if (status := self.status) is not None:
-            if self.record.model is not None:
-                block = self.record.model.block_size
-                room = (status.blocks_free + status.blocks_cached) * block
-                free = max(0, room - sum(charge.room for charge in charges))
+        if status is not None:
+            requests += status.running + status.waiting + status.fetching
             queued += status.queued_tokens
+            if model is not None:
+                room = (status.blocks_free + status.blocks_cached) * model.block_size
+                free = max(0, room - taken)
         return WorkerLoad(
-            worker_id=self.worker_id,
-            role=self.role,
-            fingerprint=self.fingerprint,
+            worker_id=record.worker_id,
+            role=record.role,
+            fingerprint=model.fingerprint if model else "",
             queued_tokens=queued,
             requests=requests,
             free_tokens=free,
