@@ -32,11 +32,20 @@ def note_of(cluster: Cluster) -> RunNote:
     return next(note for note in running() if note.pid == cluster.process.pid)
 
 
+def runs(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
 async def all_ready(cluster: Cluster) -> list[dict[str, Any]]:
     end = time.monotonic() + READY_S
     while True:
         records = await asyncio.to_thread(cluster.workers)
-        if [record["state"] for record in records] == ["ready"] * WORKERS:
+        # The record of one that has just been killed stands until its lease ends.
+        ready = [r for r in records if r["state"] == "ready" and runs(r["pid"])]
+        if len(ready) == WORKERS:
             return records
         assert time.monotonic() < end, records
         await asyncio.sleep(0.2)

@@ -123,9 +123,14 @@ class Cluster:
         """The router has somebody to send requests to. It looks at Redis four times a second, so it
         learns of a worker that is ready a little after everybody else who looks."""
         deadline = time.monotonic() + within_s
-        while httpx.get(f"{self.url}/health", timeout=5).status_code != 200:
+        while not self._serves():
             assert time.monotonic() < deadline, f"the router serves nobody after {within_s} s"
             time.sleep(0.02)
+
+    def _serves(self) -> bool:
+        with contextlib.suppress(httpx.TransportError):  # a router that is being started again
+            return httpx.get(f"{self.url}/health", timeout=5).status_code == 200
+        return False
 
     def wait_until_clean(self, within_s: float = 1.0) -> None:
         """Every worker idle, all its blocks free or evictable; at the latest after `within_s`."""
