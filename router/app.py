@@ -319,7 +319,7 @@ def create_app(settings: RouterSettings) -> FastAPI:
     if settings.enable_tokenizer_info_endpoint:
         _add_tokenizer_info(app, router)
     _add_status_routes(app, router)
-    app.openapi = lambda: openapi.document(app)  # type: ignore[method-assign]
+    app.openapi = lambda: openapi.document(app, router.model.name)  # type: ignore[method-assign]
     return app
 
 

@@ -9,7 +9,14 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+)
 
 from pdserve.router.errors import SchemaError, schema_error
 
@@ -20,8 +27,31 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 MAX_STOPS = 4
 MAX_PROMPTS = 1024
 
+MAX_TOKENS = 2**21
+"""Of one list; far beyond any context."""
+
+Item = TypeVar("Item")
+Many = Annotated[list[Item], Field(fail_fast=True)]
+"""A list of which the first bad item is told, not each of a million."""
 StopList = Annotated[list[str], Field(max_length=MAX_STOPS)]
+TokenIds = Annotated[list[TokenId], Field(max_length=MAX_TOKENS, fail_fast=True)]
 Object = dict[str, Any]
+
+
+def _numbers(found: dict[str, Any]) -> dict[str, Any]:
+    """Raises ValueError for the first value that is no finite number."""
+    for name, value in found.items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not abs(value) < 1e300:
+            raise ValueError(f"the value of {name[:40]!r} must be a finite number")
+    return found
+
+
+Numbers = Annotated[
+    Object,
+    AfterValidator(_numbers),
+    WithJsonSchema({"type": "object", "additionalProperties": {"type": "number"}}),
+]
 
 
 class _Body(BaseModel):
@@ -45,10 +75,10 @@ class SamplingFields(_Body):
     presence_penalty: Finite | None = None
     frequency_penalty: Finite | None = None
     repetition_penalty: Finite | None = None
-    logit_bias: dict[str, Finite] | None = None
+    logit_bias: Numbers | None = None
     seed: Int64 | None = None
     stop: str | StopList | None = None
-    stop_token_ids: list[Int64] | None = None
+    stop_token_ids: Many[Int64] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: Int64 | None = None
@@ -102,7 +132,7 @@ class SamplingFields(_Body):
 
 
 class CompletionRequest(SamplingFields):
-    prompt: str | list[TokenId] | list[str] | list[list[TokenId]] | None = None
+    prompt: str | TokenIds | Many[str] | Many[TokenIds] | None = None
     logprobs: Int64 | None = None
     best_of: Int64 | None = None
 
@@ -115,14 +145,14 @@ class ChatFields(_Body):
     """The conversation, for chat and for /tokenize."""
 
     model: str | None = None
-    messages: list[Object]
+    messages: Many[Object]
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
     chat_template: str | None = None
     chat_template_kwargs: Object | None = None
-    tools: list[Object] | None = None
-    documents: list[Object] | None = None
+    tools: Many[Object] | None = None
+    documents: Many[Object] | None = None
 
     # refused
     media_io_kwargs: Any = None
@@ -159,9 +189,9 @@ class MessagesFields(_Body):
     """A conversation as Anthropic's clients write it."""
 
     model: Annotated[str, Field(min_length=1)]
-    messages: list[Object]
-    system: str | list[Object] | None = None
-    tools: list[Object] | None = None
+    messages: Many[Object]
+    system: str | Many[Object] | None = None
+    tools: Many[Object] | None = None
     tool_choice: Object | None = None
     thinking: Object | None = None
     output_config: Object | None = None
@@ -218,7 +248,7 @@ class EngineSampling(SamplingFields):
 
 class GenerateTokensRequest(_Body):
     model: str | None = None
-    token_ids: Annotated[list[TokenId], Field(min_length=1)]
+    token_ids: Annotated[TokenIds, Field(min_length=1)]
     sampling_params: Object
     output_mode: Literal["tokens", "text"] | None = None
     stream: bool | None = None
@@ -241,7 +271,7 @@ class GenerateTokensRequest(_Body):
 
 
 class AbortRequests(_Body):
-    request_ids: list[str]
+    request_ids: Many[str]
 
 
 class TokenizeTextRequest(_Body):
@@ -257,7 +287,7 @@ class TokenizeChatRequest(ChatFields):
 
 class DetokenizeRequest(_Body):
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: TokenIds
 
 
 BODIES: tuple[type[_Body], ...] = (
