@@ -89,8 +89,8 @@ class Engine:
         self._exporter = exporter
         self._importer = importer
         self._requests: dict[str, Request] = {}
-        self._successors: dict[str, Callable[[], None]] = {}
-        """Submissions under the id of a request whose fetch is still being cancelled."""
+        self._successors: dict[str, list[Callable[[], None]]] = {}
+        """What has come under the id of a request whose fetch is still being cancelled."""
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._bag = _Bag()
         self._steps = 0
@@ -221,7 +221,7 @@ class Engine:
     def _submit(self, message: Submit, client: object, matcher: Matcher | None) -> None:
         dying = self._requests.get(message.request_id)
         if dying is not None and dying.abort_requested:
-            self._successors[message.request_id] = lambda: self._submit(message, client, matcher)
+            self._successors[message.request_id] = [lambda: self._submit(message, client, matcher)]
             return
         tokens = message.prompt_token_ids + message.output_token_ids
         problem = self._problem_with(message, tokens)
@@ -282,6 +282,8 @@ class Engine:
         assert ticket is not None
         if self._importer is None:
             return "This worker cannot fetch KV blocks: it is not a decode worker."
+        if ticket.request_id != message.request_id:
+            return f"The ticket is that of another request, {ticket.request_id}."
         if ticket.growing:
             if message.output_token_ids or ticket.num_tokens != known:
                 return (
@@ -299,6 +301,9 @@ class Engine:
 
     def _resume(self, message: Continue) -> None:
         request = self._requests.get(message.request_id)
+        if message.request_id in self._successors:
+            self._successors[message.request_id].append(lambda: self._resume(message))
+            return
         if request is None or not request.awaits_token or request.abort_requested:
             return
         tokens = message.output_token_ids
@@ -344,7 +349,8 @@ class Engine:
         self._scheduler.fetched(request, report)
         if request.abort_requested:
             self._finish(request)
-            self._successors.pop(request.request_id, lambda: None)()
+            for command in self._successors.pop(request.request_id, ()):
+                command()
         elif request.awaits_token and not report.ok:
             # Whoever computes the prompt will have a ticket for all of it, or has failed.
             self._fail(request, ErrorCode.KV_LOST, f"The early transfer failed: {report.reason}")

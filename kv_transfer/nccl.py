@@ -65,6 +65,8 @@ STAGING_BYTES = 8 * 2**20
 larger."""
 IDLE_S = 600.0
 """A pair that was not used for so long is given up when another one is made."""
+SCATTER_S = 5.0
+"""A kernel that copies STAGING_BYTES within the device takes no longer than this."""
 POLL_S = 0.0001
 LOCK_LOOK_S = 0.05
 MOST_KEPT = 8
@@ -234,7 +236,7 @@ class NcclSource(_End):
 
     def send(self, line: Line, fetch: Fetch, block_ids: Sequence[int], wait: Wait) -> None:
         over = fetch.detail.partition("/")[2]
-        peer = (line.peer, 0)
+        peer = (line.peer, fetch.epoch)  # of its readers' epochs their names tell
         with self._held(peer, wait) as place:
             if place.pair is not None and place.pair.session.hex() == over:
                 self._give_up(place)
@@ -326,7 +328,9 @@ class NcclSink(_End):
             lambda stream: pair.communicator.recv(address, nbytes, kind, SOURCE, stream),
             wait,
         )
-        self._launch(pair, lambda stream: scatter_blocks(part, self._blocks, index), wait)
+        # Not to be left half way: the targets would be somebody else's while it still writes.
+        until = time.monotonic() + SCATTER_S
+        self._launch(pair, lambda stream: scatter_blocks(part, self._blocks, index), lambda: until)
 
 
 def open_nccl(pool: object, transport: str) -> Owner | None:

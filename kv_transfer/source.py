@@ -170,8 +170,7 @@ class TransferSource:
         """See `Outbox.offer`. Raises ValueError also for blocks outside the pool."""
         self._check(block_ids)
         ticket = self.outbox.offer(request_id, block_ids, num_tokens, block_hashes)
-        if not _sums_itself(next(iter(self._halves.values()))):  # what readers will take
-            self._fresh.put(ticket.ticket_id)
+        self._sum_soon(ticket.ticket_id)
         return ticket
 
     def open(self, request_id: str, num_tokens: int, block_hashes: Sequence[bytes]) -> KVTicket:
@@ -181,18 +180,22 @@ class TransferSource:
     def extend(self, request_id: str, block_ids: Sequence[int]) -> None:
         """See `Outbox.extend`. Raises ValueError also for blocks outside the pool."""
         self._check(block_ids)
-        self._fresh.put(self.outbox.extend(request_id, block_ids))
+        self._sum_soon(self.outbox.extend(request_id, block_ids))
 
     def seal(self, request_id: str, block_ids: Sequence[int]) -> KVTicket:
         """See `Outbox.seal`. Raises ValueError also for blocks outside the pool."""
         self._check(block_ids)
         ticket = self.outbox.seal(request_id, block_ids)
-        self._fresh.put(ticket.ticket_id)
+        self._sum_soon(ticket.ticket_id)
         return ticket
 
     def cut(self, request_id: str) -> bool:
         """See `Outbox.cut`."""
         return self.outbox.cut(request_id)
+
+    def _sum_soon(self, ticket_id: str) -> None:
+        if not _sums_itself(next(iter(self._halves.values()))):  # what readers will take
+            self._fresh.put(ticket_id)
 
     def _check(self, block_ids: Sequence[int]) -> None:
         if any(not 0 <= block_id < self._pool.num_blocks for block_id in block_ids):

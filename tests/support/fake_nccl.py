@@ -73,6 +73,10 @@ class FakeNccl:
     def get_unique_id(self) -> bytes:
         return secrets.token_bytes(128)
 
+    def operation(self) -> _Operation:
+        """One that is not done; whoever has it says when it is."""
+        return _Operation(0, 0)
+
     def NcclCommunicator(self, ndev: int, session: bytes, rank: int) -> _Communicator:
         assert ndev == 2 and len(session) == 128
         return _Communicator(self, session, rank)
@@ -152,6 +156,10 @@ class FakeStreams:
 
     def add(self, stream: int, operation: _Operation) -> None:
         self._operations[stream].append(operation)
+
+    def add_to_all(self, operation: _Operation) -> None:
+        for operations in self._operations.values():
+            operations.append(operation)
 
     def mark(self, stream: int) -> _Mark:
         return _Mark(list(self._operations[stream]))

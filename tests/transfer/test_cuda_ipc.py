@@ -178,6 +178,18 @@ def test_a_lost_device_is_given_up(ends: Ends, monkeypatch: pytest.MonkeyPatch) 
     assert report.failed and "has not finished a copy for 0.5 s" in report.reason
 
 
+def test_the_host_sums_nothing_ahead(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The readers' checksums are the device's."""
+    summed: list[int] = []
+    monkeypatch.setattr(ends.source, "_sum", lambda block: summed.append(block) or 0)
+    ends.source.open("g", 32, [b"h"] * 2)
+    ends.source.extend("g", [3])
+    ends.source.seal("g", [4])
+    ends.rig.ticket(ends.source, "r", [5])
+    ends.source.close()  # after all that was to be summed
+    assert summed == []
+
+
 def test_other_block_sizes_are_refused(rig: Rig) -> None:
     with pytest.raises(cuda_ipc.TransportUnfit, match="multiple of 8 bytes, not 1001"):
         cuda_ipc.IpcSource(DeviceMemory(pool(1, 1001)), FakeDriver().runtime())

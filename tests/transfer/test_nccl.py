@@ -11,6 +11,7 @@ import torch
 from fake_nccl import FakeNccl
 from transfer_rig import Reports, Rig
 
+from pdserve.kernels import scatter_blocks
 from pdserve.kv_transfer import nccl as nccl_module
 from pdserve.kv_transfer import nccl_owner as owner_module
 from pdserve.kv_transfer.device import DeviceMemory
@@ -250,6 +251,35 @@ def test_a_restarted_source_gets_a_new_communicator(ends: Ends) -> None:
     ends.fetch("nccl")
     assert ends.sessions == 2
     assert (ends.fake.joined[0][0], 1) in ends.fake.aborted
+
+
+def test_a_source_that_begins_another_epoch_gets_a_new_communicator(ends: Ends) -> None:
+    ends.fetch("nccl")
+    ends.source.begin_epoch(8)
+    ends.fetch("nccl")
+    assert ends.sessions == 2
+    assert [owner.lost for owner in ends.owners] == [0, 0]
+    assert {rank for _, rank in ends.fake.aborted} == {0, 1}
+
+
+def test_a_cancelled_fetch_keeps_its_targets_until_they_are_written(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched, pending = threading.Event(), ends.fake.operation()
+
+    def scatter(part: torch.Tensor, blocks: torch.Tensor, index: torch.Tensor) -> None:
+        scatter_blocks(part, blocks, index)
+        ends.fake.streams.add_to_all(pending)
+        launched.set()
+
+    monkeypatch.setattr(nccl_module, "scatter_blocks", scatter)
+    reports = ends.begin(range(2))
+    assert launched.wait(10)
+    ends.sink.cancel("r1")
+    time.sleep(0.1)
+    assert reports.got == [], "the device still writes into the targets"
+    pending.done = True
+    reports.only()
 
 
 def test_a_restarted_sink_gets_a_new_communicator(ends: Ends) -> None:

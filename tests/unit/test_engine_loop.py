@@ -445,6 +445,40 @@ def test_an_id_may_come_again_at_once_after_an_abort(state: str, end: str) -> No
     decode.assert_clean()
 
 
+def test_the_first_token_may_come_while_the_id_is_still_taken() -> None:
+    prefill, decode = pair(budget=8)
+    ticket = arrive_early(prefill, decode)
+    prefill.run()
+    first = prefill.last("a")
+    decode.inbox.slow = True
+    decode.engine.abort("a")
+    decode.submit("a", prompt(20), ticket=ticket)
+    decode.resume("a", first.token_ids)
+    decode.engine.step()
+    assert decode.engine.status().fetching == 1
+    decode.inbox.slow = False
+    for name in list(decode.inbox.cancelled):
+        decode.inbox.deliver(name, (0,))
+    decode.run()
+    decode.inbox.deliver("a")
+    decode.run()
+    assert first.token_ids + decode.tokens("a") == continuation(prompt(20), 8)
+    prefill.engine.abort("a")
+    prefill.assert_clean()
+    decode.assert_clean()
+
+
+def test_a_ticket_of_another_request_is_refused() -> None:
+    prefill, decode = pair()
+    first = run_prefill(prefill, "a", prompt(8))
+    decode.submit("b", prompt(8), output=first.token_ids, ticket=first.ticket)
+    decode.run()
+    assert "another request, a" in decode.last("b").error.message
+    prefill.engine.abort("a")
+    prefill.assert_clean()
+    decode.assert_clean()
+
+
 def test_early_requests_do_not_hold_up_others() -> None:
     prefill, decode = pair(budget=8)
     keep_busy(decode)
