@@ -19,6 +19,9 @@ log = logging.getLogger(__name__)
 
 RELEASE_TIMEOUT_S = 1.0
 RENEW_TIMEOUT_S = 1.0
+SILENT_S = 3.0
+"""A source that did not answer is left alone for so long: leases at other sources must not end
+because one thread asks it for each of its tickets."""
 
 _TO_READER: MessageDecoder[Any] = MessageDecoder(ToReader)
 
@@ -39,6 +42,8 @@ class Leases:
         self._lock = threading.Lock()
         self._kept: dict[str, _Kept] = {}
         self._release_until = float("inf")
+        self._silent: dict[Address, float] = {}
+        """Until when; touched by the thread that renews alone."""
 
     def keep(self, ticket: KVTicket) -> None:
         """Renew the ticket's lease, whenever `renew_kept` is called, until `drop`."""
@@ -68,26 +73,38 @@ class Leases:
         """Whether to renew it again."""
         ticket = kept.ticket
         kept.renew_at = time.monotonic() + ticket.lease_s / 3
-        message = Renew(ticket_id=ticket.ticket_id, epoch=ticket.epoch)
         try:
-            return self._settle(ticket, message, time.monotonic() + RENEW_TIMEOUT_S)
+            return self._renewed(ticket) is not False
         except EpochChanged:
             return False
-        except (OSError, ProtocolError) as error:
-            log.info("Renewing the lease of %s failed: %s", ticket.request_id, error)
-            return True
 
     def renew(self, job: Job) -> None:
         """Renew the lease of a fetch; stop it if the lease is over."""
         job.renew_at = time.monotonic() + job.ticket.lease_s / 3
-        message = Renew(ticket_id=job.ticket.ticket_id, epoch=job.ticket.epoch)
         try:
-            valid = self._settle(job.ticket, message, time.monotonic() + RENEW_TIMEOUT_S)
-        except (OSError, ProtocolError) as error:
-            log.info("Renewing the lease of %s failed: %s", job.ticket.request_id, error)
+            stands = self._renewed(job.ticket)
+        except EpochChanged:
             return  # the fetch itself finds out what that means
-        if not valid:
+        if stands is False:
             job.stop("The lease ended before all KV blocks had arrived.", Outcome.FAILED)
+
+    def _renewed(self, ticket: KVTicket) -> bool | None:
+        """Whether the ticket's lease stands, and has begun anew; None if its source does not
+        answer. Raises EpochChanged."""
+        address, now = Address.of(ticket), time.monotonic()
+        if now < self._silent.get(address, 0.0):
+            return None
+        message = Renew(ticket_id=ticket.ticket_id, epoch=ticket.epoch)
+        try:
+            return self._settle(ticket, message, now + RENEW_TIMEOUT_S)
+        except EpochChanged:
+            raise
+        except (OSError, ProtocolError) as error:
+            log.info("Renewing the lease of %s failed: %s", ticket.request_id, error)
+            if isinstance(error, TimeoutError):
+                self._silent = {one: end for one, end in self._silent.items() if end > now}
+                self._silent[address] = time.monotonic() + SILENT_S
+            return None
 
     def release(self, job: Job) -> bool:
         """Tell the source that the fetch is over; True if the lease stood until now. Asked again

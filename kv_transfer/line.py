@@ -187,7 +187,11 @@ def connect(address: Address, *, secret: str, name: str, deadline: float, attach
     timeout = deadline - time.monotonic()
     if timeout <= 0:
         raise TimeoutError(f"No time is left to connect to {address.source}.")
-    line = Line(socket.create_connection((address.host, address.port), timeout=timeout))
+    try:
+        sock = socket.create_connection((address.host, address.port), timeout=timeout)
+    except (UnicodeError, OverflowError) as error:
+        raise ConnectionError(f"{address.host}:{address.port} is no address: {error}") from None
+    line = Line(sock)
     try:
         attach(line)
         asked = line.receive(_HANDSHAKE, deadline, HANDSHAKE_LIMIT)
@@ -242,16 +246,19 @@ class LinePool:
         """Close idle lines that ended or were not used for `idle_s` seconds, and with them the
         mappings of pools whose owner died. Returns whether idle lines are left."""
         before = time.monotonic() - idle_s
+        useless: set[Line] = set()
         with self._lock:
             for address, lines in list(self._idle.items()):
                 kept = [line for line in lines if line.idle_since > before and not line.dead()]
-                for line in set(lines).difference(kept):
-                    line.close()
+                useless.update(set(lines).difference(kept))
                 if kept:
                     self._idle[address] = kept
                 else:
                     del self._idle[address]
-            return bool(self._idle)
+            left = bool(self._idle)
+        for line in useless:  # without the lock: to unmap a pool takes a while
+            line.close()
+        return left
 
     def close(self) -> None:
         with self._lock:

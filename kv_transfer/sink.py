@@ -190,11 +190,16 @@ class TransferSink:
             room = len(self._growing) < self._most_growing
             if room:
                 self._growing.add(thread)
+        reason = f"{self._most_growing} growing tickets are being fetched already."
         if room:
-            thread.start()
-        else:
-            reason = f"{self._most_growing} growing tickets are being fetched already."
-            self._report(job, job.wanted, reason)
+            try:
+                thread.start()
+                return
+            except RuntimeError as error:  # the process has too many
+                reason = f"A growing ticket needs a thread: {error}."
+                with self._lock:
+                    self._growing.discard(thread)
+        self._report(job, job.wanted, reason)
 
     def _check(self, ticket: KVTicket, wanted: Sequence[int], targets: Sequence[int]) -> None:
         if len(wanted) != len(targets):

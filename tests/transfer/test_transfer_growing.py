@@ -198,3 +198,18 @@ def test_others_do_not_wait_behind_growing_tickets(
         source.seal(f"g{number}", [3 + 2 * number, 4 + 2 * number])
     assert all(reports.only().ok for reports in waiting)
     assert source.cut("g3")
+
+
+def test_without_another_thread_the_fetch_fails_and_nothing_else(
+    rig: Rig, source: TransferSource, ours: HostMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sink = rig.sink(ours)
+
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    reports = rig.fetch(sink, open_ticket(source, 2), [0, 1], [4, 5])
+    monkeypatch.undo()
+    assert reports.only().failed == (0, 1) and "needs a thread" in reports.only().reason
+    assert source.cut("r") and sink.counters().fetching == 0
