@@ -313,6 +313,14 @@ class RouterSettings(CommonSettings):
         unit="milliseconds",
         shown="0: no limit",
     )
+    responses_ttl: int = option(
+        3600,
+        "How long answers of /v1/responses are kept in Redis, for previous_response_id and "
+        "background",
+        parse=integer(0, 30 * 86400),
+        unit="seconds",
+        shown="3600; 0: none is kept",
+    )
     max_body: int = option(
         32 * 2**20, "Longest request body", parse=size, unit="bytes", shown="32MiB"
     )

@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import RedirectResponse, Response
@@ -40,6 +41,7 @@ from pdserve.router.errors import (
     Unavailable,
     from_code,
     from_exception,
+    schema_error,
 )
 from pdserve.router.fields import refuse
 from pdserve.router.generation import (
@@ -59,6 +61,8 @@ from pdserve.router.openapi import body_of
 from pdserve.router.placement import Disaggregate, Policy
 from pdserve.router.recorder import Recorder
 from pdserve.router.requests import GenerateRequest, RequestParser
+from pdserve.router.responses_api import add_responses_routes
+from pdserve.router.responses_desk import ResponsesDesk
 from pdserve.router.scale_out import add_scale_out_routes
 from pdserve.router.schemas import (
     ChatCompletionRequest,
@@ -147,6 +151,7 @@ class Router:
         self.recorder = Recorder(
             Journal(settings.redis, settings.cluster), self.metrics.story_dropped
         )
+        self.responses = ResponsesDesk(settings)
         self._dispatcher: Dispatcher | None = None
         self._admission: Admission | None = None
         self._running: dict[str, list[Generation]] = {}
@@ -183,6 +188,7 @@ class Router:
         self.recorder.start()
 
     async def close(self) -> None:
+        await self.responses.close()
         await self.recorder.close()
         self.admission.close()
         await self.pool.close()
@@ -313,6 +319,7 @@ def create_app(settings: RouterSettings) -> FastAPI:
     _add_error_handlers(app)
     _add_generation_routes(app, router)
     add_messages_routes(app, router)
+    add_responses_routes(app, router)
     add_scale_out_routes(app, router)
     _add_model_routes(app, router)
     _add_text_routes(app, router)
@@ -327,6 +334,11 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def _api_error(request: Request, error: ApiError) -> Response:
         return error_response(error, request.scope)
+
+    @app.exception_handler(RequestValidationError)
+    async def _bad_query(request: Request, error: RequestValidationError) -> Response:
+        problems = [{**problem, "loc": problem["loc"][1:]} for problem in error.errors()]
+        return error_response(schema_error(problems, "query"), request.scope)
 
     @app.exception_handler(HTTPException)
     async def _http_error(request: Request, error: HTTPException) -> Response:

@@ -158,12 +158,12 @@ def short(value: object) -> str:
     return writer.repr(value)[:MAX_INPUT_CHARS]
 
 
-def schema_error(problems: Iterable[Mapping[str, Any]]) -> SchemaError:
+def schema_error(problems: Iterable[Mapping[str, Any]], root: str = "body") -> SchemaError:
     """pydantic's list of problems as one answer; `param` is the dotted place of the first."""
     listed = list(problems)
     lines = [f"{len(listed)} validation error{'s' if len(listed) > 1 else ''}:"]
     for problem in listed[:MAX_LISTED]:
-        place = ("body", *problem.get("loc", ()))
+        place = (root, *problem.get("loc", ()))
         shown = short(problem.get("input"))
         lines.append(
             f"  {{'type': {problem.get('type')!r}, 'loc': {place!r}, "
@@ -171,4 +171,4 @@ def schema_error(problems: Iterable[Mapping[str, Any]]) -> SchemaError:
         )
     first = listed[0].get("loc", ()) if listed else ()
     steps = [*first[:1], *(step for step in first[1:] if isinstance(step, int))]  # no type names
-    return SchemaError("\n".join(lines), param=".".join(str(step) for step in ("body", *steps)))
+    return SchemaError("\n".join(lines), param=".".join(str(step) for step in (root, *steps)))

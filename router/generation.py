@@ -42,7 +42,7 @@ STALL_S = 60.0
 """A client that takes nothing from its connection for so long is treated as gone."""
 
 
-def _impatient(send: Send) -> Send:
+def impatient(send: Send) -> Send:
     """`send` that raises ClientGone if the client does not read."""
 
     async def bounded(message: Message) -> None:
@@ -237,7 +237,7 @@ class Generation:
         Raises ApiError only while nothing has been sent; ClientGone.
         """
         writer, progress = self._writer, self._progress
-        send = _impatient(send)
+        send = impatient(send)
         started = False
         try:
             while progress.open:

@@ -231,6 +231,89 @@ class MessagesRequest(MessagesFields):
     vllm_xargs: Any = None
 
 
+INCLUDABLE = Literal[
+    "message.output_text.logprobs",
+    "reasoning.encrypted_content",
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+    "file_search_call.results",
+    "message.input_image.image_url",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+]
+"""Only the first is ever there to be included."""
+
+
+class ResponsesFields(_Body):
+    """A conversation as OpenAI's Responses API has it."""
+
+    model: str | None = None
+    input: str | list[Object]
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    previous_input_messages: list[Object] | None = None
+    tools: list[Object] | None = None
+    tool_choice: str | Object | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning: Object | None = None
+    text: Object | None = None
+    structured_outputs: Object | None = None
+    truncation: Literal["disabled", "auto"] | None = None
+    chat_template_kwargs: Object | None = None
+
+    # refused
+    prompt: Any = None
+    conversation: Any = None
+    context_management: Any = None
+    media_io_kwargs: Any = None
+    mm_processor_kwargs: Any = None
+
+
+class InputTokensRequest(ResponsesFields):
+    """Without anything about the answer."""
+
+
+class ResponsesRequest(ResponsesFields):
+    background: bool | None = None
+    store: bool | None = None
+    stream: bool | None = None
+    include: list[INCLUDABLE] | None = None
+    top_logprobs: Int64 | None = None
+    max_output_tokens: Annotated[Int64, Field(ge=1)] | None = None
+    include_reasoning: bool | None = None
+    temperature: Finite | None = None
+    top_p: Finite | None = None
+    top_k: Int64 | None = None
+    presence_penalty: Finite | None = None
+    frequency_penalty: Finite | None = None
+    repetition_penalty: Finite | None = None
+    logit_bias: dict[str, Finite] | None = None
+    seed: Int64 | None = None
+    stop: str | StopList | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    metadata: dict[str, str] | None = None
+    service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = None
+    user: str | None = None
+    request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,128}$")] | None = None
+    cache_salt: str | None = None
+    priority: Int64 | None = None
+    enable_response_messages: bool | None = None
+
+    # advisory
+    max_tool_calls: Int64 | None = None
+    prompt_cache_key: Any = None
+    safety_identifier: Any = None
+    session_id: Any = None
+    watermarking: bool | None = None
+
+    # refused
+    kv_transfer_params: Any = None
+    ec_transfer_params: Any = None
+    vllm_xargs: Any = None
+
+
 class EngineSampling(SamplingFields):
     """`sampling_params` of /inference/v1/generate."""
 
@@ -295,6 +378,8 @@ BODIES: tuple[type[_Body], ...] = (
     ChatCompletionRequest,
     MessagesRequest,
     CountTokensRequest,
+    ResponsesRequest,
+    InputTokensRequest,
     EngineSampling,
     GenerateTokensRequest,
     AbortRequests,

@@ -23,6 +23,7 @@ SOMETHING: dict[str, Any] = {
 REQUIRED: dict[str, Any] = {
     "messages": [],
     "prompt": "x",
+    "input": "x",
     "model": "demo",
     "max_tokens": 9,
     "token_ids": [1],
