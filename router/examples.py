@@ -18,6 +18,8 @@ EXAMPLES: dict[type[Any], Json] = {
     schemas.CompletionRequest: {"prompt": "A router", "seed": 7, "max_tokens": 16},
     schemas.MessagesRequest: {"messages": _QUESTION, "system": "Be brief.", "max_tokens": 32},
     schemas.CountTokensRequest: {"messages": _QUESTION},
+    schemas.ResponsesRequest: {"input": "What is a prefill worker?", "max_output_tokens": 32},
+    schemas.InputTokensRequest: {"input": "What is a prefill worker?"},
     schemas.GenerateTokensRequest: {
         "token_ids": [5, 6, 7],
         "sampling_params": {"temperature": 0, "max_tokens": 8},

@@ -26,10 +26,12 @@ def new_id(kind: object) -> str:
 
 
 def items_of(given: str | list[Json]) -> list[Json]:
-    """An input as complete items: with types, ids and statuses."""
-    if isinstance(given, str):
-        given = [{"role": "user", "content": given}]
-    return [_completed(item) for item in given]
+    return [{"role": "user", "content": given}] if isinstance(given, str) else given
+
+
+def complete(items: Sequence[Json]) -> list[Json]:
+    """Items that have been understood, as they are stored: with types, ids and statuses."""
+    return [_completed(item) for item in items]
 
 
 def _completed(item: Json) -> Json:

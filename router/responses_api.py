@@ -17,7 +17,7 @@ from pdserve.router.http import JsonResponse
 from pdserve.router.openai import encode_json
 from pdserve.router.openapi import body_of
 from pdserve.router.requests import GenerateRequest
-from pdserve.router.response_items import items_of
+from pdserve.router.response_items import complete, items_of
 from pdserve.router.responses import as_chat, in_own_words
 from pdserve.router.responses_desk import ResponsesDesk
 from pdserve.router.responses_writer import Reply, ResponsesWriter
@@ -38,7 +38,7 @@ PATH = "/v1/responses"
 async def _history(desk: ResponsesDesk, body: ResponsesFields) -> list[Json]:
     """Items of the conversation before this request. Raises ApiError."""
     if body.previous_response_id is None:
-        return items_of(body.previous_input_messages or [])
+        return body.previous_input_messages or []
     if body.previous_input_messages is not None:
         raise BadRequest(
             "previous_response_id and previous_input_messages cannot be used together.",
@@ -96,8 +96,8 @@ def add_responses_routes(app: FastAPI, router: Router) -> None:
         if body.background:
             queued = StoredResponse(
                 body=reply.response("queued"),
-                history=history,
-                input=given,
+                history=complete(history),
+                input=complete(given),
                 background=True,
                 stream=parsed.stream,
             )
@@ -107,7 +107,7 @@ def add_responses_routes(app: FastAPI, router: Router) -> None:
             return JsonResponse(encode_json(queued.body))
         if body.store is False or not desk.stores:
             return answer
-        return desk.kept(answer, reply, history, given)
+        return desk.kept(answer, reply, complete(history), complete(given))
 
     async def _parsed(
         body: ResponsesRequest, history: list[Json], given: list[Json]

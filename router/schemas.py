@@ -54,6 +54,21 @@ Numbers = Annotated[
 ]
 
 
+def _labels(found: dict[str, Any]) -> dict[str, Any]:
+    """Raises ValueError for the first value that is no string."""
+    for name, value in found.items():
+        if not isinstance(value, str):
+            raise ValueError(f"the value of {name[:40]!r} must be a string")
+    return found
+
+
+Labels = Annotated[
+    Object,
+    AfterValidator(_labels),
+    WithJsonSchema({"type": "object", "additionalProperties": {"type": "string"}}),
+]
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
 
@@ -248,11 +263,11 @@ class ResponsesFields(_Body):
     """A conversation as OpenAI's Responses API has it."""
 
     model: str | None = None
-    input: str | list[Object]
+    input: str | Many[Object]
     instructions: str | None = None
     previous_response_id: str | None = None
-    previous_input_messages: list[Object] | None = None
-    tools: list[Object] | None = None
+    previous_input_messages: Many[Object] | None = None
+    tools: Many[Object] | None = None
     tool_choice: str | Object | None = None
     parallel_tool_calls: bool | None = None
     reasoning: Object | None = None
@@ -277,7 +292,7 @@ class ResponsesRequest(ResponsesFields):
     background: bool | None = None
     store: bool | None = None
     stream: bool | None = None
-    include: list[INCLUDABLE] | None = None
+    include: Many[INCLUDABLE] | None = None
     top_logprobs: Int64 | None = None
     max_output_tokens: Annotated[Int64, Field(ge=1)] | None = None
     include_reasoning: bool | None = None
@@ -287,13 +302,13 @@ class ResponsesRequest(ResponsesFields):
     presence_penalty: Finite | None = None
     frequency_penalty: Finite | None = None
     repetition_penalty: Finite | None = None
-    logit_bias: dict[str, Finite] | None = None
+    logit_bias: Numbers | None = None
     seed: Int64 | None = None
     stop: str | StopList | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Labels | None = None
     service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = None
     user: str | None = None
     request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,128}$")] | None = None
