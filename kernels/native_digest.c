@@ -165,7 +165,11 @@ pass(uint8_t *to, const uint8_t *from, int64_t nbytes, enum Store store)
         from += STRIPE;
         to += STRIPE;
     }
-    if (store != NOWHERE) memcpy(to, from, last + STRIPE - from);
+    if (store != NOWHERE) { /* the last stripe, too, is summed as it lies in the target */
+        int64_t rest = last + STRIPE - from;
+        memcpy(to, from, rest);
+        last = to + rest - STRIPE;
+    }
     take(&lanes, last, secret + SECRET_BYTES - STRIPE - 7, 0, NOWHERE);
     uint64_t lane[LANES], result = (uint64_t)nbytes * P64_1;
     memcpy(lane, &lanes, sizeof lane);
