@@ -51,6 +51,8 @@ log = logging.getLogger(__name__)
 
 WORD = 8
 """Bytes; blocks must be whole numbers of words."""
+HANDLE_BYTES = 64
+"""Of CUDA's name for an allocation; its functions read that many."""
 CHUNK_BYTES = 64 * 2**20
 """Copied by one launch."""
 SUM_S = 5.0
@@ -158,17 +160,20 @@ class _End:
 
     def _sums(self, launch: Callable[[], torch.Tensor], wait: Wait) -> list[int]:
         """Launch what computes sums [n] int64 and wait for them. What `wait` raises is raised when
-        the device is done."""
+        the device is done. Raises TransportUnfit."""
         streams = self._runtime.streams
         if not hasattr(self._local, "stream"):
             streams.enter()
             self._local.stream = streams.new()
         stream = self._local.stream
-        with streams.on(stream):
-            found = launch()
-            sums = torch.empty(found.shape, dtype=torch.int64, pin_memory=found.is_cuda)
-            sums.copy_(found, non_blocking=True)
-            mark = streams.mark(stream)
+        try:
+            with streams.on(stream):
+                found = launch()
+                sums = torch.empty(found.shape, dtype=torch.int64, pin_memory=found.is_cuda)
+                sums.copy_(found, non_blocking=True)
+                mark = streams.mark(stream)
+        except RuntimeError as error:  # CUDA's, through torch
+            raise TransportUnfit(f"The device cannot sum or copy blocks: {error}") from error
         _wait_until_done(mark, wait)
         return [value & (2**64 - 1) for value in sums.tolist()]
 
@@ -284,10 +289,7 @@ class IpcSink(_End):
             theirs, mine = self._index(there), self._index(here)
             return copy_blocks_summed(mapping.words, theirs, self._words, mine)
 
-        try:
-            return self._sums(launch, wait)
-        except RuntimeError as error:  # CUDA's, through torch
-            raise TransportUnfit(f"Copying between devices failed: {error}") from error
+        return self._sums(launch, wait)
 
     def _map(self, line: Line, header: FetchHeader, shared: DevicePool, wait: Wait) -> _Mapping:
         while not self._lock.acquire(timeout=LOOK_S):
@@ -303,6 +305,8 @@ class IpcSink(_End):
         return mapping
 
     def _open(self, shared: DevicePool) -> _Mapping:
+        if len(shared.handle) != HANDLE_BYTES or shared.offset < 0 or shared.offset % WORD:
+            raise TransportUnfit("The source named its KV pool in a way that CUDA does not know.")
         try:
             if not self._runtime.reaches(shared.bus_id):
                 raise TransportUnfit(

@@ -8,7 +8,8 @@
       │ posts a receive        ◄═══ raw bytes ═══════ │  one send per chunk, out of a staging buffer
       │ scatters, verifies                            │
 
-One communicator per pair of processes, made on first use; a session is its unique id. Both ends
+One communicator per pair of processes and epoch of the source, made on first use; a session is its
+unique id. Both ends
 keep it until something goes wrong, the other end says that it is over, or nobody has used it for
 long: then it is aborted, by a helper thread that may get stuck without harm. A communicator is
 never repaired. NCCL never touches a pool: a kernel that is stuck for ever writes into a staging
@@ -136,14 +137,18 @@ class _End:
         """Give up pairs that are of no more use, before another one is made for `peer`: those that
         were not used for long, or are of an earlier life of the same worker."""
         before, worker = time.monotonic() - IDLE_S, peer[0].partition("#")[0]
-        with self._lock:
-            for other, place in list(self._places.items()):
-                namesake = other != peer and other[0].partition("#")[0] == worker
-                if namesake:
-                    del self._places[other]
+        with self._lock:  # not while giving up, which may take a while
+            others = {other: place for other, place in self._places.items() if other != peer}
+            earlier = [other for other in others if other[0].partition("#")[0] == worker]
+            for other in earlier:
+                del self._places[other]
+        for other in earlier:
+            self._give_up(others.pop(other))
+        for place in others.values():
+            if place.used_at < before and place.lock.acquire(blocking=False):
+                try:
                     self._give_up(place)
-                elif place.used_at < before and place.lock.acquire(blocking=False):
-                    self._give_up(place)
+                finally:
                     place.lock.release()
 
     def _join(self, peer: tuple[str, int], session: bytes) -> _Pair:
@@ -287,9 +292,11 @@ class NcclSink(_End):
     def detail(self, source: str, epoch: int) -> str:
         """What `Fetch.detail` says to this source."""
         with self._lock:
-            for peer in [p for p in self._places if p[0] == source and p[1] != epoch]:
-                self._give_up(self._places.pop(peer))  # that incarnation is gone
+            earlier = [p for p in self._places if p[0] == source and p[1] != epoch]
+            gone = [self._places.pop(peer) for peer in earlier]
             place = self._places.get((source, epoch))
+        for other in gone:
+            self._give_up(other)
         return f"{self._owner.version}/{place.over.hex() if place is not None else ''}"
 
     def receive(

@@ -39,7 +39,7 @@ from pdserve.kv_transfer.memory import BlockMemory, Pool, as_pool
 from pdserve.kv_transfer.outbox import Outbox, OutboxCounters
 from pdserve.kv_transfer.parcels import Packing, blocks_of, stream_of
 from pdserve.kv_transfer.parcels import objection as parcels_objection
-from pdserve.kv_transfer.transports import SOURCE_HALVES, SourceHalf
+from pdserve.kv_transfer.transports import SOURCE_HALVES, SourceHalf, TransportUnfit
 from pdserve.protocol.errors import ProtocolError
 from pdserve.protocol.ticket import KVTicket, LayoutFingerprint
 from pdserve.protocol.transfer import (
@@ -373,7 +373,12 @@ class TransferSource:
         if not _sums_itself(half):
             checksums = read.checksums(lambda block: self._checksum(read, block))
         header = self._header(fetch, self._pool.block_nbytes, checksums)
-        self._say(line, half.describe(header, blocks))
+        try:
+            header = half.describe(header, blocks)
+        except TransportUnfit as error:
+            self._refuse(line, fetch, str(error), retry_other_transport=True)
+            return 0
+        self._say(line, header)
         half.send(line, fetch, blocks, lambda: self._patience(read))
         return len(blocks) * self._pool.block_nbytes
 

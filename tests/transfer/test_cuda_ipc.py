@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 import torch
 from fake_ipc import FakeDriver
@@ -124,6 +125,30 @@ def test_what_cannot_be_mapped_goes_another_way(ends: Ends, switch: str, says: s
     report = ends.begin().only()
     assert report.failed and says in report.reason
     assert ends.driver.opened == []
+
+
+def test_a_source_whose_device_fails_says_so(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(cuda_ipc, "sum_blocks", fail)
+    ends.fetch("tcp")
+    ends.sink = ends.new_sink("ipc")
+    report = ends.begin().only()
+    assert report.failed and "out of memory" in report.reason
+
+
+@pytest.mark.parametrize("changes", [{"handle": b"short"}, {"offset": -8}, {"offset": 3}])
+def test_a_pool_that_cannot_be_is_not_mapped(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object]
+) -> None:
+    half = ends.source._halves["ipc"]
+    assert isinstance(half, cuda_ipc.IpcSource)
+    monkeypatch.setattr(half, "_shared", msgspec.structs.replace(half._shared, **changes))
+    ends.fetch("tcp")
+    assert ends.driver.opened == []
+    ends.sink = ends.new_sink("ipc")
+    assert "does not know" in ends.begin().only().reason
 
 
 def test_changed_blocks_are_named_and_fetched_again(
