@@ -16,6 +16,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -41,6 +42,7 @@ from pdserve.cluster.redis_server import (
 from pdserve.cluster.runfile import RunNote, own_age_s, running, start_ticks, write_note
 from pdserve.cluster.settings import UpSettings, up_settings
 from pdserve.cluster.supervisor import GaveUp, Supervisor
+from pdserve.cluster.tls import TlsError, server_context
 from pdserve.protocol.errors import PdserveError
 
 if TYPE_CHECKING:
@@ -67,6 +69,7 @@ def up(argv: Sequence[str], make_plan: PlanMaker = plan_cluster) -> int:
     settings = up_settings(argv)
     console = Console(sys.stdout)
     try:
+        check_tls(settings)
         with_model = find_model(settings)
         reserved = reserve_port(settings.router.host, settings.router.port)
     except PdserveError as error:
@@ -87,6 +90,16 @@ def up(argv: Sequence[str], make_plan: PlanMaker = plan_cluster) -> int:
 def _complain(error: PdserveError, code: int) -> int:
     print(f"pdserve up: error: {error}", file=sys.stderr)
     return code
+
+
+def check_tls(settings: UpSettings) -> None:
+    """Raises TlsError."""
+    server_context(settings.router)
+    if settings.router.ssl_cert_reqs == ssl.CERT_REQUIRED:
+        raise TlsError(
+            "--ssl-cert-reqs 2 demands a certificate of every client, and `pdserve up` has none "
+            "to ask for its first tokens with; give 1, or start the processes one by one."
+        )
 
 
 def find_model(settings: UpSettings) -> UpSettings:
@@ -212,7 +225,8 @@ class Launcher:
         self._settings = settings
         self._scene = scene
         self._console = console
-        self._url = f"http://{_reachable(settings.router.host)}:{port}"
+        scheme = "https" if settings.router.ssl_certfile else "http"
+        self._url = f"{scheme}://{_reachable(settings.router.host)}:{port}"
         self._private: PrivateRedis | None = None
         if not settings.redis:
             self._private = private_redis(scene.folder, scene.logs / "redis.log")
@@ -403,11 +417,13 @@ class Launcher:
         body = (
             f'{{"model": "{proof.model}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
         )
+        certificate = self._settings.router.ssl_certfile
+        trust = f" --cacert {certificate}" if certificate else ""
         key = ' -H "Authorization: Bearer $API_KEY"' if self._settings.router.api_key else ""
         self._console.say(f"Up after {took_s:.1f} s; model {proof.model}; try:")
         self._console.say(
-            f"  curl {self._url}/v1/chat/completions -H 'Content-Type: application/json'{key} "
-            f"-d '{body}'"
+            f"  curl{trust} {self._url}/v1/chat/completions "
+            f"-H 'Content-Type: application/json'{key} -d '{body}'"
         )
         self._console.say(f"Logs: {self._scene.logs}; `pdserve status` shows the workers.")
         self._console.say(f"ready {self._url}")

@@ -324,6 +324,24 @@ class RouterSettings(CommonSettings):
     max_body: int = option(
         32 * 2**20, "Longest request body", parse=size, unit="bytes", shown="32MiB"
     )
+    ssl_certfile: str = option(
+        "", "Certificate chain in PEM format; with it clients are served over https only"
+    )
+    ssl_keyfile: str = option(
+        "", "Its private key in PEM format", shown="in the file of --ssl-certfile"
+    )
+    ssl_ca_certs: str = option("", "Certificates by which those of clients are checked")
+    ssl_cert_reqs: int = option(
+        0,
+        "Certificates of clients: 0 are not asked for, 1 are checked if they come, 2 are demanded",
+        parse=integer(0, 2),
+    )
+    ssl_ciphers: str = option(
+        "", "Ciphers for TLS 1.2, as OpenSSL writes them", shown="Python's choice"
+    )
+    enable_ssl_refresh: bool = option(
+        False, "Watch the certificate and its key, and use new ones for new connections"
+    )
     allowed_origins: tuple[str, ...] = option(
         (), "Origins from which browsers may call (CORS); * means any", many=True
     )

@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import uvicorn
 
 from pdserve.cluster.options import fail
 from pdserve.cluster.settings import RouterSettings, router_settings
+from pdserve.cluster.tls import Refresh, server_context
 from pdserve.protocol.errors import PdserveError
 from pdserve.router.app import create_app
 
@@ -19,6 +22,8 @@ log = logging.getLogger("pdserve.router")
 
 PROGRAM = "pdserve router"
 KEEP_ALIVE_S = 30
+REFRESH_S = 2
+"""Between looks at the certificate's files."""
 SHUTDOWN_S = 2
 """Seconds that streams get to end after SIGTERM."""
 
@@ -33,12 +38,14 @@ def main(argv: Sequence[str]) -> None:
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
+        context = server_context(settings)
         app = create_app(settings)
     except PdserveError as error:
         fail(PROGRAM, str(error))
     listener = _listen(settings)
     host, port = listener.getsockname()[:2]
-    log.info("Serving on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    scheme = "https" if context else "http"
+    log.info("Serving on %s://%s:%d", scheme, f"[{host}]" if ":" in host else host, port)
     config = uvicorn.Config(
         app,
         loop="uvloop",
@@ -50,11 +57,21 @@ def main(argv: Sequence[str]) -> None:
         timeout_graceful_shutdown=SHUTDOWN_S,
         server_header=False,
         proxy_headers=False,
+        **({} if context is None else _encryption(context, settings)),
     )
     for number in (signal.SIGINT, signal.SIGTERM):
         # uvicorn raises the signal again when it has shut down; that is the end, not an accident.
         signal.signal(number, lambda *_: None)
     uvicorn.Server(config).run(sockets=[listener])
+
+
+def _encryption(context: ssl.SSLContext, settings: RouterSettings) -> dict[str, Any]:
+    """uvicorn's arguments for TLS."""
+    found: dict[str, Any] = {"ssl_context_factory": lambda *_: context}
+    if settings.enable_ssl_refresh:
+        watch = Refresh(context, settings)
+        found |= {"callback_notify": watch.look, "timeout_notify": REFRESH_S}
+    return found
 
 
 def _listen(settings: RouterSettings) -> socket.socket:
