@@ -111,9 +111,11 @@ class DeviceMemory(Pool):
             return
         if not hasattr(self._local, "stream"):
             self._local.stream = torch.cuda.Stream(self._blocks.device)
-        with torch.cuda.stream(self._local.stream):
-            yield
-        self._local.stream.synchronize()
+        try:
+            with torch.cuda.stream(self._local.stream):
+                yield
+        finally:  # what was launched before an error writes, too
+            self._local.stream.synchronize()
 
 
 def device_memory(tensor: torch.Tensor) -> DeviceMemory | None:

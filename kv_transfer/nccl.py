@@ -9,11 +9,10 @@
       │ scatters, verifies                            │
 
 One communicator per pair of processes and epoch of the source, made on first use; a session is its
-unique id. Both ends
-keep it until something goes wrong, the other end says that it is over, or nobody has used it for
-long: then it is aborted, by a helper thread that may get stuck without harm. A communicator is
-never repaired. NCCL never touches a pool: a kernel that is stuck for ever writes into a staging
-buffer that nobody uses any more.
+unique id. Both ends keep it until something goes wrong, the other end says that it is over, or
+nobody has used it for long: then it is aborted, by a helper thread that may get stuck without harm.
+A communicator is never repaired. NCCL never touches a pool: a kernel that is stuck for ever writes
+into a staging buffer that nobody uses any more.
 
 Every NCCL call that may block is made by one thread of the process, under a deadline; waiting for
 completion is polling an event. If that thread does not come back it is given up and replaced, at

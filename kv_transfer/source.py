@@ -252,7 +252,10 @@ class TransferSource:
         with contextlib.suppress(OSError):  # a matter of taste, not of correctness
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), SUMMING_NICENESS)
         while (ticket_id := self._fresh.get()) is not None:
-            self.outbox.sum_ahead(ticket_id, self._sum)
+            try:
+                self.outbox.sum_ahead(ticket_id, self._sum)
+            except Exception:  # a device's: whoever reads finds out, too
+                log.exception("Computing the checksums of ticket %s failed.", ticket_id)
 
     def _accept(self) -> None:
         while not self._closing.is_set():

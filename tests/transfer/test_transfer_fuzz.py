@@ -191,7 +191,7 @@ def test_changed_frames_to_a_source(
     assert unharmed(rig, source, ticket)
 
 
-@settings(FUZZ, max_examples=30)
+@settings(FUZZ, max_examples=50)
 @given(data=st.data())
 def test_any_answer_to_a_sink(
     rig: Rig, answering: Callable[[bytes], int], data: st.DataObject
@@ -200,8 +200,14 @@ def test_any_answer_to_a_sink(
     ours = rig.memory(8)
     poison(ours)
     device = st.none() | st.builds(
-        DevicePool, handle=SHORT, offset=NUMBERS, num_blocks=NUMBERS, bus_id=TEXTS
+        DevicePool,
+        handle=SHORT | st.just(b"h" * 64),
+        offset=NUMBERS,
+        num_blocks=NUMBERS,
+        bus_id=TEXTS,
     )
+    transport = data.draw(st.sampled_from(["auto", "shm", "tcp", "ipc", "nccl"]))
+    rig.between_devices = transport in ("ipc", "nccl")
     ticket = rig.ticket(rig.source(), "r", [1, 2])
     rig.returned.got.clear()
     unsigned = st.lists(st.integers(0, 2**64 - 1), max_size=4).map(tuple)
@@ -224,7 +230,7 @@ def test_any_answer_to_a_sink(
         st.builds(Grown, ticket_id=TEXTS, ready=NUMBERS, sealed=st.booleans()),
     ).map(encode_frame) | st.binary(max_size=40)
     port = answering(data.draw(answers) + data.draw(SHORT))
-    sink = rig.sink(ours, stall_s=0.5, transport=data.draw(st.sampled_from(["auto", "shm", "tcp"])))
+    sink = rig.sink(ours, stall_s=0.5, transport=transport)
     report = rig.fetch(sink, msgspec.structs.replace(ticket, port=port), [0, 1], [3, 4]).only()
     sink.close()
     assert report.failed and report.reason
