@@ -57,6 +57,8 @@ def attention_prefill(
     _check(query, cache, context_lens, block_table, window, soft_cap)
     checks.cache_dtype("query", query, cache, k_scale, v_scale)
     checks.shape("query_start", query_start, [context_lens.shape[0] + 1])
+    checks.dtype("query_start", query_start, checks.INDICES)
+    checks.same_device("query_start", query_start, "query", query)
     fast = dispatch.implementation("attention_prefill", query, cache)
     if fast is not None:
         result: torch.Tensor = fast(
@@ -307,8 +309,8 @@ def _check(
     checks.dtype("query", query, checks.FLOATS)
     checks.shape("context_lens", context_lens, [None])
     checks.shape("block_table", block_table, [context_lens.shape[0], None])
-    checks.dtype("block_table", block_table, checks.INDICES)
     for name, tensor in (("context_lens", context_lens), ("block_table", block_table)):
+        checks.dtype(name, tensor, checks.INDICES)
         checks.same_device(name, tensor, "query", query)
     checks.same_device("cache", cache, "query", query)
     if query.shape[1] % heads:

@@ -20,7 +20,8 @@ class KernelError(ValueError):
 
 
 def shape(name: str, tensor: torch.Tensor, expected: Sequence[int | None]) -> None:
-    """Refuse `tensor` unless its shape is `expected` (None: any length)."""
+    """Refuse `tensor` unless its shape is `expected` (None: any length). Kernels read vectors as
+    they lie, so those must be contiguous."""
     actual = tensor.shape
     fits = len(actual) == len(expected)
     if fits:
@@ -29,6 +30,8 @@ def shape(name: str, tensor: torch.Tensor, expected: Sequence[int | None]) -> No
     if not fits:
         wanted = ", ".join("any" if size is None else str(size) for size in expected)
         raise KernelError(f"{name} must have the shape [{wanted}], not {list(actual)}.")
+    if len(actual) == 1 and not tensor.is_contiguous():
+        raise KernelError(f"{name} must be contiguous, not {tensor.stride(0)} elements apart.")
 
 
 def dtype(name: str, tensor: torch.Tensor, allowed: Sequence[torch.dtype]) -> None:

@@ -95,6 +95,11 @@ def settle(operation: str, word: str) -> bool:
     return True
 
 
+def candidates() -> str:
+    """What a measurement may choose among, as a text: the override, and whether CuPy is there."""
+    return f"{os.environ.get(ENVIRONMENT, '')}; {'cuda' * _is_installed('cuda')}"
+
+
 def records(device: str, cache: torch.dtype) -> bool:
     """Whether a decode step on `device`, with a KV cache of that type, can be recorded as a CUDA
     graph."""

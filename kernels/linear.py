@@ -25,9 +25,15 @@ def linear(
     like that, so then Triton computes on CUDA, on the CPU the C kernel, or, without it or in
     float16, torch row by row. Without `invariant` it holds on a CPU for up to FEW rows.
     """
+    checks.shape("weight", weight, [None, None])
+    checks.dtype("weight", weight, checks.FLOATS)
     checks.shape("x", x, [None, weight.shape[1]])
     checks.same_dtype("x", x, "weight", weight)
     checks.same_device("x", x, "weight", weight)
+    if bias is not None:
+        checks.shape("bias", bias, [weight.shape[0]])
+        checks.same_dtype("bias", bias, "x", x)
+        checks.same_device("bias", bias, "x", x)
     in_c = native.serves(weight) and weight.is_contiguous()
     if not invariant:
         if in_c and x.shape[0] <= FEW:

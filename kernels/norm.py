@@ -31,6 +31,7 @@ def fused_add_rms_norm(
     """
     checks.shape("residual", residual, x.shape)
     checks.same_dtype("residual", residual, "x", x)
+    checks.same_device("residual", residual, "x", x)
     fast = dispatch.implementation("fused_add_rms_norm", x)
     if fast is not None:
         _check(x, weight)

@@ -23,6 +23,7 @@ def apply_bias(
     logits: [R, V] float32; rows, token_ids: [E] int64; bias: [E] float32.
     """
     _check_entries(logits, rows, token_ids)
+    _check_column("bias", bias, rows.shape[0], torch.float32, logits)
     logits.index_put_((rows, token_ids), bias, accumulate=True)
 
 
@@ -46,12 +47,13 @@ def apply_penalties(
     presence, frequency, repetition: [R] float32.
     """
     _check_entries(logits, rows, token_ids)
+    _check_column("counts", counts, rows.shape[0], torch.int64, logits)
     for name, values in (
         ("presence", presence),
         ("frequency", frequency),
         ("repetition", repetition),
     ):
-        checks.shape(name, values, [logits.shape[0]])
+        _check_column(name, values, logits.shape[0], torch.float32, logits)
     fast = dispatch.implementation("apply_penalties", logits)
     if fast is not None:
         fast(
@@ -77,13 +79,13 @@ def apply_bitmask(logits: torch.Tensor, rows: torch.Tensor, bitmask: torch.Tenso
 
     logits: [R, V] float32; rows: [n] int64, no row twice; bitmask: [n, ⌈V / 32⌉] int32.
     """
-    checks.shape("logits", logits, [None, None])
-    checks.dtype("logits", logits, (torch.float32,))
-    checks.shape("rows", rows, [None])
-    checks.dtype("rows", rows, (torch.int64,))
+    _check_rows(logits)
+    _check_column("rows", rows, None, torch.int64, logits)
     checks.shape("bitmask", bitmask, [rows.shape[0], (logits.shape[1] + 31) // 32])
     checks.dtype("bitmask", bitmask, (torch.int32,))
     checks.same_device("bitmask", bitmask, "logits", logits)
+    if bitmask.stride(1) != 1 and bitmask.shape[1] > 1:
+        raise checks.KernelError("The words of each row of bitmask must be contiguous.")
     fast = dispatch.implementation("apply_bitmask", logits)
     if fast is not None:
         fast(logits, rows, bitmask)
@@ -125,17 +127,15 @@ def sample(
     """
     checks.shape("logits", logits, [None, None])
     checks.dtype("logits", logits, (torch.float32,))
-    for name, values in (
-        ("temperature", temperature),
-        ("top_k", top_k),
-        ("top_p", top_p),
-        ("min_p", min_p),
-        ("seeds", seeds),
-        ("positions", positions),
+    for name, values, dtype in (
+        ("temperature", temperature, torch.float32),
+        ("top_k", top_k, torch.int64),
+        ("top_p", top_p, torch.float32),
+        ("min_p", min_p, torch.float32),
+        ("seeds", seeds, torch.int64),
+        ("positions", positions, torch.int64),
     ):
-        checks.shape(name, values, [logits.shape[0]])
-    checks.dtype("seeds", seeds, (torch.int64,))
-    checks.dtype("positions", positions, (torch.int64,))
+        _check_column(name, values, logits.shape[0], dtype, logits)
     fast = dispatch.implementation("sample", logits)
     if fast is not None:
         tokens: torch.Tensor = fast(
@@ -173,8 +173,9 @@ def log_probabilities(
     its rank [R] int64 (1 + number of tokens with a larger logit), and the most likely tokens, most
     likely first: ids [R, top] int64 and log-probabilities [R, top] float32.
     """
-    checks.shape("token_ids", token_ids, [logits.shape[0]])
+    checks.shape("logits", logits, [None, None])
     checks.dtype("logits", logits, (torch.float32,))
+    _check_column("token_ids", token_ids, logits.shape[0], torch.int64, logits)
     fast = dispatch.implementation("log_probabilities", logits)
     if fast is not None:
         found: tuple[torch.Tensor, ...] = fast(logits, token_ids, top)
@@ -249,6 +250,22 @@ def _filtered_race(
 
 
 def _check_entries(logits: torch.Tensor, rows: torch.Tensor, token_ids: torch.Tensor) -> None:
+    _check_rows(logits)
+    _check_column("rows", rows, None, torch.int64, logits)
+    _check_column("token_ids", token_ids, rows.shape[0], torch.int64, logits)
+
+
+def _check_rows(logits: torch.Tensor) -> None:
+    """Of logits that are changed in place."""
     checks.shape("logits", logits, [None, None])
     checks.dtype("logits", logits, (torch.float32,))
-    checks.shape("token_ids", token_ids, rows.shape)
+    if logits.stride(1) != 1 and logits.shape[1] > 1:
+        raise checks.KernelError("The rows of logits must be contiguous to be changed in place.")
+
+
+def _check_column(
+    name: str, values: torch.Tensor, count: int | None, dtype: torch.dtype, logits: torch.Tensor
+) -> None:
+    checks.shape(name, values, [count])
+    checks.dtype(name, values, (dtype,))
+    checks.same_device(name, values, "logits", logits)

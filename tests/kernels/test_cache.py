@@ -72,6 +72,10 @@ def test_bad_arguments_are_refused_with_a_sentence() -> None:
         store_kv(key, key, cache, torch.arange(3, dtype=torch.int32))
     with pytest.raises(KernelError, match=r"slots must have the shape \[3\]"):
         store_kv(key, key, cache, torch.arange(2))
+    with pytest.raises(KernelError, match="slots must be contiguous, not 2 elements apart"):
+        store_kv(key, key, cache, torch.arange(6)[::2])
+    with pytest.raises(KernelError, match="block_ids must be contiguous, not 2 elements apart"):
+        gather_blocks(cache, torch.tensor([0, 7, 1])[::2])
     with pytest.raises(KernelError, match=r"value must have the shape \[3, 1, 8\]"):
         store_kv(key, key[:2], cache, torch.arange(3))
     with pytest.raises(KernelError, match="key is bfloat16 but cache is float32"):

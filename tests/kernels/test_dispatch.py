@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from pdserve.bench.kernels import overridden
 from pdserve.kernels import KernelError, dispatch
 
 
@@ -146,3 +147,16 @@ def test_a_cpu_process_never_imports_triton() -> None:
     )
     done = subprocess.run([sys.executable, "-P", "-c", program], timeout=60, check=False)
     assert done.returncode == 0
+
+
+def test_a_benchmark_gives_back_what_was_settled(
+    gpu: dict[str, tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dispatch, "_is_installed", lambda word: True)
+    assert dispatch.settle("gather_blocks", "cuda")
+    before = dict(dispatch.choices("cuda"))
+    with overridden("reference"):
+        assert set(dispatch.choices("cuda").values()) == {"reference"}
+    assert dispatch.choices("cuda") == before
+    assert before["gather_blocks"] == "cuda"

@@ -11,6 +11,7 @@ from pdserve.kernels import (
     KernelError,
     fused_add_rms_norm,
     gelu_and_mul,
+    linear,
     rms_norm,
     rope,
     silu_and_mul,
@@ -103,6 +104,16 @@ def test_bad_arguments_are_refused_with_a_sentence() -> None:
         rms_norm(torch.zeros(2, 8).long(), torch.zeros(8).long(), 1e-6)
     with pytest.raises(KernelError, match="residual is float16 but x is float32"):
         fused_add_rms_norm(torch.zeros(2, 8), torch.zeros(2, 8).half(), torch.zeros(8), 1e-6)
+    with pytest.raises(KernelError, match="residual is on meta but x is on cpu"):
+        fused_add_rms_norm(torch.zeros(2, 8), torch.zeros(2, 8).to("meta"), torch.zeros(8), 1e-6)
+    with pytest.raises(KernelError, match="weight must be contiguous, not 2 elements apart"):
+        rms_norm(torch.zeros(2, 8), torch.zeros(16)[::2], 1e-6)
+    with pytest.raises(KernelError, match=r"bias must have the shape \[3\], not \[2\]"):
+        linear(torch.zeros(2, 8), torch.zeros(3, 8), torch.zeros(2))
+    with pytest.raises(KernelError, match="bias is float16 but x is float32"):
+        linear(torch.zeros(2, 8), torch.zeros(3, 8), torch.zeros(3).half())
+    with pytest.raises(KernelError, match="weight must be float32 or bfloat16 or float16, not int"):
+        linear(torch.zeros(2, 8).int(), torch.zeros(3, 8).int())
     with pytest.raises(KernelError, match=r"up must have the shape \[2, 8\]"):
         silu_and_mul(torch.zeros(2, 8), torch.zeros(2, 9))
     with pytest.raises(KernelError, match=r"cos must have the shape \[2, 4\]"):

@@ -268,5 +268,16 @@ def test_bad_arguments_are_refused_with_a_sentence() -> None:
         draw(torch.zeros(1, 4), torch.zeros(1))
     with pytest.raises(KernelError, match=r"positions must have the shape \[2\]"):
         draw(torch.zeros(2, 4), torch.zeros(2).long(), torch.zeros(1).long())
+    with pytest.raises(KernelError, match="positions must be contiguous, not 2 elements apart"):
+        draw(torch.zeros(2, 4), torch.zeros(2).long(), torch.zeros(4).long()[::2])
+    with pytest.raises(KernelError, match="token_ids must be int64, not int32"):
+        log_probabilities(torch.zeros(1, 4), torch.zeros(1).int(), 1)
+    apart = torch.zeros(4, 2).t()
+    with pytest.raises(KernelError, match="rows of logits must be contiguous"):
+        apply_bias(apart, torch.zeros(1).long(), torch.zeros(1).long(), torch.zeros(1))
+    with pytest.raises(KernelError, match="bias must be float32, not float64"):
+        apply_bias(
+            torch.zeros(1, 4), torch.zeros(1).long(), torch.zeros(1).long(), torch.zeros(1).double()
+        )
     with pytest.raises(KernelError, match=r"token_ids must have the shape \[2\]"):
         apply_bias(torch.zeros(1, 4), torch.zeros(2).long(), torch.zeros(1).long(), torch.zeros(1))

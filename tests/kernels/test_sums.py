@@ -76,3 +76,9 @@ def test_wrong_arguments_are_refused() -> None:
         copy_blocks_summed(pool, ids, pool.clone(), torch.tensor([0, 1]))
     with pytest.raises(KernelError, match="target"):
         copy_blocks_summed(pool, ids, noise(3, 5), ids)
+    with pytest.raises(KernelError, match="block_ids is on meta but pool is on cpu"):
+        sum_blocks(pool, ids.to("meta"))
+    with pytest.raises(KernelError, match="source_ids is on meta but target is on cpu"):
+        copy_blocks_summed(pool, ids.to("meta"), pool.clone(), ids)
+    with pytest.raises(KernelError, match="block_ids must be contiguous, not 2 elements apart"):
+        sum_blocks(pool, torch.tensor([0, 1, 2])[::2])

@@ -165,6 +165,29 @@ def test_cuda_is_taken_where_it_is_faster(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert word() == "triton"
 
 
+def test_an_override_leaves_the_configurations_to_be_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(dispatch, "_is_installed", lambda word: True)
+    without = dispatch.candidates()
+    monkeypatch.setenv(dispatch.ENVIRONMENT, "triton")
+    assert dispatch.candidates() != without  # a file of its own
+    dispatch.forget()
+    timed: list[int] = []
+
+    def timer(run: Any) -> float:
+        timed.append(configs.chosen("gather_blocks")["TILE"])
+        return 1.0 if timed[-1] == 1024 else 2.0
+
+    trial = Trial("gather_blocks", (), lambda: torch.zeros(1))
+    tune([trial], key="k", timer=timer, folder=tmp_path)
+    assert timed == [entry["TILE"] for entry in configs.TABLE["gather_blocks"][:-1]]
+    assert configs.chosen("gather_blocks")["TILE"] == 1024
+    assert dispatch.choices("cuda")["gather_blocks"] == "triton"
+
+
 def test_no_entry_changes_the_order_of_a_sum() -> None:
     for operation, entries in configs.TABLE.items():
         for name in configs.ORDER:
