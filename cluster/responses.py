@@ -87,9 +87,9 @@ end
 local function extend(lease)
   redis.call('HSET', record, 'lease', string.format('%.0f', now + tonumber(lease)))
 end
-local function append(first)
-  local bytes = 0
-  for i = first, #ARGV do
+local function append(number, first)
+  local bytes, there = 0, redis.call('LLEN', log)
+  for i = first + math.max(0, there - tonumber(number)), #ARGV do
     redis.call('RPUSH', log, ARGV[i])
     bytes = bytes + #ARGV[i]
   end
@@ -108,21 +108,21 @@ written(#ARGV[9] + #ARGV[10] + #ARGV[11])
 return 1
 """
 
-# ARGV[7:]: lease in ms, status, frames …
+# ARGV[7:]: lease in ms, status, number of the first frame, frames …
 _RENEW = """
 if not is_open(status()) then return 0 end
 redis.call('HSET', record, 'status', ARGV[8])
 extend(ARGV[7])
-written(append(9))
+written(append(ARGV[9], 10))
 return 1
 """
 
-# ARGV[7:]: status, body, frames …
+# ARGV[7:]: status, body, number of the first frame, frames …
 _FINISH = """
 if not is_open(status()) then return 0 end
 local before = #redis.call('HGET', record, 'body')
 redis.call('HSET', record, 'status', ARGV[7], 'body', ARGV[8])
-written(append(9) + #ARGV[8] - before)
+written(append(ARGV[9], 10) + #ARGV[8] - before)
 return 1
 """
 
@@ -229,17 +229,20 @@ class ResponseStore:
             await self._run(_CREATE, body["id"], self._lease_ms, body["status"], *parts, *flags)
         )
 
-    async def renew(self, response_id: str, status: str, frames: Sequence[bytes] = ()) -> bool:
-        """Say that an open response is still worked at, and what it has said. False if it is no
-        longer open: nobody waits for it."""
-        return bool(await self._run(_RENEW, response_id, self._lease_ms, status, *frames))
+    async def renew(
+        self, response_id: str, status: str, first: int = 0, frames: Sequence[bytes] = ()
+    ) -> bool:
+        """Say that an open response is still worked at, and what it has said: events from number
+        `first` on, of which some may be known. False if it is no longer open: nobody waits for
+        it."""
+        return bool(await self._run(_RENEW, response_id, self._lease_ms, status, first, *frames))
 
-    async def finish(self, body: Json, frames: Sequence[bytes] = ()) -> bool:
-        """The end of an open response. False if it was not open. Raises ValueError if it is too
-        long."""
+    async def finish(self, body: Json, first: int = 0, frames: Sequence[bytes] = ()) -> bool:
+        """The end of an open response, with its last events. False if it was not open. Raises
+        ValueError if it is too long."""
         text = msgspec.json.encode(body)
         _check_size(len(text))
-        return bool(await self._run(_FINISH, body["id"], body["status"], text, *frames))
+        return bool(await self._run(_FINISH, body["id"], body["status"], text, first, *frames))
 
     async def find(self, response_id: str) -> StoredResponse | None:
         found = await self._run(_FIND, response_id)

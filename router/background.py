@@ -47,7 +47,9 @@ class BackgroundJob:
         """Why it was made to leave."""
         self._status = 0
         self._frames: list[bytes] = []
-        """Events that have not been written."""
+        """Events that have not been written, as far as is known."""
+        self._first = 0
+        """Number of the first of them."""
         self._logged = 0
         """Bytes of events so far."""
         self._text = b""
@@ -100,13 +102,15 @@ class BackgroundJob:
         self._frames += [one + b"\n\n" for one in frames.split(b"\n\n") if one]
 
     async def _renew(self) -> None:
-        frames, self._frames = self._frames, []
+        frames = self._frames[:]
         try:
-            if not await self._store.renew(self._reply.id, "in_progress", frames):
+            if not await self._store.renew(self._reply.id, "in_progress", self._first, frames):
                 self._gone.set()
         except RedisUnavailable as error:
             log.debug("The background response %s waits for Redis: %s", self._reply.id, error)
-            self._frames = frames + self._frames
+            return
+        self._first += len(frames)
+        del self._frames[: len(frames)]
 
     def _end(self) -> Json:
         """The response object at its end."""
@@ -125,7 +129,7 @@ class BackgroundJob:
         deadline = time.monotonic() + FINISH_S
         while True:
             try:
-                await self._store.finish(body, frames)
+                await self._store.finish(body, self._first, frames)
                 return
             except ValueError as error:
                 problem = failure(ApiError(str(error)))

@@ -146,7 +146,9 @@ def _add_stored_routes(app: FastAPI, desk: ResponsesDesk) -> None:
 
     @app.get(one, response_class=JsonResponse, summary="A stored response, or its events")
     async def retrieve(
-        response_id: str, stream: bool = False, starting_after: Annotated[int, Query(ge=-1)] = -1
+        response_id: str,
+        stream: bool = False,
+        starting_after: Annotated[int, Query(ge=-1, le=2**31)] = -1,
     ) -> Response:
         found = await desk.find(response_id)
         if not stream:

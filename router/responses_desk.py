@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable
 from typing import TypeVar
 
@@ -25,6 +26,8 @@ T = TypeVar("T")
 
 POLL_S = 0.1
 """Readers of a background stream ask for news so often."""
+PAUSE_S = 1.0
+"""Where Redis did not answer, nothing is stored for so long: nobody's answer waits for it."""
 PAGE = 500
 """Events read at once."""
 TOO_LONG = "set store to false, or shorten the conversation"
@@ -36,6 +39,7 @@ class ResponsesDesk:
     def __init__(self, settings: RouterSettings) -> None:
         self._store: ResponseStore | None = None
         self._background: Background | None = None
+        self._paused_until = 0.0
         if settings.responses_ttl:
             ttl_s = settings.responses_ttl
             self._store = ResponseStore(settings.redis, settings.cluster, ttl_s=ttl_s)
@@ -109,10 +113,16 @@ class ResponsesDesk:
     async def keep(self, kept: StoredResponse) -> None:
         """Store what has been made; without Redis it is served all the same."""
         assert self._store is not None
+        if time.monotonic() < self._paused_until:
+            log.debug("The response %s is not stored: Redis is away", kept.body["id"])
+            return
         try:
             await self._store.create(kept)
-        except (RedisUnavailable, ValueError) as error:
+        except ValueError as error:
             log.warning("The response %s is not stored: %s", kept.body["id"], error)
+        except RedisUnavailable as error:
+            self._paused_until = time.monotonic() + PAUSE_S
+            log.warning("Responses are not stored: %s", error)
 
     def kept(self, answer: ASGIApp, reply: Reply, history: list[Json], given: list[Json]) -> Kept:
         return Kept(self, answer, reply, history, given)
@@ -221,7 +231,7 @@ class Follow(Response):
 
     async def _ending(self, status: str, length: int) -> list[bytes]:
         """The last event of a stream that did not come to its own end."""
-        if status in ("completed", "incomplete") or self._next > length:
+        if status in ("completed", "incomplete") or (status and self._next > length):
             return []
         stored = await self._store.find(self._id)
         if stored is None:

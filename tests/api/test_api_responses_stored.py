@@ -16,6 +16,7 @@ from openai import OpenAI
 from response_events import events
 from router_harness import TEXT, RedisProcess, RouterHarness
 
+from pdserve.cluster.membership import RedisUnavailable
 from pdserve.cluster.records import Role
 from pdserve.cluster.responses import ResponseStore, StoredResponse
 from pdserve.protocol.errors import ErrorCode, WorkerError
@@ -221,6 +222,49 @@ def test_a_cancelled_stream_ends(pair: tuple[RouterHarness, RouterHarness]) -> N
     assert found[-1][1]["response"]["status"] == "cancelled"
     first.wait(lambda: first.router.dispatcher.in_flight == 0)
     go_on(first)
+
+
+def test_a_stream_whose_response_is_deleted_ends(
+    pair: tuple[RouterHarness, RouterHarness],
+) -> None:
+    first, second = pair
+    paused(first)
+    with first.client.stream("POST", PATH, json={**LATER, "stream": True}) as answer:
+        lines = answer.iter_lines()
+        seen = [next(lines), next(lines), next(lines)]
+        response_id = events("\n".join(seen))[0][1]["response"]["id"]
+        assert second.client.delete(f"{PATH}/{response_id}").status_code == 200
+        name, data = events("\n".join([*seen, *lines]))[-1]
+    assert name == "error" and response_id in data["message"]
+    first.wait(lambda: first.router.dispatcher.in_flight == 0)
+    go_on(first)
+
+
+def test_events_wait_while_redis_is_deaf(
+    pair: tuple[RouterHarness, RouterHarness], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _ = pair
+    deaf, asked = 2, 0
+    renew = ResponseStore.renew
+
+    async def after_a_while(self: ResponseStore, *given: Any) -> bool:
+        """The first times it is done, but the answer is lost."""
+        nonlocal asked
+        asked += 1
+        done = await renew(self, *given)
+        if asked <= deaf:
+            raise RedisUnavailable("no answer")
+        return done
+
+    monkeypatch.setattr(ResponseStore, "renew", after_a_while)
+    paused(first)
+    with first.client.stream("POST", PATH, json={**LATER, "stream": True}) as answer:
+        first.wait(lambda: asked > deaf)
+        go_on(first)
+        found = events(answer.read().decode())
+    assert found[-1][0] == "response.completed"
+    pieces = [data["delta"] for name, data in found if name == "response.output_text.delta"]
+    assert "".join(pieces) == TEXT
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -82,11 +82,12 @@ def test_an_open_one_is_renewed_and_finished() -> None:
     async def scenario(redis: RedisForTests, make: Make) -> None:
         store = make()
         await store.create(response("a", "queued"))
-        assert await store.renew("a", "in_progress", [b"0", b"1"])
+        assert await store.renew("a", "in_progress", 0, [b"0"])
+        assert await store.renew("a", "in_progress", 0, [b"0", b"1"]), "the first was known"
         assert await store.events("a", 0, 10) == ("in_progress", 2, [b"0", b"1"])
         end = {**response("a").body, "output": ["done"]}
-        assert await store.finish(end, [b"2", b"3"])
-        assert not await store.finish(end, [b"4"])
+        assert await store.finish(end, 1, [b"1", b"2", b"3"])
+        assert not await store.finish(end, 4, [b"4"])
         assert await store.events("a", 1, 2) == ("completed", 4, [b"1", b"2"])
         found = await store.find("a")
         assert found is not None and found.body == end and not found.open
@@ -120,7 +121,7 @@ def test_a_cancelled_one_takes_nothing_more() -> None:
         store = make()
         await store.create(response("a", "queued"))
         assert await store.cancel("a") and not await store.cancel("a")
-        assert not await store.renew("a", "in_progress", [b"0"])
+        assert not await store.renew("a", "in_progress", 0, [b"0"])
         assert await store.events("a", 0, 10) == ("cancelled", 0, [])
 
     run(scenario)
@@ -146,7 +147,7 @@ def test_all_of_it_expires() -> None:
     async def scenario(redis: RedisForTests, make: Make) -> None:
         store = make(ttl_s=1)
         await store.create(response("a", "queued"))
-        await store.renew("a", "in_progress", [b"0"])
+        await store.renew("a", "in_progress", 0, [b"0"])
         assert len(await keys(redis)) == 4
         while await keys(redis):
             await asyncio.sleep(0.05)
