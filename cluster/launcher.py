@@ -16,7 +16,6 @@ import os
 import shutil
 import signal
 import socket
-import ssl
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -95,7 +94,7 @@ def _complain(error: PdserveError, code: int) -> int:
 def check_tls(settings: UpSettings) -> None:
     """Raises TlsError."""
     server_context(settings.router)
-    if settings.router.ssl_cert_reqs == ssl.CERT_REQUIRED:
+    if settings.router.ssl_cert_reqs == "2":
         raise TlsError(
             "--ssl-cert-reqs 2 demands a certificate of every client, and `pdserve up` has none "
             "to ask for its first tokens with; give 1, or start the processes one by one."

@@ -331,10 +331,10 @@ class RouterSettings(CommonSettings):
         "", "Its private key in PEM format", shown="in the file of --ssl-certfile"
     )
     ssl_ca_certs: str = option("", "Certificates by which those of clients are checked")
-    ssl_cert_reqs: int = option(
-        0,
+    ssl_cert_reqs: str = option(
+        "0",
         "Certificates of clients: 0 are not asked for, 1 are checked if they come, 2 are demanded",
-        parse=integer(0, 2),
+        choices=("0", "1", "2"),
     )
     ssl_ciphers: str = option(
         "", "Ciphers for TLS 1.2, as OpenSSL writes them", shown="Python's choice"

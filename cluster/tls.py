@@ -21,7 +21,7 @@ def server_context(settings: RouterSettings) -> ssl.SSLContext | None:
     """What clients are met with; None: plain HTTP. Raises TlsError."""
     if not settings.ssl_certfile:
         for name in ("keyfile", "ca_certs", "cert_reqs", "ciphers"):
-            if getattr(settings, f"ssl_{name}"):
+            if getattr(settings, f"ssl_{name}") not in ("", "0"):
                 option = name.replace("_", "-")
                 raise TlsError(f"--ssl-{option} needs --ssl-certfile: without it there is no TLS.")
         if settings.enable_ssl_refresh:
@@ -30,7 +30,7 @@ def server_context(settings: RouterSettings) -> ssl.SSLContext | None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.set_alpn_protocols(["http/1.1"])
     _load_certificate(context, settings)
-    if settings.ssl_cert_reqs and not settings.ssl_ca_certs:
+    if settings.ssl_cert_reqs != "0" and not settings.ssl_ca_certs:
         raise TlsError(
             f"--ssl-cert-reqs {settings.ssl_cert_reqs} needs --ssl-ca-certs: by what else would "
             "clients' certificates be checked?"
@@ -43,7 +43,7 @@ def server_context(settings: RouterSettings) -> ssl.SSLContext | None:
                 f"--ssl-ca-certs {settings.ssl_ca_certs} holds no certificates in PEM format: "
                 f"{_why(error)}."
             ) from None
-    context.verify_mode = ssl.VerifyMode(settings.ssl_cert_reqs)
+    context.verify_mode = ssl.VerifyMode(int(settings.ssl_cert_reqs))
     if settings.ssl_ciphers:
         try:
             context.set_ciphers(settings.ssl_ciphers)
