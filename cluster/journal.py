@@ -13,12 +13,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import msgspec
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from pdserve.cluster.membership import RedisUnavailable, masked
+from pdserve.cluster.membership import client_of, unavailable
 from pdserve.protocol.messages import LifeEvent
 
 KEEP_S = 900
@@ -149,17 +146,7 @@ class Journal:
         self._prefix = f"{{{cluster}}}:explain:"
         self._list = f"{{{cluster}}}:explained"
         self._keep = keep
-        try:
-            self._redis = Redis.from_url(
-                url,
-                socket_timeout=TIMEOUT_S,
-                socket_connect_timeout=TIMEOUT_S,
-                retry=Retry(NoBackoff(), 0),
-            )
-        except ValueError as error:
-            raise RedisUnavailable(
-                f"The Redis URL {masked(url)!r} cannot be used: {error}"
-            ) from None
+        self._redis = client_of(url, TIMEOUT_S)
 
     async def write(self, notes: Sequence[Note]) -> None:
         """Write records in one round trip; one with a known id replaces what was known."""
@@ -172,7 +159,7 @@ class Journal:
         try:
             await self._redis.eval(_WRITE, 1, self._list, self._prefix, KEEP_S, self._keep, *pairs)
         except (RedisError, OSError) as error:
-            raise self._unavailable(error) from error
+            raise unavailable(self._url, error) from error
 
     async def find(self, name: str) -> Record | None:
         """The record of an answer's id or an x-request-id."""
@@ -181,16 +168,12 @@ class Journal:
             if text is not None and text.startswith(b"="):
                 text = await self._get(text[1:].decode())
         except (RedisError, OSError) as error:
-            raise self._unavailable(error) from error
+            raise unavailable(self._url, error) from error
         return None if text is None else msgspec.json.decode(text, type=Record)
 
     async def _get(self, name: str) -> bytes | None:
         found: bytes | None = await self._redis.execute_command("GET", self._prefix + name)
         return found
-
-    def _unavailable(self, error: Exception) -> RedisUnavailable:
-        reason = str(error).rstrip(".") or type(error).__name__
-        return RedisUnavailable(f"Redis at {masked(self._url)} does not answer: {reason}.")
 
     async def close(self) -> None:
         await self._redis.aclose()

@@ -98,6 +98,26 @@ def masked(url: str) -> str:
     return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{host}"))
 
 
+def client_of(url: str, timeout_s: float, retries: int = 0) -> Redis:
+    """A client whose attempts to connect, and whose answers, take at most so long. Raises
+    RedisUnavailable for a URL that is none."""
+    try:
+        return Redis.from_url(
+            url,
+            socket_timeout=timeout_s,
+            socket_connect_timeout=timeout_s,
+            retry=Retry(NoBackoff(), retries),
+        )
+    except ValueError as error:
+        raise RedisUnavailable(f"The Redis URL {masked(url)!r} cannot be used: {error}") from None
+
+
+def unavailable(url: str, error: Exception) -> RedisUnavailable:
+    """What a client's error is to everybody else."""
+    reason = str(error).rstrip(".") or type(error).__name__
+    return RedisUnavailable(f"Redis at {masked(url)} does not answer: {reason}.")
+
+
 class Membership:
     """The workers of one cluster, as Redis knows them. Every method raises RedisUnavailable."""
 
@@ -105,17 +125,7 @@ class Membership:
         self._url = url
         self._keys = [f"{{{cluster}}}:{name}" for name in ("epochs", "workers", "leases")]
         self._unreadable: set[str] = set()
-        try:
-            self._redis = Redis.from_url(
-                url,
-                socket_timeout=TIMEOUT_S,
-                socket_connect_timeout=TIMEOUT_S,
-                retry=Retry(NoBackoff(), 1),
-            )
-        except ValueError as error:
-            raise RedisUnavailable(
-                f"The Redis URL {masked(url)!r} cannot be used: {error}"
-            ) from None
+        self._redis = client_of(url, TIMEOUT_S, retries=1)
 
     async def next_epoch(self, worker_id: str, after: int = 0) -> int:
         """A number larger than every epoch that this worker id had before. `after`: the caller's

@@ -18,12 +18,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import msgspec
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from pdserve.cluster.membership import RedisUnavailable, masked
+from pdserve.cluster.membership import client_of, unavailable
 
 Json = dict[str, Any]
 
@@ -199,24 +196,14 @@ class ResponseStore:
         self._keys = [f"{{{cluster}}}:responses", f"{{{cluster}}}:response-sizes"]
         self._limits = (ttl_s, keep, keep_bytes)
         self._lease_ms = round(lease_s * 1000)
-        try:
-            self._redis = Redis.from_url(
-                url,
-                socket_timeout=TIMEOUT_S,
-                socket_connect_timeout=TIMEOUT_S,
-                retry=Retry(NoBackoff(), 0),
-            )
-        except ValueError as error:
-            raise RedisUnavailable(
-                f"The Redis URL {masked(url)!r} cannot be used: {error}"
-            ) from None
+        self._redis = client_of(url, TIMEOUT_S)
 
     async def check(self) -> None:
         """Is Redis there?"""
         try:
             await self._redis.execute_command("PING")
         except (RedisError, OSError) as error:
-            raise self._unavailable(error) from error
+            raise unavailable(self._url, error) from error
 
     async def create(self, response: StoredResponse) -> bool:
         """A new one, under a lease if it is open. False if its id is taken. Raises ValueError if it
@@ -281,11 +268,7 @@ class ResponseStore:
         try:
             return await self._redis.eval(_COMMON + script, 2, *names, *self._limits, *arguments)
         except (RedisError, OSError) as error:
-            raise self._unavailable(error) from error
-
-    def _unavailable(self, error: Exception) -> RedisUnavailable:
-        reason = str(error).rstrip(".") or type(error).__name__
-        return RedisUnavailable(f"Redis at {masked(self._url)} does not answer: {reason}.")
+            raise unavailable(self._url, error) from error
 
     async def close(self) -> None:
         await self._redis.aclose()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from pdserve.router.errors import ApiError, BadRequest
@@ -66,14 +67,18 @@ def as_chat(
     return parse(ChatCompletionRequest, content)
 
 
-def in_own_words(error: ApiError) -> ApiError:
-    """An error about the chat request, with the names that the client knows."""
-    field = (error.param or "").removeprefix("body.")
-    for name, own in NAMES.items():
-        if field == name or field.startswith(f"{name}."):
-            error.message = error.message.replace(name, own)
-            error.param = own + field.removeprefix(name)
-    return error
+@contextmanager
+def in_own_words() -> Iterator[None]:
+    """Errors about the chat request get the names that the client knows."""
+    try:
+        yield
+    except ApiError as error:
+        field = (error.param or "").removeprefix("body.")
+        for name, own in NAMES.items():
+            if field == name or field.startswith(f"{name}."):
+                error.message = error.message.replace(name, own)
+                error.param = own + field.removeprefix(name)
+        raise
 
 
 def _tool(place: int, tool: Json) -> Json:

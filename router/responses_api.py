@@ -12,11 +12,10 @@ from fastapi import FastAPI, Query, Request
 from starlette.responses import Response
 
 from pdserve.cluster.responses import StoredResponse
-from pdserve.router.errors import ApiError, BadRequest
+from pdserve.router.errors import BadRequest
 from pdserve.router.http import JsonResponse
 from pdserve.router.openai import encode_json
 from pdserve.router.openapi import body_of
-from pdserve.router.requests import GenerateRequest
 from pdserve.router.response_items import complete, items_of
 from pdserve.router.responses import as_chat, in_own_words
 from pdserve.router.responses_desk import ResponsesDesk
@@ -74,9 +73,12 @@ async def _check_store(desk: ResponsesDesk, body: ResponsesRequest) -> None:
 
 
 def add_responses_routes(app: FastAPI, router: Router) -> None:
-    desk = router.responses
-    auto_calls = router.model.speech.auto_calls and router.model.speech.calls is not None
+    _add_create_route(app, router, router.responses)
+    _add_counting_route(app, router, router.responses)
+    _add_stored_routes(app, router.responses)
 
+
+def _add_create_route(app: FastAPI, router: Router, desk: ResponsesDesk) -> None:
     @app.post(
         PATH,
         openapi_extra=body_of(ResponsesRequest),
@@ -90,7 +92,10 @@ def add_responses_routes(app: FastAPI, router: Router) -> None:
         router.model.check_name(body.model)
         await _check_store(desk, body)
         history, given = await _history(desk, body), items_of(body.input)
-        parsed = await _parsed(body, history, given)
+        with in_own_words():
+            chat = as_chat(body, [*history, *given], len(history), _auto_calls(router))
+            parsed = await router.parser.chat(chat, "")
+        parsed = replace(parsed, response_id=body.request_id or f"resp_{secrets.token_hex(16)}")
         reply = Reply.of(body, parsed, router.model.name, int(time.time()))
         answer = router.respond(request, parsed, received, partial(ResponsesWriter, reply=reply))
         if body.background:
@@ -109,17 +114,14 @@ def add_responses_routes(app: FastAPI, router: Router) -> None:
             return answer
         return desk.kept(answer, reply, complete(history), complete(given))
 
-    async def _parsed(
-        body: ResponsesRequest, history: list[Json], given: list[Json]
-    ) -> GenerateRequest:
-        try:
-            chat = as_chat(body, [*history, *given], len(history), auto_calls)
-            parsed = await router.parser.chat(chat, "")
-        except ApiError as error:
-            raise in_own_words(error) from None
-        own = body.request_id or f"resp_{secrets.token_hex(16)}"
-        return replace(parsed, response_id=own)
 
+def _auto_calls(router: Router) -> bool:
+    """The model may decide to call tools, and its calls are recognised."""
+    speech = router.model.speech
+    return speech.auto_calls and speech.calls is not None
+
+
+def _add_counting_route(app: FastAPI, router: Router, desk: ResponsesDesk) -> None:
     @app.post(
         f"{PATH}/input_tokens",
         openapi_extra=body_of(InputTokensRequest),
@@ -130,15 +132,11 @@ def add_responses_routes(app: FastAPI, router: Router) -> None:
         body = parse(InputTokensRequest, await router.read(request))
         router.model.check_name(body.model)
         history, given = await _history(desk, body), items_of(body.input)
-        try:
-            chat = as_chat(body, [*history, *given], len(history), auto_calls)
+        with in_own_words():
+            chat = as_chat(body, [*history, *given], len(history), _auto_calls(router))
             count = len((await router.parser.chat_prompt(chat)).token_ids)
-        except ApiError as error:
-            raise in_own_words(error) from None
         found = {"object": "response.input_tokens", "input_tokens": count}
         return JsonResponse(encode_json(found))
-
-    _add_stored_routes(app, desk)
 
 
 def _add_stored_routes(app: FastAPI, desk: ResponsesDesk) -> None:
