@@ -82,7 +82,8 @@ def tune(
     key: what results depend on besides (see `fingerprint`); folder: default the user's cache. One
     that cannot be read or written costs the measurement, and a sentence in the log, as does a
     trial that fails, which leaves the table's first entry. Several processes may do this at once:
-    the last one's file stays, and every one is whole.
+    the last one's file stays, and every one is whole. It is written after each trial, so that a
+    start that is cut short has not measured for nothing.
     """
     path = _path(folder, key)
     known = {} if path is None else _read(path)
@@ -100,8 +101,9 @@ def tune(
             continue
         found[trial.name] = config
         log.info("%s: %s", trial.name, _text(config))
-    if path is not None and any(known.get(name) != found[name] for name in found):
-        _write(path, {**known, **found})
+        if path is not None and known.get(trial.name) != config:
+            known[trial.name] = config
+            _write(path, known)
     return found
 
 

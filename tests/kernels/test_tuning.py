@@ -88,6 +88,20 @@ def test_a_later_start_measures_nothing(thing: None, tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_start_that_is_cut_short_keeps_what_it_measured(thing: None, tmp_path: Path) -> None:
+    bench = Bench(TIMES)
+
+    def trials() -> Iterator[Trial]:
+        yield Trial("thing", ("a", 7), bench.run)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(trials(), key="a GPU", timer=bench.timer, folder=tmp_path)
+    bench.timed.clear()
+    assert bench.tune(tmp_path) == 3
+    assert bench.timed == []
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
