@@ -241,6 +241,9 @@ class RouterSettings(CommonSettings):
     enable_tokenizer_info_endpoint: bool = option(
         False, "Serve /tokenizer_info, which shows the chat template to anybody who asks"
     )
+    enable_offline_docs: bool = option(
+        False, "Let the pages /docs and /redoc load nothing from other hosts"
+    )
     trust_request_chat_template: bool = option(
         False, "Let requests bring their own chat template (it runs in a sandbox)"
     )

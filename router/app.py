@@ -34,6 +34,7 @@ from pdserve.router.admission import Admission, Demand
 from pdserve.router.chooser import ANSWER_S, Chooser
 from pdserve.router.demand import demand_of, limits_of
 from pdserve.router.dispatch import Dispatcher
+from pdserve.router.docs import add_offline_docs
 from pdserve.router.errors import (
     ApiError,
     BadRequest,
@@ -305,9 +306,17 @@ def create_app(settings: RouterSettings) -> FastAPI:
         finally:
             await router.close()
 
+    offline = settings.enable_offline_docs
     app = FastAPI(
-        title="pdserve", version=version(), root_path=settings.root_path, lifespan=lifespan
+        title="pdserve",
+        version=version(),
+        root_path=settings.root_path,
+        lifespan=lifespan,
+        docs_url=None if offline else "/docs",
+        redoc_url=None if offline else "/redoc",
     )
+    if offline:
+        add_offline_docs(app)
     app.state.router = router
     app.add_middleware(
         CORSMiddleware,
