@@ -4,23 +4,25 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+CLIENTS := .clients
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 PACKAGES := $(shell sed -n 's/^ *"\(pdserve\.[a-z_]*\)",$$/-p \1/p' pyproject.toml)
 PYTEST := $(BIN)/python -P -m pytest
 PORT ?= 8000
 ARGS ?=
 
-.PHONY: help install serve demo test test-slow check format demo-model bench clean distclean
+.PHONY: help install clients serve demo test test-slow check format demo-model bench clean distclean
 
 help:
 	@echo "make install     make $(VENV) with everything in it (the other targets do this first)"
 	@echo "make serve       serve the demo model on port $(PORT) until Ctrl-C; ARGS='--model ...' for more"
 	@echo "make demo        start a cluster, ask it a few questions, print where the time went, stop"
 	@echo "make test        the tests;  make test-slow: those that take longer, too"
+	@echo "make clients     make $(CLIENTS): LangChain, LiteLLM and the Agents SDK for the slow tests"
 	@echo "make check       ruff, mypy, and who may import whom;  make format: ruff's fixes"
 	@echo "make bench       compare the topologies"
 	@echo "make demo-model  train the demo model again (under 30 minutes on 2 cores)"
-	@echo "make clean       remove caches and build outputs;  make distclean: $(VENV), too"
+	@echo "make clean       remove caches and build outputs;  make distclean: the environments, too"
 
 install: $(STAMP)
 
@@ -38,6 +40,14 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 	@echo "==> installed: $(BIN)/pdserve"
 
+clients: $(CLIENTS)/.installed
+
+$(CLIENTS)/.installed: tests/clients/requirements.txt
+	@echo "==> making the environment $(CLIENTS)"
+	@$(PYTHON) -m venv $(CLIENTS)
+	@$(CLIENTS)/bin/python -m pip install -q -r tests/clients/requirements.txt
+	@touch $@
+
 serve: install
 	@echo "==> starting a cluster; Ctrl-C stops it"
 	@exec $(BIN)/pdserve up --port $(PORT) $(ARGS)
@@ -50,7 +60,7 @@ test: install
 	@echo "==> running the tests (not the slow ones)"
 	@OMP_NUM_THREADS=1 $(PYTEST) -m "not slow and not gpu" $(ARGS)
 
-test-slow: install
+test-slow: install clients
 	@echo "==> running all tests"
 	@OMP_NUM_THREADS=1 $(PYTEST) -m "not gpu" $(ARGS)
 
@@ -77,7 +87,7 @@ bench: install
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './$(VENV)/*' -not -path './$(CLIENTS)/*' -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(CLIENTS)
