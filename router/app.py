@@ -28,8 +28,8 @@ from pdserve.cluster.placement import Placement
 from pdserve.cluster.records import ROUTER_HEADER
 from pdserve.cluster.settings import RouterSettings
 from pdserve.protocol.errors import ErrorCode, PdserveError
+from pdserve.router import load_report, openapi
 from pdserve.router import metrics as router_metrics
-from pdserve.router import openapi
 from pdserve.router.admission import Admission, Demand
 from pdserve.router.chooser import ANSWER_S, Chooser
 from pdserve.router.demand import demand_of, limits_of
@@ -97,9 +97,11 @@ class GenerationResponse(Response):
         wait: Callable[[Callable[[], Coroutine[Any, Any, None]]], Awaitable[bool]],
         launch: Callable[[], AbstractContextManager[Generation]],
         stream: bool,
+        load: Callable[[], dict[str, str]],
     ) -> None:
         """`wait` for room (see Admission.wait), then `launch` sends the request to workers; leaving
-        its context ends what still runs."""
+        its context ends what still runs. `load` makes headers of a whole body."""
+        self._load = load
         self._wait = wait
         self._launch = launch
         self._stream = stream
@@ -114,7 +116,9 @@ class GenerationResponse(Response):
                     await generation.stream(send)
                     return
                 body = encode_json(await generation.body())
-                answer: Response = JsonResponse(body, headers=generation.explain_headers())
+                answer: Response = JsonResponse(
+                    body, headers=generation.explain_headers() | self._load()
+                )
         except ClientGone:
             return
         except TimeoutError:
@@ -255,7 +259,9 @@ class Router:
                         del self._running[parsed.response_id]
 
         wait = functools.partial(self.admission.wait, demand, self.settings.request_timeout_s)
-        return GenerationResponse(wait, launch, parsed.stream)
+        wanted = request.headers.get(load_report.WANTED, "")
+        load = functools.partial(load_report.load_headers, wanted, self.pool)
+        return GenerationResponse(wait, launch, parsed.stream, load)
 
     def abort(self, response_ids: Iterable[str]) -> None:
         """End requests as they are; ids that are not in flight here are ignored."""

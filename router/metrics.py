@@ -24,6 +24,7 @@ from pdserve.protocol.errors import ErrorCode
 from pdserve.protocol.messages import LifeEvent
 from pdserve.router.admission import Admission
 from pdserve.router.dispatch import Dispatcher
+from pdserve.router.load_report import cluster_load
 from pdserve.router.workers import WorkerPool
 
 FIRST_TOKEN_BUCKETS = (
@@ -312,6 +313,7 @@ class _ClusterCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         statuses = [(link, link.status) for link in self._pool.links if link.status is not None]
+        load = cluster_load(self._pool)
         yield self._gauge(
             "vllm:num_requests_running",
             "Requests in prefill or decode on all workers.",
@@ -320,14 +322,12 @@ class _ClusterCollector(Collector):
         yield self._gauge(
             "vllm:num_requests_waiting",
             "Requests waiting on all workers.",
-            sum(status.waiting for _, status in statuses),
+            load["num_requests_waiting"],
         )
-        total = sum(status.blocks_total for _, status in statuses)
-        free = sum(status.blocks_free + status.blocks_cached for _, status in statuses)
         yield self._gauge(
             "vllm:kv_cache_usage_perc",
             "Share of all KV blocks in use, 0 to 1.",
-            1 - free / total if total else 0.0,
+            load["kv_cache_usage_perc"],
         )
         yield self._gauge(
             "pdserve:answers_in_flight",

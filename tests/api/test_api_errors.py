@@ -156,6 +156,26 @@ def test_pages_and_numbers(harness: RouterHarness) -> None:
     assert moved.status_code == 307 and moved.headers["location"].endswith("/v1/models")
 
 
+def test_the_load_comes_with_answers_if_asked_for(harness: RouterHarness) -> None:
+    def report(wanted: str) -> str | None:
+        headers = {"endpoint-load-metrics-format": wanted}
+        answer = harness.client.post(CHAT, json={"messages": HI}, headers=headers)
+        assert answer.status_code == 200
+        found: str | None = answer.headers.get("endpoint-load-metrics")
+        return found
+
+    assert report("XML") is None
+    text, content = report("TEXT"), report("JSON")
+    assert text is not None and content is not None
+    values = dict(one.split("=") for one in text.removeprefix("TEXT ").split(", "))
+    assert set(values) == {
+        "named_metrics.num_requests_waiting", "named_metrics.kv_cache_usage_perc",
+    }  # fmt: skip
+    named = json.loads(content.removeprefix("JSON "))["named_metrics"]
+    assert named["num_requests_waiting"] == float(values["named_metrics.num_requests_waiting"])
+    assert 0 <= named["kv_cache_usage_perc"] <= 1
+
+
 def test_metrics_count(harness: RouterHarness) -> None:
     from prometheus_client.parser import text_string_to_metric_families
 
