@@ -8,6 +8,8 @@ CLIENTS := .clients
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 PACKAGES := $(shell sed -n 's/^ *"\(pdserve\.[a-z_]*\)",$$/-p \1/p' pyproject.toml)
 PYTEST := $(BIN)/python -P -m pytest
+CORES := $(shell nproc 2>/dev/null || echo 2)
+BESIDE := tests/engine tests/kernels tests/unit
 PORT ?= 8000
 ARGS ?=
 
@@ -20,7 +22,7 @@ help:
 	@echo "make test        the tests;  make test-slow: those that take longer, too"
 	@echo "make clients     make $(CLIENTS): LangChain, LiteLLM and the Agents SDK for the slow tests"
 	@echo "make check       ruff, mypy, and who may import whom;  make format: ruff's fixes"
-	@echo "make bench       compare the topologies"
+	@echo "make bench       disaggregated against colocated: who wins, and why (reports in build/bench)"
 	@echo "make demo-model  train the demo model again (under 30 minutes on 2 cores)"
 	@echo "make clean       remove caches and build outputs;  make distclean: the environments, too"
 
@@ -56,13 +58,19 @@ demo: install
 	@echo "==> starting a cluster and asking it a few questions"
 	@exec $(BIN)/pdserve demo $(ARGS)
 
+# Tests that compute run beside each other; those of processes, sockets and deadlines one by one.
+define pytest
+	@OMP_NUM_THREADS=1 $(PYTEST) -m $(1) $(if $(strip $(ARGS)),$(ARGS),-n $(CORES) --dist worksteal $(BESIDE))
+	$(if $(strip $(ARGS)),,@OMP_NUM_THREADS=1 $(PYTEST) -m $(1) $(addprefix --ignore=,$(BESIDE)))
+endef
+
 test: install
 	@echo "==> running the tests (not the slow ones)"
-	@OMP_NUM_THREADS=1 $(PYTEST) -m "not slow and not gpu" $(ARGS)
+	$(call pytest,"not slow and not gpu")
 
 test-slow: install clients
 	@echo "==> running all tests"
-	@OMP_NUM_THREADS=1 $(PYTEST) -m "not gpu" $(ARGS)
+	$(call pytest,"not gpu")
 
 check: install
 	@echo "==> ruff"
@@ -81,9 +89,16 @@ demo-model: install
 	@echo "==> training the demo model"
 	@$(BIN)/python -P -m pdserve.demo.train
 
-bench: install
-	@echo "==> comparing topologies"
-	@$(BIN)/python -P -m pdserve.bench.topologies $(ARGS)
+bench: install build/mid
+	@echo "==> comparing topologies: the demo model, then a random one of 32 million parameters"
+	@$(BIN)/pdserve bench compare --input-len 96 --output-len 48 --requests 40 --max-model-len 1024 \
+	  --rungs 3 --out build/bench/demo $(ARGS)
+	@$(BIN)/pdserve bench compare --model build/mid --vocab 10:10000 --requests 40 --rungs 3 \
+	  --max-model-len 1024 --out build/bench/mid $(ARGS)
+
+build/mid:
+	@echo "==> making a random model (mid)"
+	@$(BIN)/python -P tests/support/checkpoints.py $@ --arch llama --shape mid --dtype bfloat16
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

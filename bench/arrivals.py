@@ -13,7 +13,7 @@ KINDS = ("poisson", "gamma", "constant", "ramp", "trace", "closed")
 """"trace": the workload's own times; "closed": a number of requests is kept going."""
 
 
-class BenchError(Exception):
+class BenchError(ValueError):
     """A benchmark cannot be run as asked; the message is a sentence."""
 
 

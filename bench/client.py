@@ -119,16 +119,18 @@ def measure(
 ) -> Run:
     """Send every job once. Returns when all are answered, refused or given up."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_drive(server, jobs, arrivals, seed, progress))
+        return runner.run(drive(server, jobs, arrivals, seed=seed, progress=progress))
 
 
-async def _drive(
+async def drive(
     server: Server,
     jobs: Sequence[Job],
     arrivals: Arrivals,
+    *,
     seed: int,
-    progress: Progress,
+    progress: Progress = lambda done, running: None,
 ) -> Run:
+    """As `measure`, beside other work of the caller's loop."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     headers = {"accept-encoding": "identity", **server.headers}
     async with httpx.AsyncClient(

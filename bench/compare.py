@@ -39,8 +39,9 @@ from pdserve.bench.topology import NAME, Cluster, Topology, up
 from pdserve.bench.verdict import Cell, sentences
 from pdserve.bench.workloads import Job, make
 
-LADDER = (0.25, 0.5, 0.75, 1.0)
-"""Rates that are tried, as shares of what the first topology can do."""
+TOP = 1.0
+"""The highest rate that is tried, as a share of what the first topology does when it is never idle;
+the others lie below at equal distances."""
 PROBE_CONCURRENCY = 16
 PROBE_REQUESTS = 32
 ALONE_REQUESTS = 6
@@ -81,6 +82,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--rates", default="", help="requests per second, a list (default: from a probe)"
     )
+    found.add_argument(
+        "--rungs", type=int, default=4, help="rates that are tried if none are given (default: 4)"
+    )
     found.add_argument("--rounds", type=int, default=2, help="of every topology (default: 2)")
     found.add_argument(
         "--kv-total", type=int, default=1024, help="KV cache of all workers, MiB (default: 1024)"
@@ -96,6 +100,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         topologies = [Topology.parse(text) for text in args.topologies.split(",")]
         if len(set(map(str, topologies))) < len(topologies):
             raise BenchError("--topologies names one twice; the first is repeated by itself.")
+        for name in ("rungs", "rounds", "kv_total"):
+            if getattr(args, name) < 1:
+                option = name.replace("_", "-")
+                raise BenchError(f"--{option} must be at least 1, not {getattr(args, name)}.")
         cells, plan = _measure_all(topologies, args, more)
     except BenchError as error:
         print(f"pdserve bench compare: error: {error}", file=sys.stderr)
@@ -167,12 +175,17 @@ def _plan(topologies: Sequence[Topology], args: argparse.Namespace, more: Sequen
     ttft, itl = (min(each[name]["p50"] for each in alone) for name in ("ttft", "tpot"))
     return dataclasses.replace(
         plan,
-        rates=plan.rates or tuple(round(capacity * share, 3) for share in LADDER),
+        rates=plan.rates or ladder(capacity * TOP, args.rungs),
         slo=Slo(
             ttft_ms=slo.ttft_ms if math.isfinite(slo.ttft_ms) else ttft * TTFT_SLACK,
             itl_ms=slo.itl_ms if math.isfinite(slo.itl_ms) else itl * ITL_SLACK,
         ),
     )
+
+
+def ladder(top: float, rungs: int) -> tuple[float, ...]:
+    """`rungs` rates up to `top`, at equal distances, to three digits."""
+    return tuple(float(f"{top * number / rungs:.3g}") for number in range(1, rungs + 1))
 
 
 def _rates(text: str) -> tuple[float, ...]:

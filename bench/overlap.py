@@ -25,10 +25,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pdserve.bench.load import Record, Workload, percentile, run
-from pdserve.bench.topologies import Up, circumstances, up
+from pdserve.bench.arrivals import Arrivals
+from pdserve.bench.client import Record, Server, drive
+from pdserve.bench.figures import quantile
+from pdserve.bench.machine import circumstances
+from pdserve.bench.topology import NAME, Cluster, Topology, up
+from pdserve.bench.workloads import Shape, make
 
-PAIR = ("--prefill", "1", "--decode", "1")
+PAIR = Topology(prefill=1, decode=1)
 SETTLED = 20
 """First pauses of a stream that are left out: its own hand-over, and those of the others."""
 Series = dict[str, dict[str, list[float]]]
@@ -38,26 +42,28 @@ Series = dict[str, dict[str, list[float]]]
 class Asker:
     """Asks one cluster; every prompt is another one, so that no cache helps."""
 
-    up: Up
-    vocab: range
+    up: Cluster
+    vocab: tuple[int, int]
     length: int
 
     async def ask(
         self, seed: int, output_len: int, *, length: int = 0, count: int = 1
     ) -> list[Record]:
-        workload = Workload(
+        shape = Shape(
+            kind="fixed",
             requests=count,
             input_len=length or self.length,
             output_len=output_len,
-            concurrency=count,
             vocab=self.vocab,
             seed=seed,
         )
-        records = await run(self.up.url, "bench", workload)
-        for record in records:
+        server = Server(url=self.up.url, model=NAME)
+        arrivals = Arrivals(kind="closed", concurrency=count)
+        run = await drive(server, make(shape), arrivals, seed=seed)
+        for record in run.records:
             if record.error:
                 raise SystemExit(f"A request failed: {record.error}")
-        return records
+        return run.records
 
 
 async def hand_overs(askers: dict[str, Asker], rounds: int) -> Series:
@@ -98,8 +104,8 @@ async def steps(asker: Asker, rounds: int, streams: int) -> Series:
     for number in range(rounds):
         for name in ("computed", "moved"):
             gaps, prompts = await pauses(asker, 7000 + number, streams, name == "moved")
-            found[name]["p50"].append(percentile(gaps, 0.5))
-            found[name]["p99"].append(percentile(gaps, 0.99))
+            found[name]["p50"].append(quantile(sorted(gaps), 0.5))
+            found[name]["p99"].append(quantile(sorted(gaps), 0.99))
             found[name]["prompts"].append(prompts)
     return found
 
@@ -114,8 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--vocab", type=int, default=1000, help="prompt token ids lie under this")
     parser.add_argument("--out", type=Path, help="JSON file for figures and circumstances")
     args, more = parser.parse_known_args(argv)
-    common = [*PAIR, *([f"--model={args.model}"] if args.model else []), *more]
-    vocab = range(10, args.vocab)
+    common = [*PAIR.options(), *([f"--model={args.model}"] if args.model else []), *more]
+    vocab = (10, args.vocab)
 
     def chunks(size: int) -> list[str]:
         return [*common, "--max-num-batched-tokens", str(size)]
@@ -127,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         handed = asyncio.run(hand_overs(askers, args.rounds))
         paused = asyncio.run(steps(askers["overlap"], max(2, args.rounds // 3), args.streams))
-        moved = {name: asker.up.bytes_moved() / 2**20 for name, asker in askers.items()}
+        moved = {name: asker.up.moved_mib() for name, asker in askers.items()}
     print(f"prompts of {args.input_len} tokens; ms, medians (and worst) of {args.rounds} rounds")
     for name, figures in handed.items():
         told = "  ".join(
@@ -141,7 +147,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prompts = sum(int(count) for count in figures["prompts"])
         print(f"  {name:<12}p50 {' '.join(p50)}  p99 {' '.join(p99)}  prompts {prompts}")
     if args.out:
-        result = {**circumstances(args), "hand_overs": handed, "pauses": paused, "mib": moved}
+        asked = {name: str(value) for name, value in vars(args).items()}
+        result = {"arguments": asked, "circumstances": circumstances(), "hand_overs": handed}
+        result |= {"pauses": paused, "mib": moved}
         args.out.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 

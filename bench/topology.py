@@ -59,11 +59,13 @@ class Topology:
     def workers(self) -> int:
         return self.prefill + self.decode + self.colocated
 
-    def options(self, kv_total: int) -> list[str]:
-        """Of `pdserve up`. kv_total: bytes of KV cache that all workers share equally."""
+    def options(self, kv_total: int = 0) -> list[str]:
+        """Of `pdserve up`. kv_total: bytes of KV cache that all workers share equally (0: each has
+        what it takes by itself)."""
         counts = ("prefill", "decode", "colocated")
         words = [f"--{name}={getattr(self, name)}" for name in counts]
-        return [*words, f"--kv-cache-memory={kv_total // self.workers}"]
+        memory = [f"--kv-cache-memory={kv_total // self.workers}"] if kv_total else []
+        return [*words, *memory]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,14 +93,17 @@ class Cluster:
         found: list[dict[str, Any]] = json.loads(text)["workers"]
         return found
 
+    def moved_mib(self) -> float:
+        """KV that has arrived at workers since the start, in MiB."""
+        return sum(_bytes_in(worker) for worker in self.workers()) / 2**20
+
     def account(self) -> Account:
         names = {pid: _process_name(pid) for pid in _children(self.process.pid)}
         named = {pid: name for pid, name in names.items() if name}
-        moved = sum(_bytes_in(worker) for worker in self.workers())
         return Account(
             cpu_s={name: _cpu_s(pid) for pid, name in named.items()},
             memory_mib={name: _peak_mib(pid) for pid, name in named.items()},
-            moved_mib=moved / 2**20,
+            moved_mib=self.moved_mib(),
         )
 
 

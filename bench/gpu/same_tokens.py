@@ -15,7 +15,7 @@ import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from pdserve.bench.topologies import TOPOLOGIES, up
+from pdserve.bench.topology import NAME, Topology, up
 
 PROMPTS, TOKENS, LARGEST_ID = 16, 32, 1000
 TIMEOUT_S = 60.0
@@ -28,7 +28,7 @@ def prompts() -> list[list[int]]:
 
 def ask(url: str, prompt: Sequence[int]) -> list[int]:
     body = {
-        "model": "bench",
+        "model": NAME,
         "prompt": prompt,
         "max_tokens": TOKENS,
         "temperature": 0,
@@ -47,7 +47,8 @@ def ask(url: str, prompt: Sequence[int]) -> list[int]:
 
 def main() -> None:
     found: dict[str, list[list[int]]] = {}
-    for name, topology in TOPOLOGIES.items():
+    for name in ("1P+1D", "1C"):
+        topology = Topology.parse(name).options()
         options = ["--batch-invariant", "--dtype=bfloat16", *topology, *sys.argv[1:]]
         with up(options) as cluster, ThreadPoolExecutor(PROMPTS) as pool:
             found[f"{name}, one by one"] = [ask(cluster.url, prompt) for prompt in prompts()]

@@ -139,6 +139,11 @@ def test_the_verdict_names_the_winner_and_the_phase() -> None:
     assert any("do not differ by more than noise" in text for text in sentences(same, SLO, "x"))
 
 
+def test_rates_that_nobody_gave_rise_to_what_the_cluster_can_do() -> None:
+    assert compare.ladder(8.0, 4) == (2.0, 4.0, 6.0, 8.0)
+    assert compare.ladder(1 / 3, 1) == (0.333,)
+
+
 def test_a_trace_is_stretched_to_the_rate() -> None:
     jobs = tuple(Job(prompt=(1,), output_len=1, offset=float(n)) for n in range(11))
     plan = compare.Plan(
@@ -162,6 +167,7 @@ def test_a_trace_is_stretched_to_the_rate() -> None:
         ["--topologies", "2C,2C"],
         ["--rates", "fast"],
         ["--rates", "0"],
+        ["--rounds", "0"],
         ["--arrivals", "closed"],
     ],
 )
