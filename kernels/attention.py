@@ -27,6 +27,8 @@ from pdserve.kernels import checks, dispatch, native
 
 TILE = 256
 """Queries per tile of a chunk that needs a mask: bounds the mask to TILE × context."""
+LARGEST_HEAD = 256
+"""Of the Triton kernels: beyond it a tile does not fit into shared memory."""
 
 
 def attention_prefill(
@@ -61,6 +63,7 @@ def attention_prefill(
     checks.same_device("query_start", query_start, "query", query)
     fast = dispatch.implementation("attention_prefill", query, cache)
     if fast is not None:
+        _check_head("attention_prefill", query)
         result: torch.Tensor = fast(
             query,
             cache,
@@ -146,6 +149,7 @@ def attention_decode(
     checks.shape("query", query, [context_lens.shape[0], *[None] * (query.dim() - 1)])
     fast = dispatch.implementation("attention_decode", query, cache)
     if fast is not None:
+        _check_head("attention_decode", query)
         attended: torch.Tensor = fast(
             query,
             cache,
@@ -294,6 +298,14 @@ def _explicit(
     if mask is not None:
         scores.masked_fill_(~mask, float("-inf"))
     return torch.matmul(scores.softmax(-1), value.float()).to(query.dtype)
+
+
+def _check_head(operation: str, query: torch.Tensor) -> None:
+    if query.shape[-1] > LARGEST_HEAD:
+        raise checks.KernelError(
+            f"The Triton kernel of {operation} takes heads of up to {LARGEST_HEAD}, not of "
+            f"{query.shape[-1]}: set {dispatch.ENVIRONMENT}={operation}=reference."
+        )
 
 
 def _check(

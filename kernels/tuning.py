@@ -137,24 +137,28 @@ def fingerprint() -> str:
 
 
 def _fastest(trial: Trial, timer: Timer) -> Config:
-    first, *others = configs.TABLE[trial.operation]
-    _use(trial, first)
-    expected = trial.result()
-    best, least = first, timer(trial.run)
-    limit = least * MARGIN
-    for config in others:
+    """The first entry that runs says what the bits are and what the others have to beat. Raises
+    KernelError if none runs."""
+    best: Config | None = None
+    expected = torch.empty(0)
+    least = limit = float("inf")
+    for config in configs.TABLE[trial.operation]:
         if not _use(trial, config):
             continue
         try:
-            same = torch.equal(trial.result(), expected)
+            result = trial.result()
             seconds = timer(trial.run)
         except Exception as error:  # too much shared memory, no CuPy, …: whatever it says
             log.info("%s: %s does not run here: %s", trial.name, _text(config), error)
             continue
-        if not same:
+        if best is None:
+            best, expected, least, limit = config, result, seconds, seconds * MARGIN
+        elif not torch.equal(result, expected):
             log.info("%s: %s gives other bits and is left out", trial.name, _text(config))
         elif seconds < min(least, limit):
             best, least = config, seconds
+    if best is None:
+        raise KernelError(f"None of the configurations of {trial.name} runs on this GPU.")
     return best
 
 

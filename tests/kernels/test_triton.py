@@ -523,3 +523,14 @@ def test_log_probabilities(rows: int, vocab: int, top: int) -> None:
     best = exact.topk(min(top, vocab))
     assert torch.equal(ids, best.indices)
     torch.testing.assert_close(values.double(), best.values, **near)
+
+
+@pytest.mark.parametrize("operation", ["attention_decode", "attention_prefill"])
+def test_heads_that_are_too_large_are_refused_with_a_sentence(operation: str) -> None:
+    query, cache = torch.zeros(1, 1, 257), torch.zeros(1, 2, 16, 1, 257)
+    lens, table = torch.tensor([1]), torch.tensor([[0]])
+    arguments = (query, cache, lens, table)
+    if operation == "attention_prefill":
+        arguments = (query, cache, torch.tensor([0, 1]), lens, table)
+    with pytest.raises(kernels.KernelError, match="heads of up to 256, not of 257"):
+        getattr(kernels, operation)(*arguments, scale=1.0)

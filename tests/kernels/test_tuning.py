@@ -272,9 +272,20 @@ def test_every_trial_runs_and_leaves_the_pool_empty(
     assert pool.view(torch.uint8).count_nonzero() == 0
 
 
-def test_a_trial_that_fails_leaves_the_first_entry(
+def test_where_the_first_entry_does_not_run_another_one_is_taken(
+    thing: None, tmp_path: Path
+) -> None:
+    assert Bench({**TIMES, 2: 1.5}, broken=1).tune(tmp_path) == 3
+
+
+def test_a_trial_of_which_nothing_runs_leaves_the_first_entry(
     thing: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert Bench(TIMES, broken=1).tune(tmp_path) == 1
-    assert "thing a 7 was not measured: RuntimeError: out of resource" in caplog.text
+    def fail() -> torch.Tensor:
+        raise RuntimeError("out of resource")
+
+    bench = Bench(TIMES)
+    tune([Trial("thing", ("a", 7), fail)], key="a GPU", timer=bench.timer, folder=tmp_path)
+    assert bench.width() == 1
+    assert "None of the configurations of thing a 7 runs on this GPU." in caplog.text
     assert list(tmp_path.iterdir()) == []
