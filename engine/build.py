@@ -92,7 +92,7 @@ def build_runner(
     runner = ModelRunner(decoder, pool, config.device)
     if config.device == "cuda" and tuning.wanted():
         _tune(pool, model, config)  # before decode steps are recorded
-    if config.cuda_graphs and kernels.records(config.device, pool.tensor.dtype):
+    if kernels.records(config.device, pool.tensor.dtype):
         runner.record(config.max_num_seqs, config.max_model_len, cuda_capture())
     return Built(runner, pool, model, config, fingerprint)
 

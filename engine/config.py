@@ -160,8 +160,6 @@ class EngineConfig:
     """A token's KV and logits have the same bits in any batch and any chunk."""
     quantization: str = "none"
     """"int8" or "fp8": round the linear layers of a full-precision checkpoint; "none"."""
-    cuda_graphs: bool = True
-    """Record decode steps when the model is loaded (CUDA only)."""
     seed: int = 0
     """Of the dummy weights."""
     threads: int = 0
