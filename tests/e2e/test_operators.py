@@ -112,7 +112,7 @@ def test_roles_and_departures(tmp_path: Path) -> None:
         assert roles(cluster) == {"prefill-0": "colocated"}
         assert Stream(cluster).end() == right
         cluster.wait_until_clean()
-        assert any("decode-0 has left as it was told to" in line for line in cluster.lines)
+        cluster.until_said("decode-0 has left as it was told to")
 
         refused = order(cluster, "drain", "decode-0")
         assert refused.returncode == 2

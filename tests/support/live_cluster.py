@@ -40,6 +40,7 @@ class Cluster:
         self.lines: list[str] = []
         self.url = ""
         self._ready = threading.Event()
+        self._said = threading.Condition()
 
     def __enter__(self) -> Self:
         self.started = time.monotonic()
@@ -62,7 +63,9 @@ class Cluster:
     def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            self.lines.append(line.rstrip())
+            with self._said:
+                self.lines.append(line.rstrip())
+                self._said.notify_all()
             if line.startswith("ready "):
                 self.url = line.split()[1]
                 self._ready.set()
@@ -131,6 +134,12 @@ class Cluster:
         with contextlib.suppress(httpx.TransportError):  # a router that is being started again
             return httpx.get(f"{self.url}/health", timeout=5).status_code == 200
         return False
+
+    def until_said(self, text: str, within_s: float = 10.0) -> None:
+        """Wait until a line of the launcher holds `text`."""
+        with self._said:
+            said = self._said.wait_for(lambda: any(text in line for line in self.lines), within_s)
+        assert said, f"The launcher never said {text!r}."
 
     def wait_until_clean(self, within_s: float = 1.0) -> None:
         """Every worker idle, all its blocks free or evictable; at the latest after `within_s`."""
