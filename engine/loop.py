@@ -27,6 +27,7 @@ from pdserve.engine.grammar import Matcher
 from pdserve.engine.outgoing import Outgoing
 from pdserve.engine.pace import Pace
 from pdserve.engine.ports import ChunkResult, Exporter, Importer, Runner
+from pdserve.engine.refusal import Bounds, problem_with
 from pdserve.engine.request import Request, State
 from pdserve.engine.scheduler import Limits, Plan, Scheduler
 from pdserve.protocol.blocks import root_hash
@@ -83,6 +84,7 @@ class Engine:
         self._outgoing = Outgoing(pool, exporter)
         self._scheduler = Scheduler(pool, limits, self._outgoing.let_go)
         self._runner = runner
+        self._fingerprint = fingerprint
         self._layout = fingerprint.digest()
         self._vocab_size = vocab_size
         self._sink = sink
@@ -251,52 +253,20 @@ class Engine:
 
     def _problem_with(self, message: Submit, tokens: Sequence[int]) -> str:
         """A sentence if the request can never run here, else the empty string."""
-        sampling, limit = message.sampling, self._limits.max_model_len
-        prompt, known = message.prompt_len, len(message.output_token_ids)
         if message.request_id in self._requests:
             return f"The request id {message.request_id} is in use."
-        if not prompt:
-            return "The prompt has no tokens; at least one is needed."
-        if sampling.max_tokens <= known:
-            return f"max_tokens is {sampling.max_tokens} but {known} tokens exist already."
-        if prompt + sampling.max_tokens > limit:
-            return (
-                f"The prompt's {prompt} tokens and max_tokens {sampling.max_tokens} exceed the "
-                f"model length of {limit} tokens."
-            )
-        if self._pool.blocks_for(prompt + sampling.max_tokens) > self._pool.num_blocks:
-            return (
-                f"The request needs room for {prompt + sampling.max_tokens} tokens; this worker's "
-                f"KV cache holds {self._pool.num_blocks * self._pool.block_size}."
-            )
-        if min(tokens) < 0 or max(tokens) >= self._vocab_size:
-            return f"Token ids must be between 0 and {self._vocab_size - 1}."
+        limits = Bounds(
+            max_model_len=self._limits.max_model_len,
+            vocab_size=self._vocab_size,
+            num_blocks=self._pool.num_blocks,
+            layout=self._fingerprint,
+        )
+        if problem := problem_with(message, tokens, limits):
+            return problem
         if message.hand_off and self._exporter is None:
             return "This worker cannot hand requests over: it is not a prefill worker."
-        if message.ticket is not None:
-            return self._problem_with_ticket(message, len(tokens))
-        return ""
-
-    def _problem_with_ticket(self, message: Submit, known: int) -> str:
-        ticket = message.ticket
-        assert ticket is not None
-        if self._importer is None:
+        if message.ticket is not None and self._importer is None:
             return "This worker cannot fetch KV blocks: it is not a decode worker."
-        if ticket.request_id != message.request_id:
-            return f"The ticket is that of another request, {ticket.request_id}."
-        if ticket.growing:
-            if message.output_token_ids or ticket.num_tokens != known:
-                return (
-                    f"A growing ticket covers the prompt, and its first token is to come. This one "
-                    f"covers {ticket.num_tokens} tokens; {known} are known."
-                )
-        elif not 0 < ticket.num_tokens < known:
-            return (
-                f"The ticket covers {ticket.num_tokens} tokens; of {known} known ones it must "
-                "cover at least one and leave at least one to compute."
-            )
-        if ticket.num_blocks != -(-ticket.num_tokens // max(1, ticket.fingerprint.block_size)):
-            return f"The ticket names {ticket.num_blocks} blocks for {ticket.num_tokens} tokens."
         return ""
 
     def _resume(self, message: Continue) -> None:

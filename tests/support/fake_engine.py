@@ -7,6 +7,7 @@ into the wrong place fails the test at that step. The "model" draws a hash of al
 
 from __future__ import annotations
 
+import random
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -319,3 +320,21 @@ class Bench:
         status = self.engine.status()
         assert (status.waiting, status.running, status.fetching, status.blocks_held) == (0,) * 4
         assert status.blocks_free + status.blocks_cached == status.blocks_total
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return random.Random(seed).choices(range(1000), k=length)
+
+
+def pair(**options: int) -> tuple[Bench, Bench]:
+    """A prefill and a decode engine with a fake transfer between them."""
+    outbox = FakeOutbox()
+    prefill = Bench(outbox=outbox, **options)
+    decode = Bench(feed=(prefill.runner, outbox), **options)
+    return prefill, decode
+
+
+def run_prefill(prefill: Bench, name: str, tokens: list[int], max_tokens: int = 8) -> Output:
+    prefill.submit(name, tokens, max_tokens, hand_off=True)
+    prefill.run()
+    return prefill.last(name)
