@@ -2,35 +2,49 @@
 
     python -P -m pdserve.bench.routing [--tokens 32768] [--rounds 300]
 
-Prints, for growing numbers of workers and placed route hashes: the router's CPU time for packing
-the prompt (once per request, for the messages to workers, too), for hashing it and for a choice,
-the round trip, and Redis' own time for it. The placed hashes are random, but for every worker's
-prefix of the prompt, whose length differs from worker to worker.
-Choices that wait at the same time travel in one round trip; `batched CPU` is the time of each of
-32 such choices. `bytes` go to Redis and back per choice, in one round trip whatever the number of
-workers and routers: at most 64 workers are asked about. Besides, a worker sends a report each 50 ms
-while something changes, to Redis alone.
+Prints, for growing numbers of workers and placed route hashes, in µs of this process' CPU time:
+
+- packing: the prompt as bytes, once per request, for its messages to workers
+- hashing: the prompt's route hashes, once per request
+- choosing: from the list of candidates to the verdict, asking Redis included
+- in all: hashing + choosing, for which the aim is 150 µs
+- batched: choosing, for 32 requests that wait at the same time and share a round trip
+- list anew: the list of candidates, made when somebody joins, leaves or fails, and once a second
+
+and the round trip, Redis' own time for it, and the bytes to Redis and back. It is one round trip
+whatever the number of workers and routers: at most 64 workers are asked about. Besides, a worker
+sends a report each 50 ms while something changes, to Redis alone. The placed hashes are random, but
+for every worker's prefix of the prompt, whose length differs from worker to worker.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import random
 import secrets
 import shutil
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import TypeVar, cast
 
 import msgspec
 import uvloop
 from redis.asyncio import Redis
 
-from pdserve.cluster.placement import Ask, LoadReport, Option, Placement, ask, pack_options
+from pdserve.cluster.channel import Channel
+from pdserve.cluster.membership import Membership
+from pdserve.cluster.placement import LoadReport, Placement, ask
 from pdserve.cluster.process import start, stop
+from pdserve.cluster.records import ModelInfo, Role, WorkerRecord, WorkerState
 from pdserve.cluster.redis_server import private_folder, private_redis, until_answering
 from pdserve.protocol.blocks import ROUTE_BYTES, pack_tokens, route_hashes
-from pdserve.router.placement import MOST_ASKED
+from pdserve.router.candidates import Candidates, CandidateSet
+from pdserve.router.chooser import Chooser, Need, Verdict
+from pdserve.router.placement import Disaggregate, Policy
+from pdserve.router.predict import Predictor
+from pdserve.router.workers import WorkerPool
 
 SIZES = (
     (1, 10_000),
@@ -42,13 +56,34 @@ SIZES = (
 )
 """(workers, route hashes placed in all)."""
 BATCH = 32
+AIM_US = 150
+COLUMNS = (
+    "packing", "hashing", "choosing", "in all", "batched", "list anew", "round trip", "in Redis",
+    "bytes",
+)  # fmt: skip
 T = TypeVar("T")
+MODEL = ModelInfo(
+    architecture="Simulated", dtype="bfloat16", max_model_len=131072, vocab_size=150_000,
+    block_size=16, fingerprint="simulated",
+)  # fmt: skip
 
 
-async def place(
-    placement: Placement, workers: int, placed: int, prompt: list[bytes]
-) -> list[Option]:
-    """Report `placed` hashes from `workers` workers; returns them as options."""
+class _NoChannel:
+    """To a worker that is simulated: nothing is ever sent."""
+
+    closed = False
+
+
+def join(pool: WorkerPool, name: str, role: Role) -> None:
+    record = WorkerRecord(
+        worker_id=name, epoch=1, role=role, state=WorkerState.READY, host="", port=1, http_port=1,
+        pid=1, model=MODEL,
+    )  # fmt: skip
+    pool.adopt(record, cast(Channel, _NoChannel()))
+
+
+async def place(placement: Placement, workers: int, placed: int, prompt: list[bytes]) -> None:
+    """Report `placed` hashes from `workers` workers."""
     rng = random.Random(0)
     each = placed // workers
     for index in range(workers):
@@ -57,48 +92,101 @@ async def place(
         parts = [noise[i : i + ROUTE_BYTES] for i in range(0, len(noise), ROUTE_BYTES)]
         load = LoadReport(rng.randint(0, 8000), rng.randint(0, 30), 10**6)
         await placement.report(f"w{index}", 1, 1, load, held + parts, whole=True)
-    return [Option(f"w{index}", 1) for index in range(workers)]
 
 
-def cpu_s(function: Callable[[], T], times: int = 50) -> tuple[float, T]:
-    """CPU seconds of one call, and its result."""
+def cpu_us(function: Callable[[], T], times: int = 50) -> tuple[float, T]:
+    """CPU time of one call, and its result."""
     began = time.process_time()
     for _ in range(times):
         result = function()
-    return (time.process_time() - began) / times, result
+    return (time.process_time() - began) / times * 1e6, result
 
 
-async def measure(url: str, workers: int, placed: int, tokens: list[int], rounds: int) -> str:
-    """One line of the table."""
-    placement, raw = Placement(url, f"bench-{workers}-{placed}"), Redis.from_url(url)
-    packing, text = cpu_s(lambda: pack_tokens(tokens))
-    hashing, hashes = cpu_s(lambda: route_hashes(text))
-    options = pack_options((await place(placement, workers, placed, hashes))[:MOST_ASKED])
+@dataclass(slots=True)
+class Chosen:
+    """What a number of choices took, in µs per choice."""
 
-    def question() -> Ask:
-        return ask(
-            options, hashes, len(tokens), charge_tokens=True, random=random.getrandbits(30)
-        )  # fmt: skip
+    cpu: float
+    wall: float
+    last: Verdict | None
 
-    await placement.choose([question()])
-    await raw.config_resetstat()
+
+async def choose(
+    chooser: Chooser, find: Callable[[], CandidateSet], need: Need, rounds: int, at_once: int
+) -> Chosen:
+    verdicts: list[Verdict] = []
     began, wall = time.process_time(), time.perf_counter()
     for _ in range(rounds):
-        await placement.choose([question()])
-    choosing = (time.process_time() - began) / rounds
-    trip = (time.perf_counter() - wall) / rounds
-    redis = float((await raw.info("commandstats"))["cmdstat_evalsha"]["usec_per_call"])
-    began = time.process_time()
-    for _ in range(max(1, rounds // BATCH)):
-        await placement.choose([question() for _ in range(BATCH)])
-    batched = (time.process_time() - began) / (max(1, rounds // BATCH) * BATCH)
+        done = asyncio.Event()
+        want = len(verdicts) + at_once
+
+        def take(verdict: Verdict, done: asyncio.Event = done, want: int = want) -> None:
+            verdicts.append(verdict)
+            if len(verdicts) == want:
+                done.set()
+
+        for _ in range(at_once):
+            chooser.pick(find(), need, take)
+        await done.wait()
+    count = rounds * at_once
+    cpu, took = time.process_time() - began, time.perf_counter() - wall
+    return Chosen(cpu / count * 1e6, took / count * 1e6, verdicts[-1])
+
+
+async def measure(
+    url: str, workers: int, placed: int, tokens: list[int], rounds: int
+) -> dict[str, float]:
+    """One line of the table."""
+    name = f"bench-{workers}-{placed}"
+    placement, raw = Placement(url, name), Redis.from_url(url)
+    pool = WorkerPool(Membership(url, name), secret="", name="bench")
+    join(pool, "decode", Role.DECODE)
+    for index in range(workers):
+        join(pool, f"w{index}", Role.PREFILL)
+    packing, text = cpu_us(lambda: pack_tokens(tokens))
+    hashing, hashes = cpu_us(lambda: route_hashes(text))
+    await place(placement, workers, placed, hashes)
+
+    def listed() -> CandidateSet:
+        found = Candidates(pool, Predictor(), Disaggregate.ALWAYS).for_prompt()
+        found.asked(b"", random.Random(0))
+        return found
+
+    anew, _ = cpu_us(listed, 5)
+    candidates = Candidates(pool, Predictor(), Disaggregate.ALWAYS)
+    chooser = Chooser(placement, Policy.PREFIX, pool.load, random.Random(0))
+    need = Need(len(tokens), lambda: hashes)
+    await choose(chooser, candidates.for_prompt, need, 3, 1)
+    await raw.config_resetstat()
+    one = await choose(chooser, candidates.for_prompt, need, rounds, 1)
+    called = (await raw.info("commandstats")).get("cmdstat_evalsha", {})
+    many = await choose(chooser, candidates.for_prompt, need, max(1, rounds // BATCH), BATCH)
+    _, options = candidates.for_prompt().asked(hashes[15], random.Random(0))
+    question = ask(options, hashes, len(tokens), charge_tokens=True, random=0)
+    size = len(question) + len(msgspec.msgpack.encode(one.last.scores if one.last else ()))
     await raw.flushall()
     await raw.aclose()
-    await placement.close()
-    choice = (await placement.choose([question()]))[0]
-    size = len(question()) + len(msgspec.msgpack.encode(choice))
-    times = [packing * 1e6, hashing * 1e6, choosing * 1e6, trip * 1e6, redis, batched * 1e6]
-    return f"{workers:>7} {placed:>9}" + "".join(f"{value:>12.0f}" for value in [*times, size])
+    await chooser.close()
+    await pool.close()
+    redis = float(called.get("usec_per_call", 0.0))
+    values = (
+        packing, hashing, one.cpu, hashing + one.cpu, many.cpu, anew, one.wall, redis, size,
+    )  # fmt: skip
+    return dict(zip(COLUMNS, values, strict=True))
+
+
+def growth(found: dict[tuple[int, int], dict[str, float]]) -> str:
+    """How the cost in all grows, as a sentence."""
+
+    def times(less: tuple[int, int], more: tuple[int, int]) -> str:
+        return f"{found[more]['in all'] / found[less]['in all']:.2f}"
+
+    return (
+        f"Router CPU of a choice: × {times((64, 100_000), (64, 1_000_000))} for 10 times the "
+        f"blocks, × {times((8, 100_000), (64, 100_000))} from 8 to 64 workers, "
+        f"× {times((64, 1_000_000), (1000, 1_000_000))} from 64 to 1000. With 64 workers and "
+        f"1,000,000 blocks: {found[64, 1_000_000]['in all']:.0f} µs (aim: under {AIM_US})."
+    )
 
 
 async def main() -> None:
@@ -111,21 +199,17 @@ async def main() -> None:
     folder = private_folder()
     redis = private_redis(folder, folder / "redis.log")
     child = start(redis.command)
+    found = {}
     try:
         await until_answering(redis.url, child)
         print(f"prompt of {arguments.tokens} tokens; times in µs")
-        names = (
-            "packing",
-            "hashing",
-            "choice CPU",
-            "round trip",
-            "in Redis",
-            "batched CPU",
-            "bytes",
-        )
-        print(f"{'workers':>7} {'placed':>9}" + "".join(f"{name:>12}" for name in names))
-        for workers, placed in SIZES:
-            print(await measure(redis.url, workers, placed, tokens, arguments.rounds), flush=True)
+        print(f"{'workers':>7} {'placed':>9}" + "".join(f"{name:>11}" for name in COLUMNS))
+        for size in SIZES:
+            line = await measure(redis.url, *size, tokens, arguments.rounds)
+            found[size] = line
+            numbers = "".join(f"{line[name]:>11.0f}" for name in COLUMNS)
+            print(f"{size[0]:>7} {size[1]:>9}{numbers}", flush=True)
+        print(growth(found))
     finally:
         await stop([child], 2.0)
         shutil.rmtree(folder)

@@ -57,9 +57,12 @@ class Price(msgspec.Struct, frozen=True, array_like=True):
 
         missing = tokens - cached prefix
         before = cached prefix + missing / 2
-        own = base + queued × queued tokens + request × requests
+        own = base + length × tokens + queued × queued tokens + request × requests
               + missing × (token + context × before)
-        cost = max(own, floor) + missing × (later + harm × requests)
+        others = later + harm × requests × (token + context × tokens / 2)
+        cost = max(own, floor) + missing × others
+
+    It does not depend on the prompt, so it can be kept from one choice to the next.
 
     The scripts below know the order of the fields.
     """
@@ -75,12 +78,14 @@ class Price(msgspec.Struct, frozen=True, array_like=True):
     base: float = 0.0
     """Whatever the load and the cache."""
     harm: float = 0.0
-    """What a missing token costs each request that is there."""
+    """How much each request that is there minds the time that a missing token takes."""
     most_requests: int = ANY_NUMBER
     """With so many there, it counts as full."""
     later: float = 0.0
     """What it costs those who come later that a missing token is computed once more: it displaces
     another one from a cache, and its prefix lies in one place more."""
+    length: float = 0.0
+    """Each token of the prompt, cached or not: its KV goes on to another worker."""
 
 
 class Option(msgspec.Struct, frozen=True, array_like=True):
@@ -208,10 +213,11 @@ for i, option in ipairs(options) do
     end
   end
   local missing = tokens - cached
-  local token, context, waiting, request, base, harm, most, later = unpack(option[4])
-  local cost = base + waiting * queued + request * requests
+  local token, context, waiting, request, base, harm, most, later, length = unpack(option[4])
+  local cost = base + length * tokens + waiting * queued + request * requests
     + missing * (token + context * (cached + missing / 2))
-  cost = math.floor(math.max(cost, option[3]) + missing * (later + harm * requests))
+  local others = later + harm * requests * (token + context * tokens / 2)
+  cost = math.floor(math.max(cost, option[3]) + missing * others)
   local full = (free >= 0 and free < missing) or requests >= most
   scores[i] = {cached, queued, requests, free, cost, full}
   local rank = (full and 1e15 or 0) + cost
@@ -270,9 +276,19 @@ _CHOICE = msgspec.msgpack.Decoder(Choice)
 _ENCODE = msgspec.msgpack.Encoder().encode
 
 
+def pack_option(option: Option) -> bytes:
+    """One option, for `join_options`; callers keep it for as long as nothing changes."""
+    return _ENCODE(option)
+
+
+def join_options(packed_options: Sequence[bytes]) -> bytes:
+    """At most 65,535 packed options as `ask` wants them: a msgpack array."""
+    return b"\xdc%b%b" % (len(packed_options).to_bytes(2, "big"), b"".join(packed_options))
+
+
 def pack_options(options: Sequence[Option]) -> bytes:
-    """Options as `choose` wants them; callers keep the result for as long as nothing changes."""
-    return _ENCODE(options)
+    """Options as `ask` wants them."""
+    return join_options([pack_option(option) for option in options])
 
 
 class Placement:

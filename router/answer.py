@@ -20,7 +20,6 @@ and an abort cannot be cancelled half way. What comes out is put into the reques
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -35,17 +34,12 @@ from pdserve.protocol.events import FETCHED, RECOMPUTED
 from pdserve.protocol.messages import Output, Submit
 from pdserve.protocol.sampling import SamplingParams
 from pdserve.protocol.ticket import KVTicket
+from pdserve.router.candidates import CandidateSet
 from pdserve.router.chooser import Need, Verdict
 from pdserve.router.early import Early
 from pdserve.router.leg import AnswerLeg
 from pdserve.router.mailbox import Mailbox
-from pdserve.router.placement import (
-    FETCH,
-    Candidate,
-    decode_options,
-    first_options,
-    usable,
-)
+from pdserve.router.placement import Candidate, usable
 from pdserve.router.predict import LegFacts
 from pdserve.router.workers import WorkerLink, final_error
 
@@ -189,38 +183,31 @@ class Answer:
             self._choose(candidates, lambda verdict: self._send(verdict, None))
         return bool(candidates)
 
-    def _candidates(self) -> list[Candidate]:
-        dispatcher, spec = self._dispatcher, self._spec
-        workers = dispatcher.pool.snapshot()
+    def _candidates(self) -> CandidateSet:
+        candidates = self._dispatcher.candidates
         if not self._tokens:
-            length, predictor = len(spec.prompt_token_ids), dispatcher.predictor
-            found = first_options(
-                workers,
-                self._avoid,
-                dispatcher.disaggregate,
-                functools.partial(predictor.price, length) if predictor.warm else None,
-                spec.ttft_s * 1e6,
-            )
+            found = candidates.for_prompt(self._avoid, self._spec.ttft_s)
             if found or not self._moves:
                 return self._within_target(found)
-        return self._within_target(decode_options(workers, avoid=self._avoid))
+        return self._within_target(candidates.for_rest(self._avoid))
 
-    def _within_target(self, candidates: list[Candidate]) -> list[Candidate]:
+    def _within_target(self, found: CandidateSet) -> CandidateSet:
         """Those that decode count as full where the tokens of one more would come too slowly."""
         spec, predictor = self._spec, self._dispatcher.predictor
         if not spec.itl_s:
-            return candidates
+            return found
         length = len(spec.prompt_token_ids)
-        return [
-            one if one.hand_off else one.with_most_requests(
-                predictor.most_requests(one.worker.worker_id, spec.itl_s, length)
-            )
-            for one in candidates
-        ]  # fmt: skip
+
+        def bounded(one: Candidate) -> Candidate:
+            worker_id = one.worker.worker_id
+            most = predictor.most_requests(worker_id, spec.itl_s, length)
+            return one if one.hand_off else one.with_most_requests(most)
+
+        return CandidateSet([bounded(one) for one in found.candidates])
 
     def _choose(
         self,
-        candidates: Sequence[Candidate],
+        candidates: CandidateSet,
         done: Callable[[Verdict], None],
         fetches: bool = False,
     ) -> None:
@@ -255,7 +242,7 @@ class Answer:
         except RequestError:
             self._avoid.add(worker_id)
             if link is not None:
-                link.listed = False
+                link.withdraw()
             if ticket is not None:
                 self._hand_over(ticket)
             else:
@@ -343,7 +330,7 @@ class Answer:
             try:
                 return self._submit(link, "decode", ticket, verdict)
             except RequestError:
-                link.listed = False
+                link.withdraw()
         self._avoid.add(worker_id)
         return None
 
@@ -381,11 +368,11 @@ class Answer:
             self._drop_held()
             self.place()
 
-    def _readers(self, ticket: KVTicket, leg: AnswerLeg) -> list[Candidate]:
+    def _readers(self, ticket: KVTicket, leg: AnswerLeg) -> CandidateSet:
         """Who may fetch the blocks that the leg's worker has."""
-        workers = self._dispatcher.pool.snapshot()
         avoid = self._avoid | self._dispatcher.pairs.shunned(ticket.source)
-        return self._within_target(decode_options(workers, leg.link.fingerprint, avoid, FETCH))
+        found = self._dispatcher.candidates.for_blocks(leg.link.fingerprint, avoid)
+        return self._within_target(found)
 
     def _drop_held(self) -> None:
         """The blocks in the outbox are of no use any more."""

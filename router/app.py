@@ -179,7 +179,7 @@ class Router:
             chooser=Chooser(
                 self._placement,
                 Policy(self.settings.routing_policy),
-                self.pool.epoch,
+                self.pool.load,
                 random.Random(self.settings.seed),
             ),
             disaggregate=Disaggregate(self.settings.disaggregate),

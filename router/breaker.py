@@ -36,8 +36,14 @@ class _State(enum.Enum):
 class Breaker:
     """The record of one worker, or of one pair."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        changed: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`changed()` is called with each change of state but the end of a pause."""
         self._clock = clock
+        self._changed = changed
         self._state = _State.CLOSED
         self._until = 0.0
         """End of the pause or of the trial."""
@@ -54,6 +60,7 @@ class Breaker:
         """A request goes there."""
         if self._state is not _State.CLOSED and not self.shuns:
             self._state, self._until = _State.TRIAL, self._clock() + TRIAL_S
+            self._changed()
 
     def success(self) -> None:
         """It answered. During a pause that says nothing: the request was there before."""
@@ -61,6 +68,7 @@ class Breaker:
         if self._state is _State.TRIAL:
             self._state, self._pause_s = _State.CLOSED, PAUSE_S
             self._losses.clear()
+            self._changed()
 
     def failure(self) -> None:
         """It failed a request."""
@@ -80,6 +88,7 @@ class Breaker:
         if self._state is _State.TRIAL:
             self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
         self._state, self._until = _State.OPEN, self._clock() + self._pause_s
+        self._changed()
 
 
 class Pairs:

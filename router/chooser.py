@@ -8,6 +8,7 @@ Answer ─pick─► one candidate, or a policy without numbers ─► at once
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import random
 import time
@@ -15,16 +16,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pdserve.cluster.membership import RedisUnavailable
-from pdserve.cluster.placement import Ask, Option, Placement, Score, ask, pack_options
+from pdserve.cluster.placement import Ask, Placement, Score, ask
+from pdserve.router.candidates import CandidateSet
 from pdserve.router.placement import (
-    MOST_ASKED,
-    NEAR,
     Candidate,
     Policy,
+    WorkerLoad,
     by_cost,
     by_session,
     by_turn,
-    shortlist,
 )
 
 log = logging.getLogger(__name__)
@@ -33,6 +33,9 @@ ANSWER_S = 0.25
 """Redis gets so long for a choice."""
 PAUSE_S = 1.0
 """After it has failed to answer, it is not asked for so long."""
+OWN_VIEW = "own view"
+NEAR = 15
+"""Index of the route hash (256 tokens) that says which prompts have the same first choices."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,7 @@ class Verdict:
 @dataclass(frozen=True, slots=True)
 class _Waiting:
     candidates: Sequence[Candidate]
+    """Those that Redis is asked about."""
     need: Need
     question: Ask
     done: Callable[[Verdict], None]
@@ -74,13 +78,17 @@ class Chooser:
     """One router's choices. Event loop only."""
 
     def __init__(
-        self, placement: Placement | None, policy: Policy, epoch_of: Callable[[str], int],
+        self,
+        placement: Placement | None,
+        policy: Policy,
+        load_of: Callable[[str], WorkerLoad | None],
         rng: random.Random,
-    ) -> None:  # fmt: skip
-        """`placement`: None leaves every choice to the own view. `epoch_of(worker)`."""
+    ) -> None:
+        """`placement`: None leaves every choice to the own view: what `load_of(worker)` says, None
+        for one that has left."""
         self._placement = placement
         self._policy = policy
-        self._epoch_of = epoch_of
+        self._load_of = load_of
         self._rng = rng
         self._turns = {False: 0, True: 0}
         """Whose turn it is among those that compute, and among those that fetch: with one count
@@ -88,57 +96,50 @@ class Chooser:
         self._waiting: list[_Waiting] = []
         self._asking: asyncio.Task[None] | None = None
         self._away_until = 0.0
-        self._packed: tuple[tuple[Option, ...], bytes] = ((), b"")
 
-    def pick(
-        self, candidates: Sequence[Candidate], need: Need, done: Callable[[Verdict], None]
-    ) -> None:
+    def pick(self, among: CandidateSet, need: Need, done: Callable[[Verdict], None]) -> None:
         """Choose one of the candidates (at least one); `done` hears of it, now or later."""
-        if len(candidates) == 1:
+        if len(among) == 1:
+            candidates = self._as_they_are(among.candidates)
             done(Verdict(candidates[0], "only one", need.tokens, candidates))
         elif self._policy is Policy.ROUND_ROBIN:
+            candidates = self._as_they_are(among.candidates)
             index = by_turn(candidates, need.tokens, self._turns[need.fetches])
             self._turns[need.fetches] += 1
             done(Verdict(candidates[index or 0], self._policy, need.tokens, candidates))
         elif self._policy is Policy.SESSION and need.session:
+            candidates = self._as_they_are(among.candidates)
             index = by_session(candidates, need.tokens, need.session)
             done(Verdict(candidates[index or 0], self._policy, need.tokens, candidates))
         elif self._placement is None or time.monotonic() < self._away_until:
-            done(self._own_view(candidates, need))
+            done(self._own_view(among.candidates, need))
         else:
-            candidates = self._few(candidates, need)
-            question = self._question(candidates, need)
-            self._waiting.append(_Waiting(candidates, need, question, done))
+            self._waiting.append(self._question(among, need, done))
             if self._asking is None:
                 self._asking = asyncio.create_task(self._ask())
 
-    def _own_view(self, candidates: Sequence[Candidate], need: Need) -> Verdict:
-        index = by_cost(candidates, need.tokens, self._rng.getrandbits(30))
-        return Verdict(candidates[index or 0], "own view", need.tokens, candidates)
+    def _as_they_are(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """With their loads of this moment: what has just been sent included."""
+        return [
+            dataclasses.replace(one, worker=self._load_of(one.worker.worker_id) or one.worker)
+            for one in candidates
+        ]
 
-    def _few(self, candidates: Sequence[Candidate], need: Need) -> Sequence[Candidate]:
-        """Those that are asked about."""
-        if len(candidates) <= MOST_ASKED:
-            return candidates
+    def _own_view(self, candidates: Sequence[Candidate], need: Need) -> Verdict:
+        candidates = self._as_they_are(candidates)
+        index = by_cost(candidates, need.tokens, self._rng.getrandbits(30))
+        return Verdict(candidates[index or 0], OWN_VIEW, need.tokens, candidates)
+
+    def _question(
+        self, among: CandidateSet, need: Need, done: Callable[[Verdict], None]
+    ) -> _Waiting:
         draw = self._rng.getrandbits(30)
         routes = () if self._policy is Policy.LEAST_LOAD else need.routes()
         key = routes[min(NEAR, len(routes) - 1)] if routes else draw.to_bytes(4, "little")
-        return shortlist(candidates, key, draw)
-
-    def _question(self, candidates: Sequence[Candidate], need: Need) -> Ask:
-        options = tuple(
-            Option(c.worker.worker_id, self._epoch_of(c.worker.worker_id), c.floor, c.price)
-            for c in candidates
-        )
-        if options != self._packed[0]:
-            self._packed = (options, pack_options(options))
-        return ask(
-            self._packed[1],
-            () if self._policy is Policy.LEAST_LOAD else need.routes(),
-            need.tokens,
-            charge_tokens=not need.fetches,
-            random=self._rng.getrandbits(30),
-        )
+        candidates, options = among.asked(key, self._rng)
+        charge_tokens = not need.fetches
+        question = ask(options, routes, need.tokens, charge_tokens=charge_tokens, random=draw)
+        return _Waiting(candidates, need, question, done)
 
     async def _ask(self) -> None:
         """Until nobody waits: one round trip for all who do."""

@@ -13,6 +13,7 @@ from typing import Self
 from pdserve.protocol.errors import ErrorCode
 from pdserve.router.answer import Answer, AnswerSpec
 from pdserve.router.breaker import Pairs
+from pdserve.router.candidates import Candidates
 from pdserve.router.chooser import Chooser
 from pdserve.router.mailbox import Mailbox
 from pdserve.router.packed import PackedPrompt
@@ -76,9 +77,10 @@ class Dispatcher:
         leg that is retried."""
         self.pool = pool
         self.unheard = Unheard()
-        self.chooser = chooser or Chooser(None, Policy.LEAST_LOAD, pool.epoch, random.Random())
+        self.chooser = chooser or Chooser(None, Policy.LEAST_LOAD, pool.load, random.Random())
         self.disaggregate = disaggregate
         self.predictor = Predictor()
+        self.candidates = Candidates(pool, self.predictor, disaggregate)
         self.count_move = count_move
         self.in_flight = 0
         """Answers that are being generated."""

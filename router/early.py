@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 
 from pdserve.protocol.errors import RequestError
 from pdserve.protocol.ticket import KVTicket
+from pdserve.router.candidates import CandidateSet
 from pdserve.router.chooser import Verdict
 from pdserve.router.leg import AnswerLeg
-from pdserve.router.placement import Candidate
 
 MAX_TRIES = 4
 """Workers that are asked to fetch one prompt early."""
@@ -30,8 +30,8 @@ class Early:
         self,
         ticket: KVTicket,
         *,
-        readers: Callable[[], Sequence[Candidate]],
-        choose: Callable[[Sequence[Candidate], Done], None],
+        readers: Callable[[], CandidateSet],
+        choose: Callable[[CandidateSet, Done], None],
         submit: Callable[[Verdict, KVTicket], AnswerLeg | None],
     ) -> None:
         """`readers()`: who may fetch; `choose(readers, done)`: one of them, now or later;

@@ -23,10 +23,9 @@ def cluster_load(pool: WorkerPool) -> dict[str, float]:
 
 def load_headers(wanted: str, pool: WorkerPool) -> dict[str, str]:
     """The header in the wanted format, or none."""
-    metrics = cluster_load(pool)
     if wanted.upper() == "TEXT":
-        listed = [f"named_metrics.{name}={value}" for name, value in metrics.items()]
+        listed = [f"named_metrics.{name}={value}" for name, value in cluster_load(pool).items()]
         return {REPORT: f"TEXT {', '.join(listed)}"}
     if wanted.upper() == "JSON":
-        return {REPORT: f"JSON {encode_json({'named_metrics': metrics}).decode()}"}
+        return {REPORT: f"JSON {encode_json({'named_metrics': cluster_load(pool)}).decode()}"}
     return {}

@@ -20,8 +20,6 @@ import dataclasses
 import enum
 import hashlib
 import math
-import random
-import zlib
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -40,12 +38,6 @@ COMPUTE = Price(request=REQUEST_TOKENS, later=LATER)
 """In tokens to be computed, as long as nobody knows how long things take here."""
 FETCH = Price(token=0.05, request=REQUEST_TOKENS)
 """What is missing is fetched, not computed."""
-
-
-MOST_ASKED = 64
-"""Workers that one choice is about."""
-NEAR = 15
-"""Index of the route hash (256 tokens) that says which prompts have the same first choices."""
 
 
 class Disaggregate(enum.StrEnum):
@@ -72,6 +64,7 @@ class WorkerLoad:
 
     worker_id: str
     role: Role
+    epoch: int = 0
     fingerprint: str = ""
     """Workers with different ones cannot exchange blocks."""
     queued_tokens: int = 0
@@ -123,11 +116,13 @@ def rank(candidate: Candidate, tokens: int) -> Rank:
     missing = tokens - cached
     cost = (
         price.base
+        + price.length * tokens
         + price.queued * worker.queued_tokens
         + price.request * worker.requests
         + missing * (price.token + price.context * (cached + missing / 2))
     )
-    cost = max(cost, candidate.floor) + missing * (price.later + price.harm * worker.requests)
+    others = price.later + price.harm * worker.requests * (price.token + price.context * tokens / 2)
+    cost = max(cost, candidate.floor) + missing * others
     full = worker.free_tokens is not None and worker.free_tokens < missing
     return int(full or worker.requests >= price.most_requests), math.floor(cost)
 
@@ -141,17 +136,6 @@ def by_cost(candidates: Sequence[Candidate], tokens: int, draw: int) -> int | No
     least = min(ranks)
     equal = [index for index, found in enumerate(ranks) if found == least]
     return equal[draw % len(equal)]
-
-
-def shortlist(candidates: Sequence[Candidate], key: bytes, draw: int) -> list[Candidate]:
-    """At most MOST_ASKED of them, so that a choice costs the same however large the cluster is:
-    half are those whose names' hashes are next to that of `key` (the same for the same prefix, so
-    that what it left in their caches is found again), half are drawn by chance."""
-    if len(candidates) <= MOST_ASKED:
-        return list(candidates)
-    half, place = MOST_ASKED // 2, zlib.crc32(key)
-    near = sorted(candidates, key=lambda one: zlib.crc32(one.worker.worker_id.encode()) ^ place)
-    return near[:half] + random.Random(draw).sample(near[half:], half)
 
 
 def by_turn(candidates: Sequence[Candidate], tokens: int, turn: int) -> int | None:

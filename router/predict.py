@@ -176,20 +176,23 @@ class Predictor:
         spare = itl_s - fit.predict(_step_x(0, context))
         return int(max(1, min(ANY_NUMBER, spare / fit.weights[1] * 10)))
 
-    def price(self, tokens: int, worker_id: str, hand_off: bool) -> Price:
-        """What a prompt of `tokens` costs there, in µs until its first token can be followed by the
-        next. `hand_off`: the blocks go on to another worker. Only if `warm`."""
+    def price(self, worker_id: str, hand_off: bool) -> Price:
+        """What prompts cost there, in µs until a first token can be followed by the next.
+        `hand_off`: the blocks go on to another worker. Only if `warm`."""
         fit = self._prefill.of(worker_id)
         assert fit is not None
         base, token, context = fit.weights[0] * 1e6, fit.weights[1] * 1e3, fit.weights[2]
         if hand_off:
+            transfer = self._transfer.of("")
+            assert transfer is not None
             return Price(
                 token=token,
                 context=context,
                 queued=token,
                 request=0.0,
                 later=LATER * token,
-                base=base + (self.transfer_s("", tokens) or 0.0) * 1e6,
+                base=base + transfer.weights[0] * 1e6,
+                length=transfer.weights[1] * 1e3,
             )
         step = self._step.of(worker_id)
         return Price(
@@ -199,7 +202,7 @@ class Predictor:
             request=step.weights[1] * 1e5 if step else 0.0,
             base=base,
             later=LATER * token,
-            harm=HARM * (token + context * tokens / 2),
+            harm=HARM,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import msgspec
 
 from pdserve.cluster.journal import MAX_BYTES, AnswerStory, Chosen, Considered, LegStory, Record
-from pdserve.router.chooser import Verdict
+from pdserve.router.chooser import OWN_VIEW, Verdict
 from pdserve.router.leg import AnswerLeg
 from pdserve.router.placement import Candidate, rank
 
@@ -24,14 +25,20 @@ MAX_HEADER = 4096
 
 def considered(verdict: Verdict) -> list[Considered]:
     """The candidates with their numbers, least cost first, the chosen one in any case."""
-    found = [
-        _considered(verdict, place, candidate) for place, candidate in enumerate(verdict.among)
-    ]
+    among, scores = verdict.among, verdict.scores
     chosen = verdict.candidate.worker.worker_id
-    found.sort(key=lambda one: (one.full, one.cost or 0, one.worker != chosen))
-    return [
-        one for place, one in enumerate(found) if place < MAX_CANDIDATES or one.worker == chosen
-    ]
+
+    def order(place: int) -> tuple[bool, int, bool]:
+        other = among[place].worker.worker_id != chosen
+        if scores:
+            return scores[place].full, scores[place].cost, other
+        full, cost = rank(among[place], verdict.tokens)
+        return bool(full), cost if verdict.how == OWN_VIEW else 0, other
+
+    best = heapq.nsmallest(MAX_CANDIDATES, range(len(among)), key=order)
+    if all(among[place].worker.worker_id != chosen for place in best):
+        best += [i for i, one in enumerate(among) if one.worker.worker_id == chosen]
+    return [_considered(verdict, place, among[place]) for place in best]
 
 
 def _considered(verdict: Verdict, place: int, candidate: Candidate) -> Considered:
@@ -58,7 +65,7 @@ def _considered(verdict: Verdict, place: int, candidate: Candidate) -> Considere
         requests=worker.requests,
         free_tokens=worker.free_tokens,
         floor=round(candidate.floor),
-        cost=cost if verdict.how == "own view" else None,
+        cost=cost if verdict.how == OWN_VIEW else None,
         full=bool(full),
     )
 

@@ -86,12 +86,18 @@ class WorkerLink:
     """One incarnation of one worker: its channel, its legs, its load."""
 
     def __init__(
-        self, record: WorkerRecord, channel: Channel, breaker: Breaker | None = None
+        self,
+        record: WorkerRecord,
+        channel: Channel,
+        breaker: Breaker | None = None,
+        changed: Callable[[], None] = lambda: None,
     ) -> None:
-        """`breaker`: that of the worker, whatever its incarnation."""
+        """`breaker`: that of the worker, whatever its incarnation. `changed()` is called when new
+        work may go there that might not before, or the other way round."""
         self.record = record
         self.channel = channel
         self._breaker = breaker or Breaker()
+        self._changed = changed
         self.listed = True
         """Its lease runs and it says that it is ready."""
         self.heard_at = time.monotonic()
@@ -140,7 +146,15 @@ class WorkerLink:
         before = (self.listed, self.role)
         self.record = record
         self.listed = record.state is WorkerState.READY
-        return (self.listed, self.role) != before
+        if (self.listed, self.role) == before:
+            return False
+        self._changed()
+        return True
+
+    def withdraw(self) -> None:
+        """Send nothing new there until its record is read again."""
+        self.listed = False
+        self._changed()
 
     @property
     def legs(self) -> int:
@@ -170,6 +184,7 @@ class WorkerLink:
         return WorkerLoad(
             worker_id=record.worker_id,
             role=record.role,
+            epoch=record.epoch,
             fingerprint=model.fingerprint if model else "",
             queued_tokens=queued,
             requests=requests,
@@ -243,6 +258,8 @@ class WorkerLink:
     def _take_status(self, status: WorkerStatus) -> None:
         """The worker's numbers replace the guesses. One status may have been on its way when a
         request was sent, the second one contains it."""
+        if self.status is None or self.status.draining != status.draining:
+            self._changed()
         self.status = status
         self._statuses += 1
         if self._charges:
@@ -255,6 +272,7 @@ class WorkerLink:
     def fail(self, reason: str) -> None:
         """Tell every leg that the worker is lost, once."""
         self._over = True
+        self._changed()
         if self._legs:
             self._breaker.loss()
         legs, self._legs = self._legs, {}
@@ -288,6 +306,9 @@ class WorkerPool:
         self._watchers: list[asyncio.Task[None]] = []
         self._listeners: list[Callable[[], None]] = []
         self._breakers: dict[str, Breaker] = {}
+        self.version = 0
+        """Grows whenever `snapshot` may name other workers, or the same ones with other roles;
+        loads do not count."""
         self.loading = False
         """Some worker is on its way."""
         self.redis_error: str | None = None
@@ -323,10 +344,10 @@ class WorkerPool:
     def link(self, worker_id: str) -> WorkerLink | None:
         return self._links.get(worker_id)
 
-    def epoch(self, worker_id: str) -> int:
-        """Of the incarnation that is connected; 0 if there is none."""
+    def load(self, worker_id: str) -> WorkerLoad | None:
+        """That of a connected worker."""
         link = self._links.get(worker_id)
-        return link.epoch if link is not None else 0
+        return link.load() if link is not None else None
 
     @property
     def waiting(self) -> int:
@@ -380,7 +401,8 @@ class WorkerPool:
             if record is None or record.epoch != link.epoch:
                 if record is None and link.excused:
                     continue
-                link.listed = False
+                if link.listed:
+                    link.withdraw()
                 if record is not None or time.monotonic() - link.heard_at > self._silence_s:
                     self._give_up(link)
             elif link.follow(record):
@@ -431,6 +453,21 @@ class WorkerPool:
             await asyncio.sleep(backoff)
             backoff = min(2 * backoff, LAST_BACKOFF_S)
 
+    def adopt(self, record: WorkerRecord, channel: Channel) -> WorkerLink:
+        """Send work to that incarnation over its channel from now on."""
+        breaker = self._breakers.get(record.worker_id)
+        if breaker is None:
+            breaker = self._breakers[record.worker_id] = Breaker(changed=self._change)
+        link = WorkerLink(record, channel, breaker, self._change)
+        self._links[record.worker_id] = link
+        self._change()
+        log.info("Connected to %s (%s, epoch %d)", link.worker_id, link.role, link.epoch)
+        self._tell_listeners()
+        return link
+
+    def _change(self) -> None:
+        self.version += 1
+
     async def _converse(self, record: WorkerRecord, channel: Channel) -> bool:
         """Hand frames to their legs until the channel ends. False if a stranger answered."""
         if (channel.peer, channel.epoch) != (record.worker_id, record.epoch):
@@ -443,11 +480,7 @@ class WorkerPool:
             )
             await channel.close()
             return False
-        breaker = self._breakers.setdefault(record.worker_id, Breaker())
-        link = WorkerLink(record, channel, breaker)
-        self._links[record.worker_id] = link
-        log.info("Connected to %s (%s, epoch %d)", link.worker_id, link.role, link.epoch)
-        self._tell_listeners()
+        link = self.adopt(record, channel)
         try:
             async for frame in channel:
                 link.receive(frame)

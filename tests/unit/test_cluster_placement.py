@@ -155,7 +155,8 @@ def test_the_script_and_the_pure_function_choose_alike() -> None:
                 await placement.report(name, 1, 1, load, hashes[:held], whole=True)
                 floor = rng.choice([0, 0, 1500])
                 price = rng.choice([
-                    Price(), Price(token=0.05), Price(7.5, 0.003, 9.25, 0, 1234.5, 0.02, 3, 9000),
+                    Price(), Price(token=0.05),
+                    Price(7.5, 0.003, 9.25, 0, 1234.5, 0.02, 3, 9000, 0.625),
                 ])  # fmt: skip
                 options.append(Option(name, 1, floor, price))
                 worker = WorkerLoad(

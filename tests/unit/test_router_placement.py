@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pdserve.cluster.records import Role
 from pdserve.router.placement import (
     FETCH,
-    MOST_ASKED,
     REQUEST_TOKENS,
     Candidate,
     WorkerLoad,
@@ -18,7 +17,6 @@ from pdserve.router.placement import (
     by_turn,
     decode_options,
     first_options,
-    shortlist,
     usable,
 )
 
@@ -170,22 +168,6 @@ def test_tokens_to_be_fetched_cost_less_than_tokens_to_be_computed() -> None:
 def test_what_is_cached_needs_no_room() -> None:
     assert decode(worker("d0", free_tokens=20, cached_tokens=80), worker("d1", 30)) == "d0"
     assert decode(worker("d0", free_tokens=19, cached_tokens=80), worker("d1", 30)) == "d1"
-
-
-def test_of_many_the_same_few_are_asked_for_the_same_prefix_and_some_by_chance() -> None:
-    few = decode_options([worker(f"d{i}") for i in range(MOST_ASKED)])
-    assert shortlist(few, b"k", 0) == few
-    many = decode_options([worker(f"d{i}") for i in range(1000)])
-    one, two = shortlist(many, b"k", 1), shortlist(many, b"k", 2)
-    half = MOST_ASKED // 2
-    assert len({c.worker.worker_id for c in one}) == len(one) == MOST_ASKED
-    assert one[:half] == two[:half] and one[half:] != two[half:]
-    asked = Counter(
-        c.worker.worker_id for n in range(500) for c in shortlist(many, str(n).encode(), n)
-    )
-    assert len(asked) == 1000 and max(asked.values()) < 8 * 500 * MOST_ASKED / 1000
-    fewer = [c for c in many if c != one[0]]
-    assert shortlist(fewer, b"k", 1)[: half - 1] == one[1:half]
 
 
 def three(**more: object) -> list[Candidate]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import random
 
 import pytest
@@ -144,7 +143,7 @@ def where(
     mode: Disaggregate = Disaggregate.AUTO,
     slowest_s: float = 0.0,
 ) -> Candidate:
-    price_of = functools.partial(predictor.price, tokens) if predictor.warm else None
+    price_of = predictor.price if predictor.warm else None
     options = first_options(workers, (), mode, price_of, slowest_s * 1e6)
     index = by_cost(options, tokens, 0)
     assert index is not None
@@ -212,7 +211,7 @@ def test_always_and_never() -> None:
 
 
 def test_without_a_choice_costs_are_in_tokens() -> None:
-    price_of = functools.partial(trained().price, 100)
+    price_of = trained().price
     for workers in ([worker("d0")], [worker("c0"), worker("c1")]):
         options = first_options(workers, (), Disaggregate.AUTO, price_of, 5.0)
         assert {(option.price, option.floor) for option in options} == {(COMPUTE, 0)}
