@@ -78,7 +78,9 @@ class Engine:
         sink: Callable[[StepOutcome], None],
         exporter: Exporter | None = None,
         importer: Importer | None = None,
+        pace: Pace | None = None,
     ) -> None:
+        """`pace`: one that has learnt from a warm-up; by default one that knows nothing."""
         self._pool = pool
         self._limits = limits
         self._outgoing = Outgoing(pool, exporter)
@@ -98,7 +100,7 @@ class Engine:
         self._steps = 0
         self._stopping = False
         self._changed = True
-        self.pace = Pace()
+        self.pace = pace or Pace()
         """Tells an engine that is alive but stuck."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.failure: BaseException | None = None
@@ -357,6 +359,7 @@ class Engine:
 
     def _compute(self, plan: Plan) -> None:
         self._steps += 1
+        self.pace.compute(sum(chunk.length for chunk in plan.chunks))
         try:
             results = self._runner.execute(plan.chunks)
         except Exception as error:

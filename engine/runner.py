@@ -57,10 +57,10 @@ class ModelRunner:
             results[index] = ChunkResult(*draw, prompt)
         return results
 
-    def warm_up(self, max_model_len: int) -> None:
+    def warm_up(self, max_model_len: int) -> int:
         """Run a small prompt and a token through everything, so that the first request does not
-        pay for what libraries set up on first use. Writes into the pool's first blocks, so it must
-        come before any request owns them."""
+        pay for what libraries set up on first use; returns how many tokens that were. Writes into
+        the pool's first blocks, so it must come before any request owns them."""
         length = min(_WARM_UP_TOKENS, self._num_blocks * self._block_size - 1, max_model_len - 1)
         request = Request(
             request_id="warm-up",
@@ -73,6 +73,7 @@ class ModelRunner:
         )
         self.execute([Chunk(request, 0, length, samples=False)])
         self.execute([Chunk(request, length, 1, samples=True)])
+        return length + 1
 
     @torch.inference_mode()
     def record(self, max_num_seqs: int, max_model_len: int, capture: Capture) -> None:

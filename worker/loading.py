@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from pdserve.engine.build import Built, build_runner
 from pdserve.engine.config import EngineConfig
 from pdserve.engine.grammar import Grammars
 from pdserve.engine.loop import Engine, StepOutcome
+from pdserve.engine.pace import LEAST_ON_CUDA_S, LEAST_S, Pace
 from pdserve.engine.ports import Exporter, Importer
 from pdserve.engine.scheduler import Limits
 from pdserve.worker.assembly import Context
@@ -24,6 +26,8 @@ class Loaded:
 
     built: Built
     grammars: Grammars
+    pace: Pace
+    """Of its engine; it has seen the warm-up."""
 
     @property
     def info(self) -> ModelInfo:
@@ -59,6 +63,7 @@ class Loaded:
             sink=sink,
             exporter=exporter,
             importer=importer,
+            pace=self.pace,
         )
 
 
@@ -84,5 +89,8 @@ def load(context: Context) -> Loaded:
     context.progress(0.0, "loading weights")
     built = build_runner(folder, config, lambda share: context.progress(share, "loading weights"))
     context.progress(1.0, "warming up")
-    built.runner.warm_up(built.config.max_model_len)
-    return Loaded(built, Grammars(folder, built.model.vocab_size))
+    pace = Pace(LEAST_ON_CUDA_S if built.config.device == "cuda" else LEAST_S)
+    began = time.monotonic()
+    tokens = built.runner.warm_up(built.config.max_model_len)
+    pace.learn(tokens, time.monotonic() - began)
+    return Loaded(built, Grammars(folder, built.model.vocab_size), pace)

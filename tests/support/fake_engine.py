@@ -16,6 +16,7 @@ import msgspec
 
 from pdserve.engine.blocks import BlockPool
 from pdserve.engine.loop import Engine, StepOutcome
+from pdserve.engine.pace import Pace
 from pdserve.engine.ports import Chunk, ChunkResult
 from pdserve.engine.scheduler import Limits
 from pdserve.protocol.blocks import pack_tokens
@@ -231,6 +232,7 @@ class Bench:
         max_num_seqs: int = 8,
         outbox: FakeOutbox | None = None,
         feed: tuple[FakeRunner, FakeOutbox] | None = None,
+        pace: Pace | None = None,
     ) -> None:
         self.runner = FakeRunner(num_blocks, block_size)
         self.outbox = outbox
@@ -249,6 +251,7 @@ class Bench:
             sink=self._sink,
             exporter=outbox,
             importer=self.inbox,
+            pace=pace,
         )
         if outbox:
             outbox.returned = self.engine.returned

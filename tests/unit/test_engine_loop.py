@@ -2,11 +2,15 @@
 
 import random
 import threading
+import time
+from collections.abc import Sequence
 
 import msgspec
 import pytest
 from fake_engine import Bench, continuation, pair, prompt, run_prefill
 
+from pdserve.engine.pace import Pace
+from pdserve.engine.ports import Chunk, ChunkResult
 from pdserve.protocol.errors import ErrorCode
 from pdserve.protocol.messages import FinishReason
 
@@ -347,3 +351,33 @@ def test_the_thread_wakes_for_commands_and_stops() -> None:
     assert bench.engine.failure is None
     assert bench.tokens("a") == continuation(prompt(3), 1)
     bench.assert_clean()
+
+
+def test_an_engine_whose_step_does_not_end_is_stuck_until_it_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pace = Pace(least_s=0.05)
+    pace.learn(100, 1e-4)
+    bench = Bench(pace=pace)
+    inside, go_on = threading.Event(), threading.Event()
+    execute = bench.runner.execute
+
+    def wedged(chunks: Sequence[Chunk]) -> list[ChunkResult]:
+        inside.set()
+        assert go_on.wait(10)
+        return execute(chunks)
+
+    monkeypatch.setattr(bench.runner, "execute", wedged)
+    finished = threading.Event()
+    bench.on_outcome = lambda: finished.set() if "a" in bench.outputs else None
+    bench.engine.start()
+    bench.submit("a", prompt(5), max_tokens=1)
+    assert inside.wait(10)
+    end = time.monotonic() + 5
+    while not pace.stuck:
+        assert time.monotonic() < end, "nobody notices"
+        time.sleep(0.005)
+    go_on.set()
+    assert finished.wait(10) and bench.engine.alive
+    bench.engine.stop()
+    assert bench.tokens("a") == continuation(prompt(5), 1)

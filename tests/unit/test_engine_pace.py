@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pdserve.engine.pace import FACTOR, KNOWN_TURNS, LEAST_S, MOST_S, Pace
+import pytest
+
+from pdserve.engine.pace import FACTOR, LEAST_S, MOST_S, STEP_TOKENS, Pace
 
 
 class Hand:
@@ -12,34 +14,61 @@ class Hand:
         return self.now
 
 
-def turns(pace: Pace, clock: Hand, took: float, count: int = 1) -> None:
+@pytest.fixture
+def clock() -> Hand:
+    return Hand()
+
+
+@pytest.fixture
+def pace(clock: Hand) -> Pace:
+    return Pace(clock=clock)
+
+
+def turns(pace: Pace, clock: Hand, took: float, tokens: int = 1, count: int = 1) -> None:
     for _ in range(count):
+        pace.compute(tokens)
         clock.now += took
         pace.turn()
 
 
-def test_unknown_engines_get_the_benefit_of_the_doubt() -> None:
-    pace = Pace(clock := Hand())
+def test_unknown_engines_get_the_benefit_of_the_doubt(pace: Pace, clock: Hand) -> None:
     clock.now += MOST_S
     assert not pace.stuck
     clock.now += 1
     assert pace.stuck
 
 
-def test_what_is_allowed_follows_the_longest_turn() -> None:
-    pace = Pace(clock := Hand())
-    turns(pace, clock, 0.01, KNOWN_TURNS)
+def test_a_token_must_come_soon_and_a_long_chunk_may_take_its_time(pace: Pace, clock: Hand) -> None:
+    turns(pace, clock, 0.065)  # a millisecond per token, the step itself included
+    pace.compute(1)
     assert pace.allowed_s == LEAST_S
-    turns(pace, clock, 2.0)
-    assert pace.allowed_s == 2.0 * FACTOR
-    turns(pace, clock, 2.0 * FACTOR - 1)
+    pace.compute(2000)
+    assert pace.allowed_s == pytest.approx(FACTOR * (STEP_TOKENS + 2000) * 0.001)
+    pace.compute(100_000)
     assert pace.allowed_s == MOST_S
 
 
-def test_a_freeze_teaches_nothing() -> None:
-    pace = Pace(clock := Hand())
-    turns(pace, clock, 0.01, KNOWN_TURNS)
+def test_the_slowest_turns_count_for_a_while(pace: Pace, clock: Hand) -> None:
+    turns(pace, clock, 2.0)
+    assert pace.allowed_s == pytest.approx(FACTOR * 2.0 / (STEP_TOKENS + 1) * STEP_TOKENS)
+    turns(pace, clock, 0.01, count=100)
+    assert 0.85 * FACTOR * 2.0 < pace.allowed_s < 0.95 * FACTOR * 2.0
+    turns(pace, clock, 0.01, count=3000)
+    assert pace.allowed_s == LEAST_S
+
+
+def test_a_freeze_and_idle_turns_teach_nothing(pace: Pace, clock: Hand) -> None:
+    turns(pace, clock, 0.01)
     clock.now += LEAST_S + 1
     assert pace.stuck
     pace.turn()
     assert not pace.stuck and pace.allowed_s == LEAST_S
+    clock.now += 0.5  # it slept until somebody wanted something
+    pace.turn()
+    assert pace.allowed_s == LEAST_S
+
+
+def test_a_warm_up_is_a_first_measure(pace: Pace) -> None:
+    pace.learn(STEP_TOKENS, 0.5)
+    pace.compute(STEP_TOKENS)
+    assert pace.allowed_s == FACTOR * 0.5
