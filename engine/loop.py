@@ -26,7 +26,7 @@ from pdserve.engine.blocks import BlockPool
 from pdserve.engine.grammar import Matcher
 from pdserve.engine.outgoing import Outgoing
 from pdserve.engine.pace import Pace
-from pdserve.engine.ports import ChunkResult, Exporter, Importer, Runner
+from pdserve.engine.ports import Chunk, ChunkResult, Exporter, Importer, Runner, Watcher
 from pdserve.engine.refusal import Bounds, problem_with
 from pdserve.engine.request import Request, State
 from pdserve.engine.scheduler import Limits, Plan, Scheduler
@@ -83,7 +83,7 @@ class Engine:
         """`pace`: one that has learnt from a warm-up; by default one that knows nothing."""
         self._pool = pool
         self._limits = limits
-        self._outgoing = Outgoing(pool, exporter)
+        self._outgoing = Outgoing(pool, exporter, fingerprint.token_nbytes)
         self._scheduler = Scheduler(pool, limits, self._outgoing.let_go)
         self._runner = runner
         self._fingerprint = fingerprint
@@ -361,7 +361,7 @@ class Engine:
         self._steps += 1
         self.pace.compute(sum(chunk.length for chunk in plan.chunks))
         try:
-            results = self._runner.execute(plan.chunks)
+            results = self._runner.execute(plan.chunks, self._watcher(plan.chunks))
         except Exception as error:
             log.exception("Step %d failed; its %d requests end.", self._steps, len(plan.chunks))
             for chunk in plan.chunks:
@@ -375,6 +375,23 @@ class Engine:
                 self._accept_or_fail(chunk.request, result)
             elif chunk.request.hand_off:
                 self._offer_early(chunk.request)
+
+    def _watcher(self, chunks: Sequence[Chunk]) -> Watcher | None:
+        """Who offers what of the chunks is computed while the step goes on."""
+        leaving = [chunk for chunk in chunks if self._outgoing.goes_by_layers(chunk)]
+        if not leaving:
+            return None
+
+        def tell(slices: int, computed: Callable[[], None] | None) -> None:
+            for chunk in leaving:
+                request, ticket = chunk.request, self._outgoing.advance(chunk, slices, computed)
+                if ticket is not None:
+                    output = Output(request_id=request.request_id, ticket=ticket)
+                    self._bag.put(request.client, output)
+            if self._bag.outputs:
+                self._flush()
+
+        return Watcher(self._outgoing.slices, tell)
 
     def _offer_early(self, request: Request) -> None:
         ticket = self._outgoing.grow(request)

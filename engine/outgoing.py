@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pdserve.engine.blocks import BlockPool, IntegrityError
-from pdserve.engine.overlap import offers_early
-from pdserve.engine.ports import Exporter
+from pdserve.engine.overlap import BY_LAYERS_BYTES, offers_early
+from pdserve.engine.ports import Chunk, Exporter
 from pdserve.engine.request import Request
 from pdserve.protocol.blocks import block_hashes
 from pdserve.protocol.events import HELD, OFFERED
@@ -31,11 +31,13 @@ class Held:
 
 
 class Outgoing:
-    """The engine's half of the outbox. Without an exporter nothing is ever offered."""
+    """The engine's half of the outbox. Without an exporter nothing is ever offered.
+    `token_nbytes`: KV bytes of a token, all layers."""
 
-    def __init__(self, pool: BlockPool, exporter: Exporter | None) -> None:
+    def __init__(self, pool: BlockPool, exporter: Exporter | None, token_nbytes: int) -> None:
         self._pool = pool
         self._exporter = exporter
+        self._token_nbytes = token_nbytes
         self._held: dict[str, Held] = {}
 
     @property
@@ -49,25 +51,65 @@ class Outgoing:
 
     def grow(self, request: Request) -> KVTicket | None:
         """A chunk of a prompt that is not complete has been computed: its full blocks may travel.
-        Returns the ticket when it has just been minted. One that was preempted is not offered
-        early again: whoever fetched from it has been disappointed once."""
-        size = self._pool.block_size
+        Returns the ticket when it has just been minted."""
         minted: KVTicket | None = None
-        assert self._exporter is not None
         if request.offered is None:
-            last = request.sampling.max_tokens == request.num_output + 1
-            early = offers_early(request.num_computed, request.num_tokens, size)
-            if last or request.preemptions or not early:
+            minted = self._open(request, request.num_computed)
+        if request.offered is not None:
+            self._extend(request, request.num_computed)
+        return minted
+
+    def goes_by_layers(self, chunk: Chunk) -> bool:
+        """Whether the chunk's KV may leave while later layers are still being computed."""
+        request = chunk.request
+        return (
+            request.hand_off
+            and self.slices > 1
+            and chunk.length * self._token_nbytes >= BY_LAYERS_BYTES
+            and (request.offered is not None or _may_be_early(request))
+        )
+
+    @property
+    def slices(self) -> int:
+        return 1 if self._exporter is None else self._exporter.slices
+
+    def advance(
+        self, chunk: Chunk, slices: int, computed: Callable[[], None] | None
+    ) -> KVTicket | None:
+        """Of a chunk that goes by layers the first slices have been computed, or will have been
+        when `computed` returns. Returns the ticket when it has just been minted."""
+        request, size = chunk.request, self._pool.block_size
+        minted: KVTicket | None = None
+        if request.offered is None:
+            minted = self._open(request, chunk.start + chunk.length * slices // self.slices)
+            if minted is None:
                 return None
-            minted = self._exporter.open(
-                request.request_id, request.num_tokens, self._names(request)
-            )
-            request.offered, request.num_offered = minted, 0
-            request.mark(OFFERED)
-        full = request.num_computed // size
+            self._extend(request, chunk.start)
+        end = chunk.start + chunk.length
+        full = -(-end // size) if end == request.num_tokens else end // size
+        blocks = request.block_table[request.num_offered : full]
+        assert self._exporter is not None and request.offered is not None
+        if blocks:
+            self._exporter.advance(request.offered.ticket_id, blocks, slices, computed)
+        return minted
+
+    def _open(self, request: Request, computed: int) -> KVTicket | None:
+        """Mint a growing ticket if it is time for it: about `computed` tokens are there."""
+        early = offers_early(computed, request.num_tokens, self._pool.block_size)
+        if not early or not _may_be_early(request):
+            return None
+        assert self._exporter is not None
+        minted = self._exporter.open(request.request_id, request.num_tokens, self._names(request))
+        request.offered, request.num_offered = minted, 0
+        request.mark(OFFERED)
+        return minted
+
+    def _extend(self, request: Request, num_tokens: int) -> None:
+        """Offer the full blocks of the first `num_tokens` tokens."""
+        assert self._exporter is not None
+        full = num_tokens // self._pool.block_size
         self._exporter.extend(request.request_id, request.block_table[request.num_offered : full])
         request.num_offered = full
-        return minted
 
     def _names(self, request: Request) -> list[bytes]:
         request.hashes = block_hashes(
@@ -119,3 +161,9 @@ class Outgoing:
         if held is None:
             raise IntegrityError(f"The blocks of ticket {ticket_id} were returned twice.")
         self._pool.release(held.blocks)
+
+
+def _may_be_early(request: Request) -> bool:
+    """Not if the token to come is the last one, and not after a preemption: whoever fetched then
+    has been disappointed once."""
+    return request.sampling.max_tokens > request.num_output + 1 and not request.preemptions

@@ -44,16 +44,31 @@ class ChunkResult:
     predict, that is tokens start + 1 .. min(start + length, prompt length - 1)."""
 
 
+@dataclass(frozen=True, slots=True)
+class Watcher:
+    """Who wants to know how far a step is. The model's layers are cut into `slices` equal groups;
+    `tell(n, computed)` is called when the first n of them have been computed, for each n below
+    `slices`; on a device they may be on their way, and `computed()` waits for them, in any
+    thread. A step of single tokens may tell nothing."""
+
+    slices: int
+    tell: Callable[[int, Callable[[], None] | None], None]
+
+
 class Runner(Protocol):
     """Turns a plan into tokens. Raises nothing for bad luck in sampling, anything for a fault."""
 
-    def execute(self, chunks: Sequence[Chunk]) -> list[ChunkResult]:
+    def execute(self, chunks: Sequence[Chunk], watcher: Watcher | None = None) -> list[ChunkResult]:
         """Run one step; the result has one entry per chunk, in order. When it returns, the KV of
         chunks whose request is to be handed over is in memory, not merely on its way there."""
 
 
 class Exporter(Protocol):
     """The outbox as the engine sees it (prefill side)."""
+
+    @property
+    def slices(self) -> int:
+        """Slices of a block: equal groups of layers, offered one by one while they are computed."""
 
     def offer(
         self,
@@ -75,6 +90,16 @@ class Exporter(Protocol):
 
     def extend(self, request_id: str, block_ids: Sequence[int]) -> None:
         """The growing ticket's next full blocks: from now on others may read them."""
+
+    def advance(
+        self,
+        ticket_id: str,
+        block_ids: Sequence[int],
+        slices: int,
+        computed: Callable[[], None] | None = None,
+    ) -> None:
+        """Of the growing ticket's next blocks the first `slices` slices will not be written to
+        again: others may read them, once `computed` has returned."""
 
     def seal(self, request_id: str, block_ids: Sequence[int]) -> KVTicket:
         """The growing ticket's last blocks; all of them are taken over, as by `offer`. Returns the

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -12,7 +12,7 @@ from pdserve.engine import sampler
 from pdserve.engine.graphs import Capture, DecodeGraphs, ladder
 from pdserve.engine.models.decoder import Batch, Decoder
 from pdserve.engine.pool import KVPool
-from pdserve.engine.ports import Chunk, ChunkResult
+from pdserve.engine.ports import Chunk, ChunkResult, Watcher
 from pdserve.engine.request import Request
 from pdserve.protocol.messages import PositionLogprobs
 from pdserve.protocol.sampling import SamplingParams
@@ -35,7 +35,7 @@ class ModelRunner:
         self._graphs: DecodeGraphs | None = None
 
     @torch.inference_mode()
-    def execute(self, chunks: Sequence[Chunk]) -> list[ChunkResult]:
+    def execute(self, chunks: Sequence[Chunk], watcher: Watcher | None = None) -> list[ChunkResult]:
         """Run one step (see engine.ports.Runner). The chunks' requests are not changed."""
         if not chunks:
             return []
@@ -47,7 +47,8 @@ class ModelRunner:
         if self._graphs is not None and self._graphs.fits(batch):
             hidden = self._graphs.forward(batch)
         else:
-            hidden = self._decoder.forward(batch, self._caches)
+            after = None if watcher is None else self._telling(watcher)
+            hidden = self._decoder.forward(batch, self._caches, after)
         drawn = self._draw(ordered, ends, hidden)
         if self._device.startswith("cuda") and any(chunk.request.hand_off for chunk in chunks):
             torch.cuda.current_stream(self._device).synchronize()  # others read it from here on
@@ -56,6 +57,26 @@ class ModelRunner:
             prompt = self._prompt_logprobs(chunk, hidden[end - chunk.length : end])
             results[index] = ChunkResult(*draw, prompt)
         return results
+
+    def _telling(self, watcher: Watcher) -> Callable[[int], None]:
+        """What tells the watcher after each slice of layers but the last."""
+        layers = self._decoder.config.num_layers // watcher.slices
+
+        def after(count: int) -> None:
+            done, rest = divmod(count, layers)
+            if not rest and done < watcher.slices:
+                watcher.tell(done, self._computed())
+
+        return after
+
+    def _computed(self) -> Callable[[], None] | None:
+        """What waits until the device has done what it was given so far."""
+        if not self._device.startswith("cuda"):
+            return None
+        event = torch.cuda.Event(blocking=True)
+        event.record(torch.cuda.current_stream(self._device))
+        wait: Callable[[], None] = event.synchronize
+        return wait
 
     def warm_up(self, max_model_len: int) -> int:
         """Run a small prompt and a token through everything, so that the first request does not

@@ -10,14 +10,15 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pdserve.kv_transfer.credits import Credits
 from pdserve.kv_transfer.job import Ended, Job
 from pdserve.kv_transfer.line import Address, Line, LinePool
-from pdserve.kv_transfer.memory import Pool, host_id
-from pdserve.kv_transfer.transports import SinkHalf, TransportUnfit
+from pdserve.kv_transfer.memory import host_id
+from pdserve.kv_transfer.slices import Cuts
+from pdserve.kv_transfer.transports import Receiver, SinkHalf, TransportUnfit
 from pdserve.protocol.errors import ProtocolError
 from pdserve.protocol.ticket import LayoutFingerprint
 from pdserve.protocol.transfer import Fetch, FetchHeader, Refused, ToReader
@@ -41,30 +42,31 @@ class Attempts:
 
     def __init__(
         self,
-        pool: Pool,
+        cuts: Cuts[SinkHalf],
         fingerprint: LayoutFingerprint,
         *,
-        halves: Mapping[str, SinkHalf],
         lines: LinePool,
         credits: Credits,
         stall_s: float,
     ) -> None:
-        self._pool, self._fingerprint = pool, fingerprint
-        self._halves, self._lines, self._credits = halves, lines, credits
+        self._cuts, self._fingerprint = cuts, fingerprint
+        self._lines, self._credits = lines, credits
         self._stall_s = stall_s
         self._host_id = host_id()
 
     def nbytes(self, job: Job) -> int:
-        """Of one block or parcel that travels."""
-        return self._pool.block_nbytes if job.unpacking is None else job.unpacking.nbytes
+        """Of one block, slice or parcel that travels."""
+        if job.unpacking is not None:
+            return job.unpacking.nbytes
+        return self._cuts.of(1).pool.block_nbytes // job.slices
 
     def takes_parcels(self, name: str) -> bool:
-        return hasattr(self._halves[name], "unpacking")
+        return hasattr(self._cuts.of(1).halves[name], "unpacking")
 
     def make(self, job: Job, name: str) -> None:
         """Ask for everything due over one transport. Blocks whose checksum differs stay in
         `job.missing` without an exception. Raises TransportUnfit, Ended, OSError, ProtocolError."""
-        half = self._halves[name]
+        half: Receiver = self._cuts.of(job.slices).halves[name]
         job.transport = name
         size = self.nbytes(job)
         if job.unpacking is not None:
@@ -86,7 +88,7 @@ class Attempts:
 
     def _ask(self, line: Line, job: Job, name: str, piece: Sequence[int]) -> None:
         ticket = job.ticket
-        detail = getattr(self._halves[name], "detail", None)
+        detail = getattr(self._cuts.of(1).halves[name], "detail", None)
         fetch = Fetch(
             ticket_id=ticket.ticket_id,
             request_id=ticket.request_id,
@@ -97,10 +99,11 @@ class Attempts:
             host_id=self._host_id,
             detail=detail(ticket.source, ticket.epoch) if detail else "",
             parcels=None if job.unpacking is None else job.unpacking.theirs.parcels,
+            slices=job.slices,
         )
         line.send(fetch, job.wait(self._stall_s))
 
-    def _receive(self, line: Line, job: Job, half: SinkHalf, piece: Sequence[int]) -> None:
+    def _receive(self, line: Line, job: Job, half: Receiver, piece: Sequence[int]) -> None:
         header = line.receive(_TO_READER, job.wait(self._stall_s))
         self._check_header(header, job, len(piece))
         job.borrowed = job.borrowed or half.borrows
@@ -115,7 +118,7 @@ class Attempts:
                 if digest == right:
                     del job.missing[index]
                 else:
-                    job.reason = f"The checksum of block {index} differs."
+                    job.reason = f"The checksum of block {index // job.slices} differs."
                     log.warning("%s (%s)", job.reason, job.ticket.request_id)
             job.nbytes += (complete - verified) * header.block_nbytes
             verified = complete

@@ -21,6 +21,7 @@ reports; only a device that does nothing for `LOST_S` is given up, and the worke
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import logging
 import secrets
@@ -28,7 +29,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import msgspec
 import torch
@@ -158,6 +159,12 @@ class _End:
         self._words = pool.blocks.view(torch.int64)
         self._local = threading.local()
 
+    def sliced(self, slices: int) -> Self:
+        """With the same mappings. Raises TransportUnfit as the constructor does."""
+        other = copy.copy(self)
+        _End.__init__(other, self._pool.sliced(slices), self._runtime)
+        return other
+
     def _sums(self, launch: Callable[[], torch.Tensor], wait: Wait) -> list[int]:
         """Launch what computes sums [n] int64 and wait for them. What `wait` raises is raised when
         the device is done. Raises TransportUnfit."""
@@ -214,6 +221,13 @@ class IpcSource(_End):
         )
         self._nonce = secrets.token_bytes(NONCE_BYTES)
         self._host_id = host_id()
+
+    def sliced(self, slices: int) -> Self:
+        other = super().sliced(slices)
+        other._shared = msgspec.structs.replace(
+            self._shared, num_blocks=self._shared.num_blocks * slices
+        )
+        return other
 
     def objection(self, fetch: Fetch) -> str:
         if fetch.host_id != self._host_id:
@@ -287,7 +301,8 @@ class IpcSink(_End):
     ) -> list[int]:
         def launch() -> torch.Tensor:
             theirs, mine = self._index(there), self._index(here)
-            return copy_blocks_summed(mapping.words, theirs, self._words, mine)
+            pool = mapping.words.view(-1, self._words.shape[1])
+            return copy_blocks_summed(pool, theirs, self._words, mine)
 
         return self._sums(launch, wait)
 

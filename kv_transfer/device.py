@@ -82,6 +82,9 @@ class DeviceMemory(Pool):
         with self.stream():
             blocks.copy_(buffer, non_blocking=True)
 
+    def sliced(self, slices: int) -> DeviceMemory:
+        return DeviceMemory(self._blocks.view(self.num_blocks * slices, -1))
+
     def digests(self, block_ids: Sequence[int]) -> list[int]:
         sums: list[int] = []
         for first, count in runs(block_ids, self._longest):

@@ -24,11 +24,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Self
 
 from pdserve.kernels.digest import Bytes
 from pdserve.kv_transfer.line import Line
 from pdserve.kv_transfer.memory import Pool
-from pdserve.kv_transfer.transports import SinkHalf, SourceHalf, Unpacking, Wait
+from pdserve.kv_transfer.transports import Receiver, SinkHalf, SourceHalf, Unpacking, Wait
 from pdserve.protocol.errors import PdserveError, ProtocolError
 from pdserve.protocol.transfer import Fetch, FetchHeader
 
@@ -114,6 +115,9 @@ class FaultySource:
         self._inner, self._dice = inner, dice
         self.sums_itself = getattr(inner, "sums_itself", False)
 
+    def sliced(self, slices: int) -> Self:
+        return type(self)(self._inner.sliced(slices), self._dice)
+
     def objection(self, fetch: Fetch) -> str:
         return self._inner.objection(fetch)
 
@@ -154,16 +158,12 @@ class FaultyParcelSource(FaultySource):
         send(line, parcels, wait)
 
 
-class FaultySink:
-    """A sink's half whose blocks arrive late, incomplete, twice, in disorder or changed."""
+class FaultyReceiver:
+    """One whose blocks arrive late, incomplete, twice, in disorder or changed."""
 
-    def __init__(self, inner: SinkHalf, pool: Pool, dice: Dice) -> None:
+    def __init__(self, inner: Receiver, pool: Pool, dice: Dice) -> None:
         self.borrows = inner.borrows
         self._inner, self._pool, self._dice = inner, pool, dice
-
-    def detail(self, source: str, epoch: int) -> str:
-        ask = getattr(self._inner, "detail", None)
-        return ask(source, epoch) if ask else ""
 
     def receive(
         self, line: Line, header: FetchHeader, targets: Sequence[int], wait: Wait
@@ -210,12 +210,25 @@ class FaultySink:
             part[:] = content
 
 
+class FaultySink(FaultyReceiver):
+    """A sink's half like that."""
+
+    _inner: SinkHalf
+
+    def sliced(self, slices: int) -> Self:
+        return type(self)(self._inner.sliced(slices), self._pool.sliced(slices), self._dice)
+
+    def detail(self, source: str, epoch: int) -> str:
+        ask = getattr(self._inner, "detail", None)
+        return ask(source, epoch) if ask else ""
+
+
 class FaultyParcelSink(FaultySink):
     """One over which parcels can travel. What is spoiled are the blocks that they went into."""
 
-    def unpacking(self, job: Unpacking) -> SinkHalf:
-        inner: SinkHalf = self._inner.unpacking(job)  # type: ignore[attr-defined]
-        return FaultySink(inner, self._pool, self._dice)
+    def unpacking(self, job: Unpacking) -> Receiver:
+        inner: Receiver = self._inner.unpacking(job)  # type: ignore[attr-defined]
+        return FaultyReceiver(inner, self._pool, self._dice)
 
 
 def faulty_source(

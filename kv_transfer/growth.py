@@ -28,17 +28,27 @@ def follow(job: Job, lines: LinePool, stall_s: float) -> None:
                     break
                 if not isinstance(answer, Grown) or answer.ticket_id != ticket.ticket_id:
                     raise ProtocolError("The source answered a watch with another message.")
-                if not job.ready <= answer.ready <= ticket.num_blocks or (
-                    answer.sealed and answer.ready < ticket.num_blocks
-                ):
+                if not _follows(answer, job):
                     raise ProtocolError(
-                        f"The source counts {answer.ready} ready blocks of {ticket.num_blocks}; "
-                        f"there were {job.ready}."
+                        f"The source counts {answer.ready} of {ticket.num_blocks} blocks in "
+                        f"{ticket.slices} slices as ready; there was {job.ready}."
                     )
-                if answer.sealed or answer.ready > job.ready:
+                if answer.sealed or answer.ready.beyond(job.ready):
                     job.ready, job.growing = answer.ready, not answer.sealed
                     return
                 deadline = job.wait(stall_s)
         finally:
             job.attach(None)
     raise Ended(answer.reason)
+
+
+def _follows(answer: Grown, job: Job) -> bool:
+    """Whether the answer can be true, and comes after what the job knows."""
+    ready, ticket = answer.ready, job.ticket
+    within = 0 <= ready.blocks <= ready.blocks + ready.ahead <= ticket.num_blocks
+    return (
+        within
+        and 0 <= ready.slices < max(2, ticket.slices)
+        and not job.ready.beyond(ready)
+        and (not answer.sealed or ready.blocks == ticket.num_blocks)
+    )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from pdserve.protocol.errors import PdserveError
 from pdserve.protocol.ticket import KVTicket
-from pdserve.protocol.transfer import Fetch
+from pdserve.protocol.transfer import Fetch, Progress
 
 
 class TicketState(enum.Enum):
@@ -48,9 +48,18 @@ class Held:
     deadline: float
     growing: bool = False
     """The engine still computes: it alone ends the ticket, and nothing is returned."""
+    ahead: tuple[int, ...] = ()
+    """Blocks after these whose first slices are ready: as many as `slices` says."""
+    slices: int = 0
+    sliced: bool = False
+    """Slices of it were fetched by themselves."""
     readers: int = 0
     ending: Ending | None = None
     checksums: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def progress(self) -> Progress:
+        return Progress(blocks=len(self.block_ids), ahead=len(self.ahead), slices=self.slices)
 
     @property
     def state(self) -> TicketState:
@@ -68,13 +77,13 @@ class Read:
 
     held: Held
     wanted: tuple[int, ...]
+    block_ids: tuple[int, ...] = ()
+    """Numbers of the wanted blocks in the pool, in the order of `wanted`; of the wanted slices in
+    a pool of slices. Empty for parcels, which are made out of all the ticket's blocks."""
+    sliced: bool = False
+    """Whether it is slices that are wanted."""
     early: bool = False
     """Begun while the ticket was growing."""
-
-    @property
-    def block_ids(self) -> tuple[int, ...]:
-        """Block numbers in the pool, in the order of `wanted`."""
-        return tuple(self.held.block_ids[index] for index in self.wanted)
 
     @property
     def stopped(self) -> bool:
@@ -83,11 +92,12 @@ class Read:
 
     def checksums(self, compute: Callable[[int], int]) -> tuple[int, ...]:
         """Of the wanted blocks, in order; `compute(block number)` only for blocks not yet asked.
-        Two readers may compute the same one at once: they get the same number."""
-        known = self.held.checksums
-        for index in self.wanted:
+        Two readers may compute the same one at once: they get the same number. Slices are asked
+        for once as a rule, so theirs are not kept."""
+        known: dict[int, int] = {} if self.sliced else self.held.checksums
+        for index, block in zip(self.wanted, self.block_ids, strict=True):
             if index not in known:
-                known[index] = compute(self.held.block_ids[index])
+                known[index] = compute(block)
         return tuple(known[index] for index in self.wanted)
 
 
@@ -103,16 +113,22 @@ def check_blocks(ticket: KVTicket, blocks: Sequence[int], whole: bool) -> None:
         raise ValueError("A block was offered twice in one ticket.")
 
 
-def check_wanted(fetch: Fetch, ticket: KVTicket, ready: int) -> None:
-    """Raises Refusal for indices that are out of order, outside, or not computed yet: of the
-    ticket's blocks the first `ready` are there."""
+def check_wanted(fetch: Fetch, held: Held) -> None:
+    """Raises Refusal for indices that are out of order, outside, or not computed yet."""
+    ticket, ready = held.ticket, held.progress
     if fetch.request_id != ticket.request_id:
         raise Refusal(f"The ticket {ticket.ticket_id} belongs to another request.")
-    count = ticket.num_blocks
+    if fetch.slices != 1 and (fetch.slices != ticket.slices or fetch.parcels is not None):
+        raise Refusal(
+            f"The ticket's blocks have {ticket.slices} slices, and parcels none. "
+            f"Given: {fetch.slices}."
+        )
+    count = ticket.num_blocks * fetch.slices
     if fetch.parcels is not None:
-        size, complete = max(1, fetch.parcels.block_size), ready == count
+        size, complete = max(1, fetch.parcels.block_size), ready.blocks == count
         count = -(-ticket.num_tokens // size)
-        ready = count if complete else ready * ticket.fingerprint.block_size // size
+        whole = count if complete else ready.blocks * ticket.fingerprint.block_size // size
+        ready = Progress(blocks=whole)
     previous = -1
     for index in fetch.wanted:
         if index <= previous or index >= count:
@@ -120,8 +136,8 @@ def check_wanted(fetch: Fetch, ticket: KVTicket, ready: int) -> None:
                 f"The wanted blocks must be ascending and below {count}. "
                 f"Given: {index} after {previous}."
             )
-        if index >= ready:
-            raise Refusal(f"Block {index} is still to be computed; {ready} are ready.")
+        if not ready.has(index, fetch.slices):
+            raise Refusal(f"Block {index} is still to be computed; {ready.blocks} are ready.")
         previous = index
     if not fetch.wanted:
         raise Refusal("A fetch must want at least one block.")

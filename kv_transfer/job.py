@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pdserve.kv_transfer.line import Line
 from pdserve.kv_transfer.transports import Unpacking
 from pdserve.protocol.ticket import KVTicket
-from pdserve.protocol.transfer import FetchReport, Outcome
+from pdserve.protocol.transfer import FetchReport, Outcome, Progress
 
 Done = Callable[[FetchReport], None]
 
@@ -25,17 +25,19 @@ class Job:
 
     ticket: KVTicket
     missing: dict[int, int]
-    """Wanted indices that have not arrived intact yet → target blocks."""
+    """Wanted slices that have not arrived intact yet → where they go, in a pool of slices."""
     wanted: tuple[int, ...]
     deadline: float
     done: Done
     renew_at: float
-    ready: int
-    """Blocks of the ticket, as the source cuts it, that it is known to have from the first on."""
+    ready: Progress
+    """What of the ticket, as the source cuts it, is known to be there."""
     growing: bool
     """The source is still computing further ones."""
     block_size: int
-    """Tokens per block here: `wanted` and `missing` count such blocks."""
+    """Tokens per block here: `wanted` counts such blocks, `missing` slices of them."""
+    slices: int = 1
+    """Per block; `missing` counts slices."""
     unpacking: Unpacking | None = None
     """How to take parcels, if whole blocks will not do."""
     late: str = "The request's deadline passed before all its KV blocks had arrived."
@@ -61,12 +63,19 @@ class Job:
 
     @property
     def due(self) -> list[int]:
-        """Missing blocks that can be asked for now."""
-        ticket = self.ticket
-        tokens = self.ready * ticket.fingerprint.block_size
-        if self.ready == ticket.num_blocks:
+        """Missing slices that can be asked for now."""
+        ticket, ready = self.ticket, self.ready
+        if self.slices > 1 or self.block_size == ticket.fingerprint.block_size:
+            return [unit for unit in self.missing if ready.has(unit, self.slices)]
+        tokens = ready.blocks * ticket.fingerprint.block_size
+        if ready.blocks == ticket.num_blocks:
             tokens = self.num_blocks * self.block_size
         return [index for index in self.missing if (index + 1) * self.block_size <= tokens]
+
+    @property
+    def failed(self) -> list[int]:
+        """Blocks that have not arrived, ascending."""
+        return sorted({unit // self.slices for unit in self.missing})
 
     @property
     def num_blocks(self) -> int:

@@ -10,6 +10,7 @@ of a mapping gets a bus error if the owner makes the file shorter, which nothing
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import mmap
 import os
@@ -96,6 +97,9 @@ class Pool(Protocol):
     def digests(self, block_ids: Sequence[int]) -> list[int]:
         """xxh3-64 of each of the blocks, as they lie in the pool."""
 
+    def sliced(self, slices: int) -> Pool:
+        """The same memory as blocks of a `slices`-th of the size (see `slices.py`)."""
+
 
 class HostMemory:
     """A pool in an anonymous memfd of this process; zeroed. For tests and benchmarks."""
@@ -145,6 +149,12 @@ class Spans(Pool):
         self._all: Bytes = np.lib.stride_tricks.as_strided(
             first, shape=(self.num_blocks * self.block_nbytes,), strides=(1,)
         )
+
+    def sliced(self, slices: int) -> Spans:
+        other = copy.copy(self)
+        other._num_blocks = self._num_blocks * slices
+        other._block_nbytes = self._block_nbytes // slices
+        return other
 
     def span(self, first: int, count: int = 1) -> Bytes:
         """Blocks first .. first + count - 1. Raises IndexError outside the pool."""

@@ -33,12 +33,13 @@ of this has been measured.
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -86,7 +87,7 @@ class _Pair:
     communicator: Any
     stream: Any
     staging: torch.Tensor
-    """[blocks, bytes] uint8 on the device."""
+    """[bytes] uint8 on the device."""
 
 
 @dataclass(slots=True, eq=False)
@@ -108,6 +109,13 @@ class _End:
         self._room = max(1, STAGING_BYTES // pool.block_nbytes)
         self._lock = threading.Lock()
         self._places: dict[tuple[str, int], _Place] = {}
+
+    def sliced(self, slices: int) -> Self:
+        """With the same pairs."""
+        other = copy.copy(self)
+        other._pool = self._pool.sliced(slices)
+        other._blocks, other._room = other._pool.blocks, self._room * slices
+        return other
 
     @contextlib.contextmanager
     def _held(self, peer: tuple[str, int], wait: Wait) -> Iterator[_Place]:
@@ -157,7 +165,7 @@ class _End:
 
         def join() -> _Pair:
             stream = owner.streams.new()
-            staging = self._blocks.new_empty((self._room, self._blocks.shape[1]))
+            staging = self._blocks.new_empty(self._room * self._blocks.shape[1])
             communicator = owner.nccl.NcclCommunicator(2, session, self._rank)
             try:
                 self._greet(communicator, staging, stream)
@@ -199,7 +207,8 @@ class _End:
 
     def _of(self, staging: torch.Tensor, count: int) -> tuple[torch.Tensor, int, int]:
         """(the first `count` blocks of a staging buffer, their address, their bytes)."""
-        part = staging[:count]
+        nbytes = self._blocks.shape[1]
+        part = staging[: count * nbytes].view(count, nbytes)
         return part, int(part.data_ptr()), part.numel()
 
     def close(self) -> None:

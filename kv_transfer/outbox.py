@@ -1,6 +1,7 @@
 """The outbox: who may read the blocks of prefills, and when they go back to the pool.
 
-    open ─► GROWING ── extend: more blocks can be read; no lease, only the engine ends it
+    open ─► GROWING ── extend, advance: more blocks, or more slices of the next ones, can be
+               │ │     read; no lease, only the engine ends it
                │ │
           seal │ └── cut ─► read by nobody: over, the engine keeps the blocks; else ENDING
                ▼
@@ -42,7 +43,7 @@ from pdserve.kv_transfer.held import (
     check_wanted,
 )
 from pdserve.protocol.ticket import RESHAPED, KVTicket, LayoutFingerprint
-from pdserve.protocol.transfer import Fetch, Outcome
+from pdserve.protocol.transfer import Fetch, Outcome, Progress
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ class Outbox:
         fingerprint: LayoutFingerprint,
         lease_s: float,
         on_returned: Callable[[KVTicket, str], None],
+        slices: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._worker_id = worker_id
@@ -87,6 +89,7 @@ class Outbox:
         self._transports = transports
         self._fingerprint = fingerprint
         self._lease_s = lease_s
+        self._slices = slices
         self._on_returned = on_returned
         self._clock = clock
         self._lock = threading.Lock()
@@ -128,20 +131,32 @@ class Outbox:
         its ticket id. Raises ValueError if they cannot belong to it or it does not grow."""
         with self._lock:
             held = self._growing(request_id)
-            blocks = (*held.block_ids, *block_ids)
-            check_blocks(held.ticket, blocks, whole=False)
-            held.block_ids = blocks
+            self._append(held, block_ids, whole=False)
             self._grown.notify_all()
             return held.ticket.ticket_id
+
+    def advance(self, ticket_id: str, block_ids: Sequence[int], slices: int) -> None:
+        """Of a growing ticket's next blocks, which are being computed, the first `slices` slices
+        are ready and will not be written to again. From any thread, and also too late: what is not
+        news, or not of a ticket that grows, is ignored. Raises ValueError for blocks that cannot be
+        its next ones, and for more slices than a block has."""
+        with self._lock:
+            held = self._held.get(ticket_id)
+            if held is None or not held.growing or set(block_ids) <= set(held.block_ids):
+                return
+            if not 0 < slices < held.ticket.slices:
+                raise ValueError(f"Given: {slices} slices of {held.ticket.slices} to a block.")
+            check_blocks(held.ticket, (*held.block_ids, *block_ids), whole=False)
+            if slices > held.slices:
+                held.ahead, held.slices = tuple(block_ids), slices
+                self._grown.notify_all()
 
     def seal(self, request_id: str, block_ids: Sequence[int]) -> KVTicket:
         """A growing ticket is complete, with these last blocks: from now on all of them belong to
         the outbox, and the lease runs. Raises ValueError as `extend` does."""
         with self._lock:
             held = self._growing(request_id)
-            blocks = (*held.block_ids, *block_ids)
-            check_blocks(held.ticket, blocks, whole=True)
-            held.block_ids = blocks
+            self._append(held, block_ids, whole=True)
             held.ticket = msgspec.structs.replace(held.ticket, growing=False)
             held.deadline = self._clock() + self._lease_s
             self._let_go(held)
@@ -160,17 +175,19 @@ class Outbox:
             self._let_go(held)
             return self._settle(held)
 
-    def watch(self, ticket_id: str, epoch: int, have: int, wait_s: float) -> tuple[int, bool]:
-        """Wait at most `wait_s` seconds until more than `have` blocks of a ticket are ready, or
-        all are. Returns (how many are, whether these are all). Raises Refusal once it is over."""
+    def watch(
+        self, ticket_id: str, epoch: int, have: Progress, wait_s: float
+    ) -> tuple[Progress, bool]:
+        """Wait at most `wait_s` seconds until more than `have` of a ticket is ready, or all is.
+        Returns (how much is, whether this is all). Raises Refusal once it is over."""
         until = time.monotonic() + wait_s
         with self._lock:
             while epoch == self._epoch and (held := self._held.get(ticket_id)) is not None:
                 if held.ending is not None or held.deadline <= self._clock():
                     break
                 left = until - time.monotonic()
-                if len(held.block_ids) > have or not held.growing or left <= 0:
-                    return len(held.block_ids), not held.growing
+                if held.progress.beyond(have) or not held.growing or left <= 0:
+                    return held.progress, not held.growing
                 self._grown.wait(left)
         raise Refusal(f"The ticket {ticket_id} is unknown, released or expired.")
 
@@ -200,6 +217,7 @@ class Outbox:
             block_hashes=tuple(block_hashes),
             lease_s=self._lease_s,
             growing=growing,
+            slices=self._slices if growing else 1,
         )
 
     def withdraw(self, request_id: str) -> None:
@@ -226,9 +244,10 @@ class Outbox:
         with self._lock:
             held, lapsed = self._standing(fetch.ticket_id)
             if held is not None:
-                check_wanted(fetch, held.ticket, len(held.block_ids))
+                check_wanted(fetch, held)
                 held.readers += 1
-                return Read(held, fetch.wanted, held.growing)
+                held.sliced = held.sliced or fetch.slices > 1
+                return _reading(held, fetch)
         if lapsed is not None:
             self._report(lapsed)
         raise Refusal(f"The ticket {fetch.ticket_id} is unknown, released or expired.")
@@ -241,7 +260,7 @@ class Outbox:
         if held is None:
             return
         for index, block in enumerate(held.block_ids):
-            if held.ending is not None or held.readers:
+            if held.ending is not None or held.readers or held.sliced:
                 return
             if index in held.checksums:
                 continue
@@ -398,6 +417,11 @@ class Outbox:
             raise ValueError(f"The request {request_id} has no ticket that grows.")
         return held
 
+    def _append(self, held: Held, block_ids: Sequence[int], whole: bool) -> None:
+        blocks = (*held.block_ids, *block_ids)
+        check_blocks(held.ticket, blocks, whole=whole)
+        held.block_ids, held.ahead, held.slices = blocks, (), 0
+
     def _let_go(self, held: Held) -> None:
         """The engine computes no more for it; its blocks count as the outbox's."""
         held.growing = False
@@ -418,3 +442,12 @@ class Outbox:
             self._on_returned(held.ticket, held.ending.value)
         except Exception:
             log.exception("Giving back the blocks of %s failed.", held.ticket.request_id)
+
+
+def _reading(held: Held, fetch: Fetch) -> Read:
+    """The right to read what `fetch`, which has been checked, asks for."""
+    ids: tuple[int, ...] = ()
+    if fetch.parcels is None:
+        blocks, slices = (*held.block_ids, *held.ahead), fetch.slices
+        ids = tuple(blocks[unit // slices] * slices + unit % slices for unit in fetch.wanted)
+    return Read(held, fetch.wanted, ids, fetch.slices > 1, held.growing)

@@ -34,10 +34,11 @@ from pdserve.kv_transfer.line import EpochChanged, LinePool
 from pdserve.kv_transfer.memory import BlockMemory, Pool, as_pool
 from pdserve.kv_transfer.parcels import Packing, agree
 from pdserve.kv_transfer.routes import Routes
+from pdserve.kv_transfer.slices import Cuts
 from pdserve.kv_transfer.transports import SINK_HALVES, SinkHalf, TransportUnfit, Unpacking
 from pdserve.protocol.errors import ProtocolError
 from pdserve.protocol.ticket import KVTicket, LayoutFingerprint
-from pdserve.protocol.transfer import FetchReport, Outcome
+from pdserve.protocol.transfer import FetchReport, Outcome, Progress
 
 log = logging.getLogger(__name__)
 
@@ -114,10 +115,10 @@ class TransferSink:
         self._lines = LinePool(secret=secret, name=f"{name}#{secrets.token_hex(4)}")
         self._leases = Leases(self._lines)
         self._routes = Routes(chosen)
+        self._cuts = Cuts(self._pool, chosen)
         self._attempts = Attempts(
-            self._pool,
+            self._cuts,
             fingerprint,
-            halves=chosen,
             lines=self._lines,
             credits=self._credits,
             stall_s=stall_s,
@@ -156,14 +157,20 @@ class TransferSink:
         """See the engine's Importer. Raises ValueError for a caller's mistake: lengths that
         differ, indices or targets that repeat or lie outside, a request that is being fetched."""
         self._check(ticket, wanted, targets)
+        slices = self._slices(ticket)
         job = Job(
             ticket=ticket,
-            missing=dict(zip(wanted, targets, strict=True)),
+            missing={
+                index * slices + part: target * slices + part
+                for index, target in zip(wanted, targets, strict=True)
+                for part in range(slices)
+            },
+            slices=slices,
             wanted=tuple(wanted),
             deadline=deadline,
             done=done,
             renew_at=time.monotonic() + ticket.lease_s / 3,
-            ready=0 if ticket.growing else ticket.num_blocks,
+            ready=Progress(blocks=0 if ticket.growing else ticket.num_blocks),
             growing=ticket.growing,
             block_size=self._fingerprint.block_size,
         )
@@ -182,6 +189,12 @@ class TransferSink:
             self._queue.put(job)
         if min(job.deadline, job.renew_at) < self._next_look:
             self._wake.set()
+
+    def _slices(self, ticket: KVTicket) -> int:
+        """Into how many slices to cut its blocks: as many as become ready one after the other,
+        where blocks travel as they are."""
+        alike = self._fingerprint.difference(ticket.fingerprint) is None and not self._wire
+        return ticket.slices if ticket.growing and alike and self._cuts.can(ticket.slices) else 1
 
     def _start_growing(self, job: Job) -> None:
         name = "kv-sink-growing"
@@ -397,7 +410,7 @@ class TransferSink:
             if self._jobs.get(request_id) is not job:
                 return
             del self._jobs[request_id]
-            failed = sorted(job.missing) if failed is None else failed
+            failed = job.failed if failed is None else failed
             report = FetchReport(
                 request_id=request_id,
                 failed=tuple(failed),

@@ -39,6 +39,7 @@ from pdserve.kv_transfer.memory import BlockMemory, Pool, as_pool
 from pdserve.kv_transfer.outbox import Outbox, OutboxCounters
 from pdserve.kv_transfer.parcels import Packing, blocks_of, stream_of
 from pdserve.kv_transfer.parcels import objection as parcels_objection
+from pdserve.kv_transfer.slices import Cuts
 from pdserve.kv_transfer.transports import SOURCE_HALVES, SourceHalf, TransportUnfit
 from pdserve.protocol.errors import ProtocolError
 from pdserve.protocol.ticket import KVTicket, LayoutFingerprint
@@ -93,7 +94,8 @@ class TransferSource:
     blocks are the pool's again; `ending` is one of `held.Ending`. `transports` are offered best
     first (see `transports.offered_transports`). `host` is what tickets name and, unless `bind` says
     otherwise, where the server listens; `port` 0 takes any free one. `halves` are the transports'
-    implementations; `clock` counts the leases' seconds.
+    implementations; blocks of growing tickets have `slices` slices; `clock` counts the leases'
+    seconds.
     """
 
     def __init__(
@@ -114,19 +116,23 @@ class TransferSource:
         idle_s: float = 300.0,
         stall_s: float = 5.0,
         halves: Mapping[str, Callable[[Pool], SourceHalf]] | None = None,
+        slices: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Raises ValueError for an unknown transport, PoolError if the memory cannot be shared,
-        OSError if the port is taken."""
+        """Raises ValueError for an unknown transport or slices that a block does not have,
+        PoolError if the memory cannot be shared, OSError if the port is taken."""
         halves = SOURCE_HALVES if halves is None else halves
         if not transports or set(transports) - set(halves):
             raise ValueError(
                 f"Transports are one or more of {', '.join(halves)}. Given: {transports}."
             )
         self._pool = as_pool(memory)
-        self._halves: dict[str, SourceHalf] = {
-            name: halves[name](self._pool) for name in transports
-        }
+        self._cuts = Cuts(self._pool, {name: halves[name](self._pool) for name in transports})
+        self._slices = slices
+        if not self._cuts.can(slices):
+            raise ValueError(
+                f"A block of {self._pool.block_nbytes} bytes has no {slices} equal slices."
+            )
         self._worker_id, self._epoch, self._secret = worker_id, epoch, secret
         self._fingerprint = fingerprint
         self._lease_s, self._idle_s, self._stall_s = lease_s, idle_s, stall_s
@@ -142,6 +148,7 @@ class TransferSource:
             fingerprint=fingerprint,
             lease_s=lease_s,
             on_returned=on_returned,
+            slices=slices,
             clock=clock,
         )
         self._clock = clock
@@ -157,6 +164,12 @@ class TransferSource:
             threading.Thread(target=self._expire, name="kv-source-leases", daemon=True),
             threading.Thread(target=self._sum_ahead, name="kv-source-sums", daemon=True),
         ]
+        self._advances: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        """What a device has still to compute before it can be said; None: the end."""
+        if not self._pool.in_place:
+            self._threads.append(
+                threading.Thread(target=self._advance, name="kv-source-layers", daemon=True)
+            )
         for thread in self._threads:
             thread.start()
 
@@ -182,6 +195,31 @@ class TransferSource:
         self._check(block_ids)
         self._sum_soon(self.outbox.extend(request_id, block_ids))
 
+    @property
+    def slices(self) -> int:
+        """Of a block of a growing ticket."""
+        return self._slices
+
+    def advance(
+        self,
+        ticket_id: str,
+        block_ids: Sequence[int],
+        slices: int,
+        computed: Callable[[], None] | None = None,
+    ) -> None:
+        """See `Outbox.advance`; once `computed`, if it is given, has returned, which a thread of
+        its own waits for. Raises ValueError also for blocks outside the pool."""
+        self._check(block_ids)
+        if computed is None:
+            self.outbox.advance(ticket_id, block_ids, slices)
+            return
+
+        def later() -> None:
+            computed()
+            self.outbox.advance(ticket_id, block_ids, slices)
+
+        self._advances.put(later)
+
     def seal(self, request_id: str, block_ids: Sequence[int]) -> KVTicket:
         """See `Outbox.seal`. Raises ValueError also for blocks outside the pool."""
         self._check(block_ids)
@@ -194,7 +232,8 @@ class TransferSource:
         return self.outbox.cut(request_id)
 
     def _sum_soon(self, ticket_id: str) -> None:
-        if not _sums_itself(next(iter(self._halves.values()))):  # what readers will take
+        halves = self._cuts.of(1).halves
+        if not _sums_itself(next(iter(halves.values()))):  # what readers will take
             self._fresh.put(ticket_id)
 
     def _check(self, block_ids: Sequence[int]) -> None:
@@ -222,6 +261,7 @@ class TransferSource:
         """Stop serving and return all blocks. Idempotent; takes at most CLOSE_TIMEOUT_S."""
         self._closing.set()
         self._fresh.put(None)
+        self._advances.put(None)
         self.outbox.close()
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
@@ -256,6 +296,13 @@ class TransferSource:
                 self.outbox.sum_ahead(ticket_id, self._sum)
             except Exception:  # a device's: whoever reads finds out, too
                 log.exception("Computing the checksums of ticket %s failed.", ticket_id)
+
+    def _advance(self) -> None:
+        while (later := self._advances.get()) is not None:
+            try:
+                later()
+            except Exception:  # a device's: the engine finds out, too
+                log.exception("Some layers of a prompt were not offered early.")
 
     def _accept(self) -> None:
         while not self._closing.is_set():
@@ -336,13 +383,20 @@ class TransferSource:
         else:
             self._say(line, Grown(ticket_id=watch.ticket_id, ready=ready, sealed=sealed))
 
+    def _half(self, fetch: Fetch) -> SourceHalf | None:
+        """Raises TransportUnfit."""
+        if not self._cuts.can(fetch.slices):
+            raise TransportUnfit(f"A block has no {fetch.slices} equal slices.")
+        return self._cuts.of(fetch.slices).halves.get(fetch.transport)
+
     def _send(self, line: Line, fetch: Fetch) -> None:
-        half = self._halves.get(fetch.transport)
-        objection = (
-            half.objection(fetch)
-            if half
-            else f"{self._worker_id} does not offer the transport {fetch.transport!r}."
-        )
+        half: SourceHalf | None = None
+        objection = f"{self._worker_id} does not offer the transport {fetch.transport!r}."
+        try:
+            if half := self._half(fetch):
+                objection = half.objection(fetch)
+        except TransportUnfit as error:
+            objection = str(error)
         if not objection and fetch.parcels is not None and not hasattr(half, "send_parcels"):
             objection = f"Parcels do not travel over {fetch.transport}."
         if half is None or objection:
@@ -371,11 +425,11 @@ class TransferSource:
 
     def _send_blocks(self, line: Line, fetch: Fetch, half: SourceHalf, read: Read) -> int:
         """Returns the bytes that travelled."""
-        blocks = read.block_ids
+        blocks, pool = read.block_ids, self._cuts.of(fetch.slices).pool
         checksums: tuple[int, ...] = ()
         if not _sums_itself(half):
-            checksums = read.checksums(lambda block: self._checksum(read, block))
-        header = self._header(fetch, self._pool.block_nbytes, checksums)
+            checksums = read.checksums(lambda block: self._checksum(read, pool, block))
+        header = self._header(fetch, pool.block_nbytes, checksums)
         try:
             header = half.describe(header, blocks)
         except TransportUnfit as error:
@@ -383,7 +437,7 @@ class TransferSource:
             return 0
         self._say(line, header)
         half.send(line, fetch, blocks, lambda: self._patience(read))
-        return len(blocks) * self._pool.block_nbytes
+        return len(blocks) * pool.block_nbytes
 
     def _send_parcels(self, line: Line, fetch: Fetch, half: Any, read: Read, asked: Parcels) -> int:
         """The same for parcels; `half` is a ParcelSource too."""
@@ -413,9 +467,9 @@ class TransferSource:
             raise _Stopped("The ticket was withdrawn.")
         return time.monotonic() + self._stall_s
 
-    def _checksum(self, read: Read, block: int) -> int:
+    def _checksum(self, read: Read, pool: Pool, block: int) -> int:
         self._patience(read)
-        return self._sum(block)
+        return pool.digests([block])[0]
 
     def _sum(self, block: int) -> int:
         return self._pool.digests([block])[0]

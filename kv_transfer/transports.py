@@ -7,6 +7,7 @@ outside. A further transport is one more class of each kind in the two tables be
 
 from __future__ import annotations
 
+import copy
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from pdserve.kv_transfer.memory import (
     runs,
 )
 from pdserve.kv_transfer.parcels import Packing, blocks_in, blocks_of, stream_of
+from pdserve.kv_transfer.slices import Sliceable
 from pdserve.protocol.errors import PdserveError
 from pdserve.protocol.transfer import Fetch, FetchHeader
 
@@ -50,7 +52,7 @@ class TransportSettingError(PdserveError, ValueError):
     """A transport was asked for that does not exist or that this worker cannot offer."""
 
 
-class SourceHalf(Protocol):
+class SourceHalf(Sliceable, Protocol):
     """Stateless but for the pool, so that any number of threads may use it at once. One that has
     `sums_itself` puts checksums of its own kind into the header, which its other half understands.
     """
@@ -65,9 +67,8 @@ class SourceHalf(Protocol):
         """What follows the header on the line."""
 
 
-class SinkHalf(Protocol):
-    """Shared by the sink's threads. One that has a method `detail(source, epoch) -> str` is asked
-    for `Fetch.detail`."""
+class Receiver(Protocol):
+    """Takes what follows a header."""
 
     borrows: bool
     """Whether the copy is made from memory that the source could take back meanwhile: then it
@@ -79,6 +80,11 @@ class SinkHalf(Protocol):
         """Fill the target blocks in order; yields, after every few, the xxh3-64 of the next ones
         that are complete, as they lie in the pool. Raises TransportUnfit, OSError or
         ProtocolError."""
+
+
+class SinkHalf(Receiver, Sliceable, Protocol):
+    """Shared by the sink's threads. One that has a method `detail(source, epoch) -> str` is asked
+    for `Fetch.detail`."""
 
 
 class ParcelSource(Protocol):
@@ -94,8 +100,8 @@ class ParcelSource(Protocol):
 class ParcelSink(Protocol):
     """What a sink's half has besides if parcels can travel over it."""
 
-    def unpacking(self, job: Unpacking) -> SinkHalf:
-        """A half that receives the parcels of one fetch."""
+    def unpacking(self, job: Unpacking) -> Receiver:
+        """Receives the parcels of one fetch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +139,9 @@ class TcpSource:
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
 
+    def sliced(self, slices: int) -> TcpSource:
+        return TcpSource(self._pool.sliced(slices))
+
     def objection(self, fetch: Fetch) -> str:
         return ""
 
@@ -161,7 +170,10 @@ class TcpSink:
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
 
-    def unpacking(self, job: Unpacking) -> SinkHalf:
+    def sliced(self, slices: int) -> TcpSink:
+        return TcpSink(self._pool.sliced(slices))
+
+    def unpacking(self, job: Unpacking) -> Receiver:
         return TcpParcels(job)
 
     def receive(
@@ -200,6 +212,10 @@ class ShmSource:
         self._host_id = host_id()
         MappedPool(self._path, pool.block_nbytes, self._nonce)  # as a reader will: fail early
 
+    def sliced(self, slices: int) -> ShmSource:
+        """Where its pool lies; which blocks are slices, the fetch has said."""
+        return self
+
     def objection(self, fetch: Fetch) -> str:
         if fetch.host_id != self._host_id:
             return "Shared memory needs both workers on one host, under one user."
@@ -235,6 +251,11 @@ class ShmSink:
             weakref.WeakValueDictionary()
         )
 
+    def sliced(self, slices: int) -> ShmSink:
+        other = copy.copy(self)  # with the same mappings
+        other._pool = self._pool.sliced(slices)
+        return other
+
     def receive(
         self, line: Line, header: FetchHeader, targets: Sequence[int], wait: Wait
     ) -> Iterator[list[int]]:
@@ -246,7 +267,7 @@ class ShmSink:
         except (PoolError, IndexError) as error:
             raise TransportUnfit(str(error)) from None
 
-    def unpacking(self, job: Unpacking) -> SinkHalf:
+    def unpacking(self, job: Unpacking) -> Receiver:
         return ShmParcels(job, self._map)
 
     def _copy(

@@ -8,6 +8,8 @@ import msgspec
 
 from pdserve.protocol import PROTOCOL_VERSION
 
+NBYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
+"""Of an element, by dtype."""
 RESHAPED = ("dtype", "block_size", "tp_rank", "tp_size")
 """Fields of a fingerprint in which two pools may differ if blocks travel as parcels."""
 
@@ -35,6 +37,12 @@ class LayoutFingerprint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     tp_rank: int = 0
     tp_size: int = 1
     protocol_version: int = PROTOCOL_VERSION
+
+    @property
+    def token_nbytes(self) -> int:
+        """Bytes of a token's K and V, all layers, in the pool of one rank."""
+        heads = max(1, self.num_kv_heads // self.tp_size)
+        return 2 * self.num_layers * heads * self.head_dim * NBYTES[self.dtype]
 
     def difference(self, other: LayoutFingerprint, apart_from: Collection[str] = ()) -> str | None:
         """None if equal (in all fields but those in `apart_from`), else a sentence that names the
@@ -82,3 +90,6 @@ class KVTicket(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     growing: bool = False
     """Minted while the prompt was still being computed: the blocks become ready one after the
     other, the first token follows them, and the source may end the ticket at any time."""
+    slices: int = 1
+    """Of a growing ticket: equal parts of a block, some neighbouring layers each, that become
+    ready one after the other and may be fetched by themselves."""

@@ -32,6 +32,27 @@ class Parcels(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """"int8" or "fp8": packed as `pdserve.kernels.wire` says; "": as stored."""
 
 
+class Progress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How much of a growing ticket is ready."""
+
+    blocks: int = 0
+    """Whole blocks, from the first on."""
+    ahead: int = 0
+    """Blocks after them of which only the first layers are ready: those being computed."""
+    slices: int = 0
+    """How many slices of each of these."""
+
+    def beyond(self, other: Progress) -> bool:
+        return (self.blocks, self.slices) > (other.blocks, other.slices)
+
+    def has(self, unit: int, slices: int) -> bool:
+        """Whether slice `unit % slices` of block `unit // slices` is ready; with one slice per
+        block, whether all of it is."""
+        block, part = divmod(unit, slices)
+        begun = slices > 1 and part < self.slices
+        return block < self.blocks + (self.ahead if begun else 0)
+
+
 class Fetch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="fetch"):
     """Ask for the blocks of a ticket. `fingerprint` is compared before anything else."""
 
@@ -43,7 +64,8 @@ class Fetch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """"tcp": the blocks follow on this connection; "shm": the reader maps the source's pool."""
     wanted: tuple[int, ...]
     """Indices into the ticket's blocks, or of parcels (0 = first of the prompt), ascending; the
-    blocks that the fetching side already holds are left out."""
+    blocks that the fetching side already holds are left out. Of slices, if they are fetched by
+    themselves: slice s of block i is i · slices + s."""
     host_id: str
     """Identity of the reader's host, for transports within one."""
     detail: str = ""
@@ -51,6 +73,9 @@ class Fetch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     "ipc": PCI bus id of the reader's GPU."""
     parcels: Parcels | None = None
     """None: whole blocks, as they lie in the source's pool."""
+    slices: int = 1
+    """Slices per block (`KVTicket.slices`), if it is they that are wanted. What header and
+    transports say of blocks is then said of slices, as if the pool had smaller blocks."""
 
 
 class DevicePool(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -66,22 +91,22 @@ class DevicePool(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class Watch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="watch"):
-    """Ask how far a growing ticket is. Answered once more than `have` blocks are ready or all are,
-    at the latest after WATCH_S."""
+    """Ask how far a growing ticket is. Answered once more than `have` is ready or all is, at the
+    latest after WATCH_S."""
 
     ticket_id: str
     epoch: int
-    have: int
+    have: Progress
 
 
 class Grown(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="grown"):
     """The answer to `Watch`."""
 
     ticket_id: str
-    ready: int
-    """Blocks, from the first, that can be fetched."""
+    ready: Progress
+    """What can be fetched."""
     sealed: bool
-    """These are all, and the lease has begun."""
+    """This is all, and the lease has begun."""
 
 
 class FetchHeader(

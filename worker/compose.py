@@ -15,6 +15,7 @@ from pdserve.kv_transfer.layout import LayoutError
 from pdserve.kv_transfer.nccl import open_nccl, sink_halves, source_halves
 from pdserve.kv_transfer.parcels import agree
 from pdserve.kv_transfer.sink import TransferSink
+from pdserve.kv_transfer.slices import slices_of
 from pdserve.kv_transfer.source import TransferSource
 from pdserve.kv_transfer.transports import (
     SINK_HALVES,
@@ -68,6 +69,7 @@ def compose(context: Context) -> Assembly:
         lease_s=settings.lease_s,
         transports=transports,
         halves=faulty_source(giving, faults) if faults else giving,
+        slices=slices_of(fingerprint.num_layers),
         on_returned=lambda ticket, ending: engine.returned(ticket.ticket_id),
     )
     sink = TransferSink(

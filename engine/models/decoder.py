@@ -7,7 +7,7 @@ E hidden size, D head size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -264,10 +264,16 @@ class Decoder:
                 tensors, cos=self.cos, sin=self.sin, eps=config.rms_norm_eps
             )
 
-    def forward(self, batch: Batch, caches: Sequence[torch.Tensor]) -> torch.Tensor:
+    def forward(
+        self,
+        batch: Batch,
+        caches: Sequence[torch.Tensor],
+        after: Callable[[int], None] | None = None,
+    ) -> torch.Tensor:
         """Compute the batch's tokens and store their KV in `caches` (one view per layer).
 
-        Returns the hidden states before the last norm, [T, E].
+        `after(n)` is called when the first n layers have been put to the device, unless all are
+        computed in one call. Returns the hidden states before the last norm, [T, E].
         """
         x = functional.embedding(batch.token_ids, self.embedding)
         single = batch.num_decodes == x.shape[0] and caches[0].dtype == x.dtype
@@ -283,8 +289,10 @@ class Decoder:
             return x
         angles = self.cos[batch.positions], self.sin[batch.positions]
         residual: torch.Tensor | None = None
-        for layer, cache in zip(self.layers, caches, strict=True):
+        for count, (layer, cache) in enumerate(zip(self.layers, caches, strict=True), 1):
             x, residual = layer(x, residual, angles, cache, batch)
+            if after is not None:
+                after(count)
         return x if residual is None else x + residual
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

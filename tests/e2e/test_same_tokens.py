@@ -109,6 +109,24 @@ def test_every_topology_gives_the_tokens_of_transformers(architecture: str, tmp_
         assert tokens == first, name
 
 
+def test_layers_that_travel_early_give_the_same_tokens(tmp_path: Path) -> None:
+    """Prompts of one step, whose KV is large: it leaves while later layers are computed."""
+    wide = {"num_key_value_heads": 8, "num_attention_heads": 8, "head_dim": 256}
+    folder = make_checkpoint(tmp_path / "wide", "qwen3", "tiny", seed=3, **wide)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    asked = [prompt for prompt in prompts() if len(prompt) >= 128]
+    options = [*OPTIONS, "--served-model-name", "m", "--model", folder]
+    options[options.index("64MiB")] = "256MiB"
+    options[options.index(64)] = 512
+    for transport in ("shm", "tcp"):
+        topology = ("--prefill", 1, "--decode", 1, "--transport", transport)
+        with Cluster(*options, "--max-model-len", 1024, *topology) as cluster:
+            assert asyncio.run(greedy(cluster.url, asked)) == [expected(model, p) for p in asked]
+            cluster.wait_until_clean()
+            states = [metrics(w["host"], w["http_port"]) for w in cluster.workers()]
+            assert sum(state["bytes_early"] for state in states) > 0
+
+
 @pytest.mark.slow
 def test_batch_invariant_bfloat16_tokens_are_the_same_alone_together_and_apart(
     tmp_path: Path,
@@ -126,9 +144,11 @@ def test_batch_invariant_bfloat16_tokens_are_the_same_alone_together_and_apart(
     assert apart == colocated
 
 
-async def greedy(url: str) -> list[list[int]]:
+async def greedy(url: str, asked: list[list[int]] | None = None) -> list[list[int]]:
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
-        return await asyncio.gather(*(ask(client, prompt, temperature=0) for prompt in prompts()))
+        return await asyncio.gather(
+            *(ask(client, prompt, temperature=0) for prompt in asked or prompts())
+        )
 
 
 @pytest.mark.slow

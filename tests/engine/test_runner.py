@@ -20,7 +20,7 @@ from pdserve.engine.build import Built, resolve
 from pdserve.engine.config import EngineConfig, ModelError, read_model_config
 from pdserve.engine.graphs import ladder
 from pdserve.engine.pool import NONCE_BYTES, KVPool, block_nbytes
-from pdserve.engine.ports import ChunkResult
+from pdserve.engine.ports import Chunk, ChunkResult, Watcher
 
 MakeModel = Callable[..., Path]
 Build = Callable[..., Built]
@@ -380,3 +380,35 @@ def test_no_kv_memory_given_means_a_gibibyte_on_the_cpu(make_model: MakeModel) -
     model = read_model_config(make_model("llama"))
     config = resolve(EngineConfig(device="cpu"), model)
     assert config.num_blocks == (1 << 30) // block_nbytes(model, 16, "float32")
+
+
+@pytest.mark.parametrize("slices", [1, 2, 4])
+def test_slices_that_the_watcher_hears_of_are_complete(
+    slices: int, make_model: MakeModel, build: Build
+) -> None:
+    """Their bytes do not change any more in this step, and later ones are not there yet."""
+    built = build(make_model("llama", "tiny"))
+    stepper = Stepper(built)
+    first, second = stepper.add(text(37)), stepper.add(text(20, seed=4))
+    pool = built.pool.tensor
+    seen: list[tuple[int, torch.Tensor]] = []
+
+    def tell(done: int, computed: Callable[[], None] | None) -> None:
+        assert computed is None, "a CPU has computed what it was told to"
+        seen.append((done, pool.clone()))
+
+    watcher = Watcher(slices, tell)
+    stepper.run([first], 3)
+    built.runner.execute(
+        [
+            Chunk(first, first.num_computed, 1, samples=True),
+            Chunk(second, 0, 20, samples=True),
+        ],
+        watcher,
+    )
+    assert [done for done, _ in seen] == list(range(1, slices))
+    blocks, layers = second.block_table[:2], pool.shape[1] // slices
+    for done, then in seen:
+        assert torch.equal(then[:, : done * layers], pool[:, : done * layers])
+        assert not then[blocks][:, done * layers :].any()
+    assert pool[blocks].any(dim=-1).any(dim=-1)[..., :4].all()

@@ -17,7 +17,7 @@ import msgspec
 from pdserve.engine.blocks import BlockPool
 from pdserve.engine.loop import Engine, StepOutcome
 from pdserve.engine.pace import Pace
-from pdserve.engine.ports import Chunk, ChunkResult
+from pdserve.engine.ports import Chunk, ChunkResult, Watcher
 from pdserve.engine.scheduler import Limits
 from pdserve.protocol.blocks import pack_tokens
 from pdserve.protocol.errors import ErrorCode
@@ -56,11 +56,17 @@ class FakeRunner:
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.block_size = block_size
+        self.told: Callable[[int], object] = lambda slices: None
+        """Called after each slice that the watcher was told of."""
         self.slots: list[list[int]] = [[-1] * block_size for _ in range(num_blocks)]
         self.steps: list[list[tuple[str, int, int]]] = []
         self.fail_next = False
 
-    def execute(self, chunks: Sequence[Chunk]) -> list[ChunkResult]:
+    def execute(self, chunks: Sequence[Chunk], watcher: Watcher | None = None) -> list[ChunkResult]:
+        if watcher is not None:
+            for slices in range(1, watcher.slices):
+                watcher.tell(slices, None)
+                self.told(slices)
         if self.fail_next:
             self.fail_next = False
             raise RuntimeError("the fake device is on fire")
@@ -86,7 +92,10 @@ class FakeRunner:
 class FakeOutbox:
     """Holds blocks until told to return them."""
 
-    def __init__(self, source: str = "p") -> None:
+    def __init__(self, source: str = "p", slices: int = 1) -> None:
+        self.slices = slices
+        self.advanced: list[tuple[str, list[int], int]] = []
+        """What was said of slices: ticket, blocks, slices."""
         self.tickets: dict[str, tuple[KVTicket, list[int]]] = {}
         self.returned: Callable[[str], None] = lambda ticket_id: None
         self.source = source
@@ -119,6 +128,19 @@ class FakeOutbox:
 
     def extend(self, request_id: str, block_ids: Sequence[int]) -> None:
         self.tickets[self.growing[request_id]][1].extend(block_ids)
+
+    def advance(
+        self,
+        ticket_id: str,
+        block_ids: Sequence[int],
+        slices: int,
+        computed: Callable[[], None] | None = None,
+    ) -> None:
+        assert 0 < slices < self.slices and ticket_id in self.growing.values()
+        ticket, blocks = self.tickets[ticket_id]
+        assert block_ids and len({*blocks, *block_ids}) == len(blocks) + len(block_ids)
+        assert len(blocks) + len(block_ids) <= ticket.num_blocks
+        self.advanced.append((ticket_id, list(block_ids), slices))
 
     def seal(self, request_id: str, block_ids: Sequence[int]) -> KVTicket:
         ticket_id = self.growing.pop(request_id)
@@ -329,9 +351,9 @@ def prompt(length: int, seed: int = 0) -> list[int]:
     return random.Random(seed).choices(range(1000), k=length)
 
 
-def pair(**options: int) -> tuple[Bench, Bench]:
+def pair(slices: int = 1, **options: int) -> tuple[Bench, Bench]:
     """A prefill and a decode engine with a fake transfer between them."""
-    outbox = FakeOutbox()
+    outbox = FakeOutbox(slices=slices)
     prefill = Bench(outbox=outbox, **options)
     decode = Bench(feed=(prefill.runner, outbox), **options)
     return prefill, decode

@@ -98,6 +98,9 @@ class _Source:
         self._inner, self._meddler = inner, meddler
         self.sums_itself = getattr(inner, "sums_itself", False)
 
+    def sliced(self, slices: int) -> _Source:
+        return _Source(self._inner.sliced(slices), self._meddler)
+
     def objection(self, fetch: Fetch) -> str:
         return self._inner.objection(fetch)
 
@@ -113,6 +116,9 @@ class _Sink:
     def __init__(self, inner: SinkHalf, meddler: Meddler) -> None:
         self.borrows = inner.borrows
         self._inner, self._meddler = inner, meddler
+
+    def sliced(self, slices: int) -> _Sink:
+        return _Sink(self._inner.sliced(slices), self._meddler)
 
     def receive(
         self, line: Line, header: FetchHeader, targets: Sequence[int], wait: Wait

@@ -1,10 +1,10 @@
 """Two real pools, a real source and a real sink, driven at random and checked against a model.
 
-The driver plays both engines: it admits prompts, computes them chunk by chunk, offers them at the
-end or while they grow, fetches, decodes, preempts, aborts, lets leases expire, restarts either
-side, and asks with tickets that are no longer good, while connections break, bytes change
-(`faults`) and tickets end at the worst moment (`meddling`). Blocks that become free are scribbled
-over at once, so that whoever still reads them is found out.
+The driver plays both engines: it admits prompts, computes them chunk by chunk and sometimes slice
+by slice, offers them at the end or while they grow, fetches, decodes, preempts, aborts, lets leases
+expire, restarts either side, and asks with tickets that are no longer good, while connections
+break, bytes change (`faults`) and tickets end at the worst moment (`meddling`). Blocks that become
+free are scribbled over at once, so that whoever still reads them is found out.
 
 After every step all blocks of both pools are accounted for; every block that a report calls intact
 is compared with what it must hold; a ticket that was over when the fetch began brings nothing, nor
@@ -17,6 +17,7 @@ import queue
 import random
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -34,6 +35,7 @@ from pdserve.protocol.ticket import KVTicket
 from pdserve.protocol.transfer import FetchReport
 
 BLOCKS, BLOCK_NBYTES, SIZE = 24, 96, FINGERPRINT.block_size
+SLICES = 4
 CHAINS, LONGEST = 6, 6
 LEASE_S = 30.0
 PATIENCE_S = 20.0
@@ -106,11 +108,11 @@ class Side:
 
 
 class TwoPools:
-    """Call `step` as often as wanted, then `finish`."""
+    """Call `act` with one of the methods below as often as wanted, then `finish`."""
 
     def __init__(self, seed: int, faults: Faults) -> None:
         self.random = random.Random(seed)
-        self.dice = Dice(faults)
+        self.dice = Dice(replace(faults, seed=seed))
         self.seen: Counter[str] = Counter()
         self.now = 1000.0
         self.epoch = 0
@@ -128,11 +130,6 @@ class TwoPools:
         self.reports: queue.SimpleQueue[FetchReport] = queue.SimpleQueue()
         self.start_source()
         self.start_sink()
-        self.actions = {
-            self.admit: 18, self.compute: 40, self.fetch: 26, self.settle: 26, self.finish_one: 22,
-            self.abort: 7, self.preempt: 2, self.ask_again: 3, self.expire: 1, self.renew: 2,
-            self.restart_source: 0.6, self.restart_sink: 0.6,
-        }  # fmt: skip
 
     # The two workers.
 
@@ -149,6 +146,7 @@ class TwoPools:
             transports=("shm", "tcp"),
             on_returned=self.on_returned,
             lease_s=LEASE_S,
+            slices=SLICES,
             clock=lambda: self.now,
             halves={
                 name: self.meddler.source(make)
@@ -209,9 +207,9 @@ class TwoPools:
 
     # What happens.
 
-    def step(self) -> None:
-        (action,) = self.random.choices(list(self.actions), list(self.actions.values()))
-        self.seen[action.__name__] += 1
+    def act(self, action: Callable[[], None], seed: int) -> None:
+        """`seed` decides what is left open: which prompt, how long, over which transport."""
+        self.random = random.Random(seed)
         action()
         self.collect_returned()
         self.check()
@@ -247,6 +245,30 @@ class TwoPools:
             self.complete(prompt)
         elif self.random.random() < 0.7:
             self.grow(prompt)
+
+    def compute_layers(self) -> None:
+        """Some slices of the next blocks of a prompt whose ticket is out."""
+        growing = [p for p in self.computing if p.growing and p.shown == p.computed <= p.full]
+        if not growing:
+            return
+        fetched = [prompt for prompt in growing if self.fetching.get(prompt.request_id) is prompt]
+        prompt = self.random.choice(fetched or growing)
+        assert prompt.ticket is not None
+        if prompt.request_id not in self.fetching:
+            self.start_fetch(prompt)
+        slices, length = self.random.randrange(1, SLICES), BLOCK_NBYTES // SLICES
+        ahead = range(prompt.computed, min(prompt.computed + 2, prompt.full + 1))
+        for index in ahead:
+            part = prompt.content(index)[: slices * length]
+            self.prefill.memory.view(prompt.blocks[index])[: len(part)] = part
+        before = self.meddler.reads(prompt.ticket.ticket_id)
+        blocks = [prompt.blocks[index] for index in ahead]
+        self.source.advance(prompt.ticket.ticket_id, blocks, slices)
+        if self.fetching.get(prompt.request_id) is prompt:
+            self.meddler.await_read(prompt.ticket.ticket_id, before)
+            self.seen["by layers"] += self.meddler.reads(prompt.ticket.ticket_id) > before
+            if self.random.random() < 0.2:
+                self.cut(prompt)
 
     def grow(self, prompt: Prompt) -> None:
         if not prompt.growing:

@@ -142,7 +142,7 @@ def test_a_source_whose_device_fails_says_so(ends: Ends, monkeypatch: pytest.Mon
 def test_a_pool_that_cannot_be_is_not_mapped(
     ends: Ends, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object]
 ) -> None:
-    half = ends.source._halves["ipc"]
+    half = ends.source._cuts.of(1).halves["ipc"]
     assert isinstance(half, cuda_ipc.IpcSource)
     monkeypatch.setattr(half, "_shared", msgspec.structs.replace(half._shared, **changes))
     ends.fetch("tcp")

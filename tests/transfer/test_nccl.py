@@ -198,7 +198,7 @@ def test_aborts_that_are_stuck_end_the_use_of_nccl(ends: Ends) -> None:
     owner = ends.owners[0]
     ends.fake.misbehaviour.stuck_aborts = True
     ends.fetch("nccl")
-    (place,) = ends.source._halves["nccl"]._places.values()  # type: ignore[attr-defined]
+    (place,) = ends.source._cuts.of(1).halves["nccl"]._places.values()  # type: ignore[attr-defined]
     communicator = place.pair.communicator
     for _ in range(owner_module.LOST_THREADS + 1):
         owner.abort(communicator)

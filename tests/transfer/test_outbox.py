@@ -10,7 +10,7 @@ import pytest
 from pdserve.kv_transfer.held import Read, Refusal, TicketState
 from pdserve.kv_transfer.outbox import Outbox
 from pdserve.protocol.ticket import KVTicket, LayoutFingerprint
-from pdserve.protocol.transfer import Fetch, Outcome
+from pdserve.protocol.transfer import Fetch, Outcome, Progress
 
 
 class Clock:
@@ -42,6 +42,7 @@ def outbox(fingerprint: LayoutFingerprint, clock: Clock, returned: list[tuple[st
         fingerprint=fingerprint,
         lease_s=10.0,
         on_returned=lambda ticket, ending: returned.append((ticket.request_id, ending)),
+        slices=4,
         clock=clock,
     )
 
@@ -50,7 +51,7 @@ def offer(outbox: Outbox, request_id: str = "r", blocks: int = 3) -> KVTicket:
     return outbox.offer(request_id, list(range(10, 10 + blocks)), 16 * blocks, [b"h"] * blocks)
 
 
-def ask(ticket: KVTicket, *wanted: int) -> Fetch:
+def ask(ticket: KVTicket, *wanted: int, slices: int = 1) -> Fetch:
     return Fetch(
         ticket_id=ticket.ticket_id,
         request_id=ticket.request_id,
@@ -59,6 +60,7 @@ def ask(ticket: KVTicket, *wanted: int) -> Fetch:
         transport="tcp",
         wanted=wanted or (0,),
         host_id="",
+        slices=slices,
     )
 
 
@@ -347,14 +349,54 @@ def test_a_growing_ticket_has_no_lease_until_it_is_complete(
 
 def test_progress_is_told_at_once_or_after_the_wait(outbox: Outbox) -> None:
     ticket = outbox.open("r", 40, [b"h", b"h"])
-    assert outbox.watch(ticket.ticket_id, 3, 0, 0.001) == (0, False)
+    none, two, three = (Progress(blocks=count) for count in (0, 2, 3))
+    assert outbox.watch(ticket.ticket_id, 3, none, 0.001) == (none, False)
     outbox.extend("r", [4, 5])
-    assert outbox.watch(ticket.ticket_id, 3, 0, 60.0) == (2, False)
-    assert outbox.watch(ticket.ticket_id, 3, 2, 0.001) == (2, False)
+    assert outbox.watch(ticket.ticket_id, 3, none, 60.0) == (two, False)
+    assert outbox.watch(ticket.ticket_id, 3, two, 0.001) == (two, False)
     outbox.seal("r", [6])
-    assert outbox.watch(ticket.ticket_id, 3, 3, 60.0) == (3, True)
+    assert outbox.watch(ticket.ticket_id, 3, three, 60.0) == (three, True)
     with pytest.raises(Refusal, match="unknown"):
-        outbox.watch(ticket.ticket_id, 2, 0, 60.0)
+        outbox.watch(ticket.ticket_id, 2, none, 60.0)
+
+
+def test_slices_of_blocks_that_are_being_computed(outbox: Outbox) -> None:
+    ticket = outbox.open("r", 40, [b"h", b"h"])
+    outbox.extend("r", [4])
+    outbox.advance(ticket.ticket_id, [5, 6], 2)
+    ready = Progress(blocks=1, ahead=2, slices=2)
+    assert outbox.watch(ticket.ticket_id, 3, Progress(blocks=1), 60.0) == (ready, False)
+    assert outbox.watch(ticket.ticket_id, 3, ready, 0.001) == (ready, False)
+    wanted = (3, 4, 5, 8, 9)
+    assert outbox.begin(ask(ticket, *wanted, slices=4)).block_ids == (19, 20, 21, 24, 25)
+    for unit, says in ((6, "still to be computed"), (12, "below 12")):
+        with pytest.raises(Refusal, match=says):
+            outbox.begin(ask(ticket, unit, slices=4))
+    with pytest.raises(Refusal, match="have 4 slices"):
+        outbox.begin(ask(ticket, 0, slices=2))
+    with pytest.raises(Refusal, match="still to be computed"):
+        outbox.begin(ask(ticket, 1))
+    outbox.extend("r", [5])
+    assert outbox.watch(ticket.ticket_id, 3, ready, 60.0) == (Progress(blocks=2), False)
+    outbox.advance(ticket.ticket_id, [5], 3)  # a device was late
+    outbox.seal("r", [6])
+    outbox.advance(ticket.ticket_id, [6], 3)
+    assert outbox.watch(ticket.ticket_id, 3, ready, 60.0) == (Progress(blocks=3), True)
+    assert outbox.begin(ask(ticket, 6, 11, slices=4)).block_ids == (22, 27)
+
+
+def test_slices_that_cannot_be_are_refused(outbox: Outbox) -> None:
+    outbox.advance("nobody's", [1], 2)
+    ticket = outbox.open("r", 40, [b"h", b"h"])
+    for blocks, slices, says in (
+        ([1], 4, "4 slices of 4"),
+        ([1], 0, "0 slices of 4"),
+        ([1, 1], 1, "twice"),
+        ([1, 2, 3, 4], 1, "do not fill 4 blocks"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            outbox.advance(ticket.ticket_id, blocks, slices)
+    assert outbox.watch(ticket.ticket_id, 3, Progress(), 0.0) == (Progress(), False)
 
 
 def test_growing_blocks_that_cannot_be_are_refused(outbox: Outbox) -> None:

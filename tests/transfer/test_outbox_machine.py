@@ -20,9 +20,10 @@ from hypothesis.stateful import (
 from pdserve.kv_transfer.held import Read, Refusal, TicketState
 from pdserve.kv_transfer.outbox import Outbox
 from pdserve.protocol.ticket import KVTicket, LayoutFingerprint
-from pdserve.protocol.transfer import Fetch, Outcome
+from pdserve.protocol.transfer import Fetch, Outcome, Progress
 
 LEASE_S = 10.0
+SLICES = 3
 FINGERPRINT = LayoutFingerprint(
     model="m",
     weights="w",
@@ -50,8 +51,8 @@ class OutboxMachine(RuleBasedStateMachine):
         self.readers: Counter[str] = Counter()
         self.lease: dict[str, float] = {}
         self.offered: set[str] = set()
-        self.shown: dict[str, int] = {}
-        """Growing tickets → blocks shown so far."""
+        self.shown: dict[str, Progress] = {}
+        """Growing tickets → what was shown so far."""
         self.kept: set[str] = set()
         """Cut while nobody read: never returned."""
         self.outbox = self._new_outbox()
@@ -66,6 +67,7 @@ class OutboxMachine(RuleBasedStateMachine):
             fingerprint=FINGERPRINT,
             lease_s=LEASE_S,
             on_returned=self._on_returned,
+            slices=SLICES,
             clock=lambda: self.now,
         )
 
@@ -91,7 +93,7 @@ class OutboxMachine(RuleBasedStateMachine):
     def open(self, blocks: int) -> KVTicket:
         self.made += 1
         ticket = self.outbox.open(f"r{self.made}", blocks, [b""] * blocks)
-        self.shown[ticket.ticket_id] = 0
+        self.shown[ticket.ticket_id] = Progress()
         self.offered.add(ticket.ticket_id)
         return ticket
 
@@ -99,16 +101,31 @@ class OutboxMachine(RuleBasedStateMachine):
     def extend(self, ticket: KVTicket, more: int) -> None:
         shown = self.shown.get(ticket.ticket_id)
         if shown is not None:
-            end = min(shown + more, ticket.num_blocks)
-            self.outbox.extend(ticket.request_id, range(shown, end))
-            self.shown[ticket.ticket_id] = end
-            assert self.outbox.watch(ticket.ticket_id, self.epoch, 0, 0.0) == (end, False)
+            end = min(shown.blocks + more, ticket.num_blocks)
+            self.outbox.extend(ticket.request_id, range(shown.blocks, end))
+            self.shows(ticket, Progress(blocks=end))
+
+    def shows(self, ticket: KVTicket, progress: Progress) -> None:
+        self.shown[ticket.ticket_id] = progress
+        seen = self.outbox.watch(ticket.ticket_id, self.epoch, Progress(), 0.0)
+        assert seen == (progress, False)
+
+    @rule(ticket=tickets, ahead=st.integers(1, 4), slices=st.integers(1, SLICES - 1))
+    def advance(self, ticket: KVTicket, ahead: int, slices: int) -> None:
+        shown = self.shown.get(ticket.ticket_id)
+        first = 0 if shown is None else shown.blocks
+        end = min(first + ahead, ticket.num_blocks)
+        if end == first:
+            return
+        self.outbox.advance(ticket.ticket_id, range(first, end), slices)
+        if shown is not None and slices > shown.slices:
+            self.shows(ticket, Progress(blocks=first, ahead=end - first, slices=slices))
 
     @rule(ticket=tickets)
     def seal(self, ticket: KVTicket) -> None:
         shown = self.shown.pop(ticket.ticket_id, None)
         if shown is not None:
-            self.outbox.seal(ticket.request_id, range(shown, ticket.num_blocks))
+            self.outbox.seal(ticket.request_id, range(shown.blocks, ticket.num_blocks))
             self.lease[ticket.ticket_id] = self.now + LEASE_S
 
     @rule(ticket=tickets)
@@ -121,18 +138,21 @@ class OutboxMachine(RuleBasedStateMachine):
             self.kept.add(ticket.ticket_id)
             self.offered.remove(ticket.ticket_id)
 
-    @rule(target=reads, ticket=tickets)
-    def begin(self, ticket: KVTicket) -> object:
+    @rule(target=reads, ticket=tickets, unit=st.integers(0, 4 * SLICES), sliced=st.booleans())
+    def begin(self, ticket: KVTicket, unit: int, sliced: bool) -> object:
+        slices = ticket.slices if sliced else 1
         fetch = Fetch(
             ticket_id=ticket.ticket_id,
             request_id=ticket.request_id,
             epoch=ticket.epoch,
             fingerprint=FINGERPRINT,
             transport="tcp",
-            wanted=(0,),
+            wanted=(unit,),
             host_id="",
+            slices=slices,
         )
-        stood = self._stands(ticket) and self.shown.get(ticket.ticket_id, 1) > 0
+        shown = self.shown.get(ticket.ticket_id, Progress(blocks=ticket.num_blocks))
+        stood = self._stands(ticket) and shown.has(unit, slices)
         try:
             read = self.outbox.begin(fetch)
         except Refusal:

@@ -109,7 +109,7 @@ def test_a_pool_that_is_another_one_falls_back_to_tcp(rig: Rig) -> None:
     theirs, decoy, ours = rig.memory(), rig.memory(), rig.memory()
     scramble(theirs)
     source = rig.source(theirs)
-    source._halves["shm"]._path = decoy.path  # type: ignore[attr-defined]
+    source._cuts.of(1).halves["shm"]._path = decoy.path  # type: ignore[attr-defined]
     report = rig.fetch(rig.sink(ours), rig.ticket(source, "r", [1]), [0], [2]).only()
     assert report.ok and report.transport == "tcp"
     assert ours.view(2) == theirs.view(1)

@@ -1,8 +1,9 @@
 """Hand-overs that begin before the prompt is computed; each ends with all blocks free."""
 
 import pytest
-from fake_engine import Bench, continuation, pair, prompt, run_prefill
+from fake_engine import FINGERPRINT, Bench, continuation, pair, prompt, run_prefill
 
+from pdserve.engine import outgoing
 from pdserve.engine.overlap import offers_early, takes_early
 from pdserve.protocol.errors import ErrorCode
 
@@ -270,3 +271,74 @@ def test_when_a_decode_worker_takes_a_prompt_early(
     available: int, needed: int, running: int, takes: bool
 ) -> None:
     assert takes_early(available, needed, 16, running, 8) is takes
+
+
+@pytest.fixture
+def by_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of eight tokens count as large."""
+    monkeypatch.setattr(outgoing, "BY_LAYERS_BYTES", 8 * FINGERPRINT.token_nbytes)
+
+
+def test_the_ticket_of_a_prompt_of_one_step_goes_out_at_half_of_its_layers(by_layers: None) -> None:
+    prefill, decode = pair(slices=4)
+    started: list[int] = []
+
+    def begin_there(slices: int) -> None:
+        if prefill.outputs.get("a") and not started:
+            started.append(slices)
+            decode.submit("a", prompt(14), ticket=prefill.last("a").ticket)
+            decode.engine.step()
+
+    prefill.runner.told = begin_there
+    last = run_prefill(prefill, "a", prompt(14))
+    assert started == [2], "in the middle of the step"
+    ticket = prefill.outputs["a"][0].ticket
+    assert ticket is not None and ticket.growing and ticket.ticket_id == last.ticket.ticket_id
+    blocks = prefill.outbox.tickets[ticket.ticket_id][1]
+    assert prefill.outbox.advanced == [(ticket.ticket_id, blocks, done) for done in (2, 3)]
+    decode.resume("a", last.token_ids)
+    decode.run()
+    decode.inbox.deliver("a")
+    decode.run()
+    assert last.token_ids + decode.tokens("a") == continuation(prompt(14), 8)
+    prefill.assert_clean()
+    decode.assert_clean()
+
+
+def test_layers_of_each_later_chunk_go_ahead_of_it(by_layers: None) -> None:
+    """Of a chunk that ends within a block only the blocks that it fills."""
+    prefill, _ = pair(slices=2, budget=10)
+    last = run_prefill(prefill, "a", prompt(28))
+    ticket_id, blocks = last.ticket.ticket_id, prefill.outbox.tickets[last.ticket.ticket_id][1]
+    assert len(blocks) == 7
+    assert prefill.outbox.advanced == [(ticket_id, blocks[2:5], 1), (ticket_id, blocks[5:], 1)]
+    prefill.engine.abort("a")
+    prefill.assert_clean()
+
+
+@pytest.mark.parametrize("why", ["small", "one slice", "stays", "last token", "preempted"])
+def test_chunks_that_do_not_go_by_layers(why: str, by_layers: None) -> None:
+    prefill, _ = pair(slices=1 if why == "one slice" else 4)
+    length, tokens = (7 if why == "small" else 14), (1 if why == "last token" else 8)
+    prefill.submit("a", prompt(length), tokens, hand_off=why != "stays")
+    if why == "preempted":
+        prefill.engine.call(lambda engine: preempted(engine, "a"))
+    prefill.run()
+    assert prefill.outbox.advanced == []
+    assert sum(output.ticket is not None for output in prefill.outputs["a"]) <= 1
+    prefill.engine.abort("a")
+    prefill.assert_clean()
+
+
+def preempted(engine, name: str) -> None:
+    engine._requests[name].preemptions = 1
+
+
+def test_a_step_that_fails_after_some_layers_ends_its_ticket(by_layers: None) -> None:
+    prefill, _ = pair(slices=4)
+    prefill.runner.fail_next = True
+    prefill.submit("a", prompt(14), hand_off=True)
+    prefill.engine.step()
+    assert prefill.outbox.advanced and prefill.last("a").error.code is ErrorCode.INTERNAL
+    assert prefill.outbox.tickets == {}
+    prefill.assert_clean()

@@ -10,7 +10,7 @@ import pytest
 from fake_engine import Bench, continuation, pair, prompt, run_prefill
 
 from pdserve.engine.pace import Pace
-from pdserve.engine.ports import Chunk, ChunkResult
+from pdserve.engine.ports import Chunk, ChunkResult, Watcher
 from pdserve.protocol.errors import ErrorCode
 from pdserve.protocol.messages import FinishReason
 
@@ -362,10 +362,10 @@ def test_an_engine_whose_step_does_not_end_is_stuck_until_it_does(
     inside, go_on = threading.Event(), threading.Event()
     execute = bench.runner.execute
 
-    def wedged(chunks: Sequence[Chunk]) -> list[ChunkResult]:
+    def wedged(chunks: Sequence[Chunk], watcher: Watcher | None = None) -> list[ChunkResult]:
         inside.set()
         assert go_on.wait(10)
-        return execute(chunks)
+        return execute(chunks, watcher)
 
     monkeypatch.setattr(bench.runner, "execute", wedged)
     finished = threading.Event()
