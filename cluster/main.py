@@ -14,6 +14,7 @@ LLM serving with separate prefill and decode workers.
 
   up          start a whole cluster on this machine; Ctrl-C stops it
   router      run one router, which serves the HTTP APIs
+  render      run a server without workers: requests to token ids and back
   prefill     run one prefill worker
   decode      run one decode worker (--accept-prompts: a colocated one)
   colocated   run one worker that does both
@@ -32,6 +33,7 @@ everywhere, and give the same --redis URL to `pdserve router`, `prefill` and `de
 
 MODULES = {
     "router": ("pdserve.router",),
+    "render": ("pdserve.router", "--render-only"),
     "prefill": ("pdserve.prefill_worker",),
     "decode": ("pdserve.decode_worker",),
     "colocated": ("pdserve.decode_worker", "--accept-prompts"),

@@ -356,6 +356,13 @@ _PER_PROCESS = (
 """Worker options that `pdserve up` chooses for each worker."""
 
 
+_ONLY_WITH_WORKERS = (
+    "redis", "cluster", "secret", "routing_policy", "disaggregate", "request_timeout_s",
+    "enable_scale_out", "max_queue", "max_waiting", "max_ttft_ms", "max_itl_ms", "responses_ttl",
+)  # fmt: skip
+"""Router options that mean nothing to a server that only renders."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UpSettings:
     """A whole cluster on one machine."""
@@ -429,6 +436,13 @@ def router_settings(argv: Sequence[str]) -> RouterSettings:
     settings = RouterSettings(**values)
     _need_secret("pdserve router", settings.secret)
     return settings
+
+
+def render_settings(argv: Sequence[str]) -> RouterSettings:
+    """Settings of a server without workers; prints a sentence and exits with code 2 if they cannot
+    be had."""
+    table = options_of(RouterSettings, _ONLY_WITH_WORKERS)
+    return RouterSettings(**load("pdserve render", _RENDER_STORY, table, argv))
 
 
 def up_settings(argv: Sequence[str]) -> UpSettings:
@@ -517,4 +531,8 @@ def _worker_story(role: Role) -> str:
 
 
 _ROUTER_STORY = "Runs one router, which serves the HTTP APIs, and joins the cluster at --redis."
+_RENDER_STORY = (
+    "Serves what needs no workers: requests to token ids (/v1/.../render), token ids to answers "
+    "(/v1/.../derender), counting, /tokenize and /detokenize. It joins no cluster."
+)
 _UP_STORY = "Starts a whole cluster on this machine: Redis, workers and a router; Ctrl-C stops it."

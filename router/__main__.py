@@ -1,4 +1,4 @@
-"""`python -P -m pdserve.router`: one router process."""
+"""`python -P -m pdserve.router [--render-only]`: one router, or a server without workers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any
 import uvicorn
 
 from pdserve.cluster.options import fail
-from pdserve.cluster.settings import RouterSettings, router_settings
+from pdserve.cluster.settings import RouterSettings, render_settings, router_settings
 from pdserve.cluster.tls import Refresh, server_context
 from pdserve.protocol.errors import PdserveError
-from pdserve.router.app import create_app
+from pdserve.router.app import create_app, create_render_app
 
 log = logging.getLogger("pdserve.router")
 
-PROGRAM = "pdserve router"
+RENDER_ONLY = "--render-only"
 KEEP_ALIVE_S = 30
 REFRESH_S = 2
 """Between looks at the certificate's files."""
@@ -30,7 +30,10 @@ SHUTDOWN_S = 2
 
 def main(argv: Sequence[str]) -> None:
     """Serve until SIGINT or SIGTERM. A bad setting, model or port is a sentence and exit code 2."""
-    settings = router_settings(argv)
+    render = RENDER_ONLY in argv
+    program = "pdserve render" if render else "pdserve router"
+    options = [text for text in argv if text != RENDER_ONLY]
+    settings = render_settings(options) if render else router_settings(options)
     logging.basicConfig(
         level=settings.log_level.upper(),
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
@@ -39,10 +42,10 @@ def main(argv: Sequence[str]) -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         context = server_context(settings)
-        app = create_app(settings)
+        app = create_render_app(settings) if render else create_app(settings)
     except PdserveError as error:
-        fail(PROGRAM, str(error))
-    listener = _listen(settings)
+        fail(program, str(error))
+    listener = _listen(settings, program)
     host, port = listener.getsockname()[:2]
     scheme = "https" if context else "http"
     log.info("Serving on %s://%s:%d", scheme, f"[{host}]" if ":" in host else host, port)
@@ -74,7 +77,7 @@ def _encryption(context: ssl.SSLContext, settings: RouterSettings) -> dict[str, 
     return found
 
 
-def _listen(settings: RouterSettings) -> socket.socket:
+def _listen(settings: RouterSettings, program: str) -> socket.socket:
     """The listening socket, taken before anything else is started."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
@@ -87,7 +90,7 @@ def _listen(settings: RouterSettings) -> socket.socket:
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         fail(
-            PROGRAM,
+            program,
             f"Cannot listen on {settings.host} port {settings.port}: {reason}. Give another "
             "--port, or stop what uses it.",
         )

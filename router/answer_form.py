@@ -44,6 +44,21 @@ class AnswerForms:
         wish = wish_of(fields.response_format, fields.structured_outputs)
         return AnswerForm(await self._constraint(wish))
 
+    async def tokens(self, fields: SamplingFields, reasoning_ended: bool | None) -> AnswerForm:
+        """Of an answer to a prompt of token ids; `reasoning_ended`: what its client says about
+        thoughts. Raises BadRequest."""
+        if reasoning_ended is not False:
+            return await self.plain(fields)
+        if self._model.speech.reasoning is None:
+            raise BadRequest(
+                "reasoning_ended false needs a reasoning parser; start the router with "
+                "--reasoning-parser (parameter=reasoning_ended).",
+                param="reasoning_ended",
+            )
+        wish = wish_of(fields.response_format, fields.structured_outputs)
+        constraint = await self._constraint(wish)
+        return AnswerForm(self._behind_thoughts(constraint, fields.thinking_token_budget))
+
     def check(self, body: ChatCompletionRequest) -> ToolUse:
         """What can be said before the prompt is rendered. Raises BadRequest."""
         use = self.tools(body)
@@ -68,15 +83,8 @@ class AnswerForms:
         speech = self._model.speech
         thinks = self._thinks(body, kwargs, prompt)
         constraint = await self._constraint(use.wish)
-        budget = body.thinking_token_budget
-        budget = None if budget == -1 else budget
-        if thinks and (constraint is not None or budget is not None):
-            constraint = msgspec.structs.replace(
-                constraint or Constraint(),
-                after=speech.after,
-                budget=budget,
-                closing=speech.closing,
-            )
+        if thinks:
+            constraint = self._behind_thoughts(constraint, body.thinking_token_budget)
         if not (use.parse or thinks):
             return AnswerForm(constraint)
         reading = Reading(
@@ -88,6 +96,17 @@ class AnswerForms:
             kept=speech.kept,
         )
         return AnswerForm(constraint, reading)
+
+    def _behind_thoughts(
+        self, constraint: Constraint | None, budget: int | None
+    ) -> Constraint | None:
+        """The constraint for an answer that begins with thoughts, of at most `budget` tokens."""
+        speech, budget = self._model.speech, None if budget == -1 else budget
+        if constraint is None and budget is None:
+            return None
+        return msgspec.structs.replace(
+            constraint or Constraint(), after=speech.after, budget=budget, closing=speech.closing
+        )
 
     async def _constraint(self, wish: Wish | None) -> Constraint | None:
         return None if wish is None else Constraint(grammar=await self._grammars.grammar(wish))

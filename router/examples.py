@@ -7,11 +7,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from pdserve.router import schemas
+from pdserve.router import schemas, token_schemas
 
 Json = dict[str, Any]
 
 _QUESTION = [{"role": "user", "content": "What is a prefill worker?"}]
+
+_GREETING = [{"role": "user", "content": "Hello!"}]
+_GENERATED = {
+    "request_id": "generate-tokens-1",
+    "choices": [{"token_ids": [8, 9], "finish_reason": "length"}],
+}
 
 EXAMPLES: dict[type[Any], Json] = {
     schemas.ChatCompletionRequest: {"messages": _QUESTION, "temperature": 0, "max_tokens": 32},
@@ -20,15 +26,31 @@ EXAMPLES: dict[type[Any], Json] = {
     schemas.CountTokensRequest: {"messages": _QUESTION},
     schemas.ResponsesRequest: {"input": "What is a prefill worker?", "max_output_tokens": 32},
     schemas.InputTokensRequest: {"input": "What is a prefill worker?"},
-    schemas.GenerateTokensRequest: {
+    token_schemas.GenerateTokensRequest: {
         "token_ids": [5, 6, 7],
         "sampling_params": {"temperature": 0, "max_tokens": 8},
         "output_mode": "text",
     },
-    schemas.AbortRequests: {"request_ids": ["generate-tokens-1"]},
-    schemas.TokenizeTextRequest: {"prompt": "Hello!", "return_token_strs": True},
-    schemas.TokenizeChatRequest: {"messages": _QUESTION},
-    schemas.DetokenizeRequest: {"tokens": [5, 6, 7]},
+    schemas.BatchChatRequest: {"messages": [_QUESTION, _GREETING], "temperature": 0},
+    token_schemas.DerenderChatRequest: {
+        "generate_response": _GENERATED,
+        "prompt_tokens": 3,
+        "chat_request": {"messages": _QUESTION},
+    },
+    token_schemas.DerenderCompletionRequest: {
+        "generate_responses": [_GENERATED],
+        "prompt_tokens": [3],
+        "completion_request": {"prompt": [5, 6, 7]},
+    },
+    token_schemas.DerenderResponsesRequest: {
+        "generate_response": _GENERATED,
+        "prompt_tokens": 3,
+        "responses_request": {"input": "What is a prefill worker?"},
+    },
+    token_schemas.AbortRequests: {"request_ids": ["generate-tokens-1"]},
+    token_schemas.TokenizeTextRequest: {"prompt": "Hello!", "return_token_strs": True},
+    token_schemas.TokenizeChatRequest: {"messages": _QUESTION},
+    token_schemas.DetokenizeRequest: {"tokens": [5, 6, 7]},
 }
 
 

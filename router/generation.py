@@ -118,8 +118,8 @@ class Generation:
         self._clock = Clock(received, tokenized=time.monotonic())
         tokens = model.tokenizer.tokens
         self._answers = [
-            AnswerText(tokens, spec.prompt_token_ids, spec.sampling, request.text)
-            for spec in request.answers
+            AnswerText(tokens, spec.prompt_token_ids, spec.sampling, request.text(index))
+            for index, spec in enumerate(request.answers)
         ]
         self._progress = Progress(
             request=request,

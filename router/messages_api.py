@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
+from pdserve.router.front import Front
 from pdserve.router.http import JsonResponse
 from pdserve.router.messages import as_chat
 from pdserve.router.messages_writer import MessagesWriter
 from pdserve.router.openai import encode_json
 from pdserve.router.openapi import body_of
+from pdserve.router.router import Router
 from pdserve.router.schemas import CountTokensRequest, MessagesRequest, parse
-
-if TYPE_CHECKING:
-    from pdserve.router.app import Router
 
 
 def add_messages_routes(app: FastAPI, router: Router) -> None:
@@ -33,6 +31,8 @@ def add_messages_routes(app: FastAPI, router: Router) -> None:
         parsed = await router.parser.chat(body, request.scope["pdserve.request_id"])
         return router.respond(request, parsed, received, MessagesWriter)
 
+
+def add_message_counting(app: FastAPI, front: Front) -> None:
     @app.post(
         "/v1/messages/count_tokens",
         openapi_extra=body_of(CountTokensRequest),
@@ -40,7 +40,7 @@ def add_messages_routes(app: FastAPI, router: Router) -> None:
         summary="Length of a conversation in tokens (Anthropic)",
     )
     async def count_tokens(request: Request) -> Response:
-        body = as_chat(parse(CountTokensRequest, await router.read(request)))
-        count = len((await router.parser.chat_prompt(body)).token_ids)
+        body = as_chat(parse(CountTokensRequest, await front.read(request)))
+        count = len((await front.parser.chat_prompt(body)).token_ids)
         members = {"context_management": {"original_input_tokens": count}}
         return JsonResponse(encode_json({"input_tokens": count, **members}))

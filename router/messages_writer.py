@@ -97,7 +97,7 @@ class MessagesWriter:
     def opening(self) -> list[bytes]:
         usage = {"input_tokens": self._prompt_tokens(), "output_tokens": 0}
         start = frame("message_start", message=self._message([], self._stop(), usage))
-        begin = [] if self._request.text.reading else self._open("text", {"text": ""})
+        begin = [] if self._request.text(0).reading else self._open("text", {"text": ""})
         return [start, self.keep_alive, *begin]
 
     def frames(self, index: int) -> list[bytes]:

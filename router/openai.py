@@ -14,7 +14,7 @@ import msgspec
 
 from pdserve.protocol.messages import PositionLogprobs
 from pdserve.router.detokenize import TokenText
-from pdserve.router.output import AnswerText, Delta
+from pdserve.router.output import AnswerText, Delta, ToolCall
 from pdserve.router.requests import GenerateRequest
 
 Json = dict[str, Any]
@@ -168,9 +168,13 @@ class ChunkForms:
         """A chunk with only text."""
         return self._before[index] + encode_json(text) + self._after
 
-    def chunk(self, choices: list[Json], **members: Any) -> bytes:
+    def content(self, choices: list[Json], **members: Any) -> Json:
         """A chunk from its choices and further top-level members."""
-        return b"data: " + encode_json({**self._head, "choices": choices, **members}) + b"\n\n"
+        return {**self._head, "choices": choices, **members}
+
+    def chunk(self, choices: list[Json], **members: Any) -> bytes:
+        """`content` as a frame."""
+        return b"data: " + encode_json(self.content(choices, **members)) + b"\n\n"
 
     def role(self, index: int, prompt_ids: list[int] | None, prompt_text: str | None) -> bytes:
         """Chat: the first chunk of an answer."""
@@ -192,6 +196,13 @@ class ChunkForms:
     ) -> bytes:
         """A chunk with whatever the delta and the request call for. `offset`: characters before
         the answer (an echoed prompt)."""
+        more = dict(members or {})
+        if usage_now is not None:
+            more["usage"] = usage_now
+        return self.chunk([self.choice(index, delta, offset)], **more)
+
+    def choice(self, index: int, delta: Delta, offset: int) -> Json:
+        """A choice with whatever the delta and the request call for."""
         request = self._request
         choice: Json = {"index": index}
         if request.chat:
@@ -204,10 +215,7 @@ class ChunkForms:
             choice["stop_reason"] = delta.stop_reason
         if request.return_token_ids:
             choice["token_ids"] = delta.token_ids
-        more = dict(members or {})
-        if usage_now is not None:
-            more["usage"] = usage_now
-        return self.chunk([choice], **more)
+        return choice
 
     def _logprobs(self, delta: Delta, offset: int) -> Json | None:
         count = self._request.logprobs
@@ -253,6 +261,12 @@ def chat_delta(delta: Delta) -> Json:
     return found
 
 
+def whole_call(call: ToolCall) -> Json:
+    """One of `tool_calls`."""
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}
+
+
 def chat_choice(
     index: int, text: str, delta: Delta, request: GenerateRequest, writer: LogprobWriter
 ) -> Json:
@@ -260,7 +274,7 @@ def chat_choice(
     logprobs = None
     if request.logprobs is not None:
         logprobs = writer.chat(delta.token_ids, delta.logprobs, request.logprobs)
-    parsed = request.text.reading is not None
+    parsed = request.text(index).reading is not None
     message: Json = {
         "role": "assistant",
         "content": None if parsed and not text else text,
@@ -271,14 +285,7 @@ def chat_choice(
         "reasoning": delta.thoughts or None,
     }
     if delta.calls:
-        message["tool_calls"] = [
-            {
-                "id": call.id,
-                "type": "function",
-                "function": {"name": call.name, "arguments": call.arguments},
-            }
-            for call in delta.calls
-        ]
+        message["tool_calls"] = [whole_call(call) for call in delta.calls]
     return {
         "index": index,
         "message": message,

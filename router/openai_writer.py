@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from pdserve.router.errors import ApiError
 from pdserve.router.openai import (
     ChunkForms,
@@ -36,7 +34,8 @@ class OpenAIWriter:
             self._forms = ChunkForms(
                 request, request.response_id, progress.created, model.name, self._logprobs
             )
-        speaks_of_prompt = request.echo is not None or request.return_token_ids
+        echoes = any(prompt.echo is not None for prompt in request.prompts)
+        speaks_of_prompt = echoes or request.return_token_ids
         self._unopened = set(
             range(len(self._answers)) if speaks_of_prompt and not request.chat else ()
         )
@@ -60,16 +59,14 @@ class OpenAIWriter:
             "ec_transfer_params": None,
             "metrics": None,
         }
-        if request.chat:
-            first = request.prompts[0]
-            body["prompt_logprobs"] = self._prompt_logprobs()
-            body["prompt_token_ids"] = first.token_ids if request.return_token_ids else None
-            body["prompt_text"] = first.text if request.return_prompt_text else None
+        if request.chat and len(request.prompts) == 1:
+            body |= self._about_prompt(0)
         return body | self._progress.extras()
 
     def _chat_choice(self, index: int, delta: Delta) -> Json:
-        text = (self._request.echo or "") + delta.text
-        return chat_choice(index, text, delta, self._request, self._logprobs)
+        text = (self._echo(index) or "") + delta.text
+        choice = chat_choice(index, text, delta, self._request, self._logprobs)
+        return choice if len(self._request.prompts) == 1 else choice | self._about_prompt(index)
 
     def _completion_choice(self, index: int, delta: Delta) -> Json:
         answer, echo = self._answers[index], self._echo(index)
@@ -81,20 +78,20 @@ class OpenAIWriter:
         return Delta(finish_reason="length") if self._request.score_only else delta
 
     def _echo(self, index: int) -> str | None:
-        """Completions: the prompt's text, if it is to be echoed."""
-        if self._request.echo is None:
-            return None
-        prompt = self._request.prompts[index // self._request.n]
-        if prompt.text is not None:
-            return prompt.text
-        return self._model.tokenizer.tokens.text(prompt.token_ids, False)
+        return self._request.prompts[index // self._request.n].echo
 
-    def _prompt_logprobs(self) -> list[Any] | None:
-        found = self._answers[0].prompt_logprobs
-        if self._request.prompt_logprobs is None or found is None:
-            return None
-        ids = self._request.prompts[0].token_ids
-        return self._logprobs.prompt(ids, found, self._request.prompt_logprobs)
+    def _about_prompt(self, index: int) -> Json:
+        """Chat: what the client wants to know of the prompt of an answer."""
+        request, found = self._request, self._answers[index].prompt_logprobs
+        prompt = request.prompts[index // request.n]
+        scored = None
+        if request.prompt_logprobs is not None and found is not None:
+            scored = self._logprobs.prompt(prompt.token_ids, found, request.prompt_logprobs)
+        return {
+            "prompt_logprobs": scored,
+            "prompt_token_ids": prompt.token_ids if request.return_token_ids else None,
+            "prompt_text": prompt.text if request.return_prompt_text else None,
+        }
 
     def _usage(self) -> Json:
         return usage_of(self._progress)
@@ -109,8 +106,8 @@ class OpenAIWriter:
         ids = first.token_ids if request.return_token_ids else None
         text = first.text if request.return_prompt_text else None
         frames = [forms.role(index, ids, text) for index in range(request.n)]
-        if request.echo:
-            frames += [forms.text(index, request.echo) for index in range(request.n)]
+        if first.echo:
+            frames += [forms.text(index, first.echo) for index in range(request.n)]
         return frames
 
     def _prompt_chunk(self, index: int) -> bytes:

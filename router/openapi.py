@@ -8,8 +8,8 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
+from pdserve.router.bodies import BODIES
 from pdserve.router.examples import example_of
-from pdserve.router.schemas import BODIES
 
 Json = dict[str, Any]
 

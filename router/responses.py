@@ -8,13 +8,14 @@ from typing import Any
 
 from pdserve.router.errors import ApiError, BadRequest
 from pdserve.router.fields import refuse
-from pdserve.router.response_items import continues, messages_of
+from pdserve.router.response_items import continues, items_of, messages_of
 from pdserve.router.schemas import (
     ChatCompletionRequest,
     ResponsesFields,
     ResponsesRequest,
     parse,
 )
+from pdserve.router.speech import Speech
 
 Json = dict[str, Any]
 
@@ -65,6 +66,19 @@ def as_chat(
         if LOGPROBS in (body.include or ()):
             content |= {"logprobs": True, "top_logprobs": body.top_logprobs}
     return parse(ChatCompletionRequest, content)
+
+
+def chat_of(speech: Speech, body: ResponsesRequest) -> ChatCompletionRequest:
+    """The chat request of a response whose conversation is all in its request. Raises
+    BadRequest."""
+    if body.previous_response_id is not None:
+        raise BadRequest(
+            "previous_response_id cannot be used here: stored responses are not looked up; send "
+            "the whole conversation in input (parameter=previous_response_id).",
+            param="previous_response_id",
+        )
+    earlier = body.previous_input_messages or []
+    return as_chat(body, [*earlier, *items_of(body.input)], len(earlier), speech.may_call)
 
 
 @contextmanager

@@ -6,13 +6,14 @@ import secrets
 import time
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from fastapi import FastAPI, Query, Request
 from starlette.responses import Response
 
 from pdserve.cluster.responses import StoredResponse
 from pdserve.router.errors import BadRequest
+from pdserve.router.front import Front
 from pdserve.router.http import JsonResponse
 from pdserve.router.openai import encode_json
 from pdserve.router.openapi import body_of
@@ -20,6 +21,7 @@ from pdserve.router.response_items import complete, items_of
 from pdserve.router.responses import as_chat, in_own_words
 from pdserve.router.responses_desk import ResponsesDesk
 from pdserve.router.responses_writer import Reply, ResponsesWriter
+from pdserve.router.router import Router
 from pdserve.router.schemas import (
     InputTokensRequest,
     ResponsesFields,
@@ -27,9 +29,6 @@ from pdserve.router.schemas import (
     parse,
 )
 from pdserve.router.writer import Json
-
-if TYPE_CHECKING:
-    from pdserve.router.app import Router
 
 PATH = "/v1/responses"
 
@@ -74,7 +73,6 @@ async def _check_store(desk: ResponsesDesk, body: ResponsesRequest) -> None:
 
 def add_responses_routes(app: FastAPI, router: Router) -> None:
     _add_create_route(app, router, router.responses)
-    _add_counting_route(app, router, router.responses)
     _add_stored_routes(app, router.responses)
 
 
@@ -93,7 +91,7 @@ def _add_create_route(app: FastAPI, router: Router, desk: ResponsesDesk) -> None
         await _check_store(desk, body)
         history, given = await _history(desk, body), items_of(body.input)
         with in_own_words():
-            chat = as_chat(body, [*history, *given], len(history), _auto_calls(router))
+            chat = as_chat(body, [*history, *given], len(history), router.model.speech.may_call)
             parsed = await router.parser.chat(chat, "")
         parsed = replace(parsed, response_id=body.request_id or f"resp_{secrets.token_hex(16)}")
         reply = Reply.of(body, parsed, router.model.name, int(time.time()))
@@ -115,13 +113,7 @@ def _add_create_route(app: FastAPI, router: Router, desk: ResponsesDesk) -> None
         return desk.kept(answer, reply, complete(history), complete(given))
 
 
-def _auto_calls(router: Router) -> bool:
-    """The model may decide to call tools, and its calls are recognised."""
-    speech = router.model.speech
-    return speech.auto_calls and speech.calls is not None
-
-
-def _add_counting_route(app: FastAPI, router: Router, desk: ResponsesDesk) -> None:
+def add_item_counting(app: FastAPI, front: Front, desk: ResponsesDesk) -> None:
     @app.post(
         f"{PATH}/input_tokens",
         openapi_extra=body_of(InputTokensRequest),
@@ -129,12 +121,12 @@ def _add_counting_route(app: FastAPI, router: Router, desk: ResponsesDesk) -> No
         summary="Length of a conversation in tokens (OpenAI's Responses)",
     )
     async def input_tokens(request: Request) -> Response:
-        body = parse(InputTokensRequest, await router.read(request))
-        router.model.check_name(body.model)
+        body = parse(InputTokensRequest, await front.read(request))
+        front.model.check_name(body.model)
         history, given = await _history(desk, body), items_of(body.input)
         with in_own_words():
-            chat = as_chat(body, [*history, *given], len(history), _auto_calls(router))
-            count = len((await router.parser.chat_prompt(chat)).token_ids)
+            chat = as_chat(body, [*history, *given], len(history), front.model.speech.may_call)
+            count = len((await front.parser.chat_prompt(chat)).token_ids)
         found = {"object": "response.input_tokens", "input_tokens": count}
         return JsonResponse(encode_json(found))
 

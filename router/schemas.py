@@ -69,16 +69,16 @@ Labels = Annotated[
 ]
 
 
-class _Body(BaseModel):
+class RequestBody(BaseModel):
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
 
 
-class StreamOptions(_Body):
+class StreamOptions(RequestBody):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
 
-class SamplingFields(_Body):
+class SamplingFields(RequestBody):
     """What completions and chat have in common."""
 
     model: str | None = None
@@ -126,6 +126,7 @@ class SamplingFields(_Body):
     watermarking: bool | None = None
     length_penalty: Finite | None = None
     return_mm_kwargs: bool | None = None
+    mm_payload: Any = None
 
     # refused
     guided_json: Any = None
@@ -156,7 +157,7 @@ class CompletionRequest(SamplingFields):
     prompt_embeds: Any = None
 
 
-class ChatFields(_Body):
+class ChatFields(RequestBody):
     """The conversation, for chat and for /tokenize."""
 
     model: str | None = None
@@ -200,7 +201,16 @@ class ChatCompletionRequest(ChatFields, SamplingFields):
     function_call: Any = None
 
 
-class MessagesFields(_Body):
+class BatchChatRequest(ChatCompletionRequest):
+    """Several conversations, each answered as if it came alone."""
+
+    messages: Annotated[  # type: ignore[assignment]
+        list[Annotated[list[Object], Field(min_length=1, fail_fast=True)]],
+        Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True),
+    ]
+
+
+class MessagesFields(RequestBody):
     """A conversation as Anthropic's clients write it."""
 
     model: Annotated[str, Field(min_length=1)]
@@ -259,7 +269,7 @@ INCLUDABLE = Literal[
 """Only the first is ever there to be included."""
 
 
-class ResponsesFields(_Body):
+class ResponsesFields(RequestBody):
     """A conversation as OpenAI's Responses API has it."""
 
     model: str | None = None
@@ -329,82 +339,7 @@ class ResponsesRequest(ResponsesFields):
     vllm_xargs: Any = None
 
 
-class EngineSampling(SamplingFields):
-    """`sampling_params` of /inference/v1/generate."""
-
-    logprobs: Int64 | None = None
-    detokenize: bool | None = None
-
-    # advisory
-    output_kind: Any = None
-    skip_clone: Any = None
-    skip_reading_prefix_cache: bool | None = None
-
-    # refused
-    extra_args: Any = None
-
-
-class GenerateTokensRequest(_Body):
-    model: str | None = None
-    token_ids: Annotated[TokenIds, Field(min_length=1)]
-    sampling_params: Object
-    output_mode: Literal["tokens", "text"] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    return_token_ids: bool | None = None
-    request_id: str | None = None
-    cache_salt: str | None = None
-
-    # advisory
-    priority: Int64 | None = None
-    token_offsets: Any = None
-    reasoning_ended: bool | None = None
-    reasoning_parser_kwargs: Object | None = None
-
-    # refused
-    features: Any = None
-    content_parts: Any = None
-    kv_transfer_params: Any = None
-    ec_transfer_params: Any = None
-
-
-class AbortRequests(_Body):
-    request_ids: Many[str]
-
-
-class TokenizeTextRequest(_Body):
-    model: str | None = None
-    prompt: str
-    add_special_tokens: bool | None = None
-    return_token_strs: bool | None = None
-
-
-class TokenizeChatRequest(ChatFields):
-    return_token_strs: bool | None = None
-
-
-class DetokenizeRequest(_Body):
-    model: str | None = None
-    tokens: TokenIds
-
-
-BODIES: tuple[type[_Body], ...] = (
-    CompletionRequest,
-    ChatCompletionRequest,
-    MessagesRequest,
-    CountTokensRequest,
-    ResponsesRequest,
-    InputTokensRequest,
-    EngineSampling,
-    GenerateTokensRequest,
-    AbortRequests,
-    TokenizeTextRequest,
-    TokenizeChatRequest,
-    DetokenizeRequest,
-)
-"""Every request model there is."""
-
-Body = TypeVar("Body", bound=_Body)
+Body = TypeVar("Body", bound=RequestBody)
 
 _JSON = msgspec.json.Decoder()
 

@@ -26,6 +26,11 @@ class Speech:
     kept: frozenset[int] = field(default_factory=frozenset)
     """Special tokens whose text the parsers need."""
 
+    @property
+    def may_call(self) -> bool:
+        """It may decide to call tools, and its calls are recognised."""
+        return self.auto_calls and self.calls is not None
+
 
 def find_speech(
     tokenizer: TextTokenizer, template: str, *, calls: str, auto_calls: bool, reasoning: str

@@ -18,10 +18,10 @@ from pdserve.cluster.records import Role
 from pdserve.cluster.settings import RouterSettings
 from pdserve.router.app import create_app
 
-LARGE, SMALL = 70, 240
+LARGE, SMALL = 60, 120
 """Requests for each route whose body has many fields, and for others; half of them are meant to
 break its schema. Making the large ones costs some 20 ms each."""
-MANY_FIELDS = 10
+MANY_FIELDS = 7
 IN_ALL = 2000
 TIMEOUT_S = 10.0
 

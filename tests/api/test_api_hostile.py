@@ -26,7 +26,8 @@ BODIES: dict[str, dict[str, Any]] = {
     for content in [methods["post"]["requestBody"]["content"]["application/json"]]
 }
 """A body that is answered, for each route."""
-MAIN = ("prompt", "messages", "input", "tokens", "token_ids", "request_ids")
+MAIN = ("prompt", "messages", "input", "tokens", "token_ids", "request_ids",
+        "generate_response", "generate_responses")  # fmt: skip
 """What a request is about; at least one of them is in every body."""
 
 
@@ -98,6 +99,8 @@ def test_twenty_megabytes(router: RouterHarness, path: str) -> None:
         "messages": b'[{"role": "user", "content": "' + b"x" * 20_000_000 + b'"}]',
         "tokens": b"[" + b"5," * 10_000_000 + b"5]",
         "token_ids": b"[" + b"5," * 10_000_000 + b"5]",
+        "generate_response": b'{"choices": [{"token_ids": [' + b"5," * 8_000_000 + b"5]}]}",
+        "generate_responses": b"[" + b"{}," * 6_000_000 + b"{}]",
         "request_ids": b"[" + b"1," * 10_000_000 + b"1]",
     }[main]
     refused(post(router, path, with_raw(path, main, filler)))

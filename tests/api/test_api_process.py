@@ -56,6 +56,51 @@ def test_a_port_in_use() -> None:
         assert f"Cannot listen on 127.0.0.1 port {port}" in refused("--port", str(port))
 
 
+def test_a_server_without_workers() -> None:
+    """It needs neither Redis nor a secret, and does not know what workers do."""
+    environment = {key: value for key, value in ENVIRONMENT.items() if key != "PDSERVE_SECRET"}
+    process = subprocess.Popen(
+        [*COMMAND, "--render-only", "--port", "0", "--api-key", "k"],
+        env=environment, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert process.stderr is not None
+        line = next(line for line in process.stderr if "Serving on" in line)
+        found = re.search(r"http://\S+", line)
+        assert found is not None
+        headers = {"authorization": "Bearer k"}
+        with httpx.Client(base_url=found[0], headers=headers, trust_env=False) as client:
+            for path in ("/health", "/ping", "/version", "/metrics", "/docs", "/v1/models"):
+                assert client.get(path).status_code == 200, path
+            hi = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}]}
+            rendered = client.post("/v1/chat/completions/render", json=hi).json()
+            count = len(rendered["token_ids"])
+            assert client.post("/tokenize", json=hi).json()["tokens"] == rendered["token_ids"]
+            counted = client.post("/v1/messages/count_tokens", json=hi)
+            assert counted.json()["input_tokens"] == count
+            counted = client.post("/v1/responses/input_tokens", json={"input": "Hi"})
+            assert counted.json()["input_tokens"] == count
+            choice = {"token_ids": rendered["token_ids"][:3], "finish_reason": "length"}
+            body = {
+                "chat_request": hi,
+                "prompt_tokens": count,
+                "generate_response": {"request_id": "r", "choices": [choice]},
+            }
+            answer = client.post("/v1/chat/completions/derender", json=body).json()
+            assert answer["usage"]["completion_tokens"] == 3
+            for path in ("/v1/chat/completions", "/inference/v1/generate", "/v1/responses"):
+                assert client.post(path, json=hi).status_code == 404, path
+            body = {"input": "x", "previous_response_id": "resp_x"}
+            assert client.post("/v1/responses/input_tokens", json=body).status_code == 404
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(5) == 0
+    finally:
+        process.kill()
+        process.wait()
+        if process.stderr is not None:
+            process.stderr.close()
+
+
 def test_it_is_light_and_leaves_at_once(redis_url: str) -> None:
     process = subprocess.Popen(
         [*COMMAND, "--port", "0", "--redis", redis_url, "--cluster", "light"],

@@ -397,3 +397,22 @@ def test_anthropic_formats(router: RouterHarness) -> None:
     with Anthropic(base_url=router.url, api_key="none", max_retries=0) as client:
         client.messages.create(**body)
     assert '"days"' in grammars(router)[0]
+
+
+def test_rendering_knows_where_thoughts_end(
+    start: Callable[..., RouterHarness], thinker: Path
+) -> None:
+    """What is rendered holds the generated answer to the same form, behind the same thoughts."""
+    router = start(model=str(thinker), reasoning_parser="qwen3", enable_scale_out=True)
+    router.add(Role.COLOCATED)
+    router.until_connected()
+    body = {"messages": MESSAGES, "structured_outputs": {"regex": "x+"}, "thinking_token_budget": 9}
+    for more, ended in (({}, False), ({"reasoning_effort": "none"}, True)):
+        told = []
+        assert router.client.post("/v1/chat/completions", json=body | more).status_code == 200
+        told.append(router.workers[0].submits[-1].sampling.constraint)
+        rendered = router.client.post("/v1/chat/completions/render", json=body | more).json()
+        assert rendered["reasoning_ended"] is ended
+        assert router.client.post("/inference/v1/generate", json=rendered).status_code == 200
+        told.append(router.workers[0].submits[-1].sampling.constraint)
+        assert told[0] == told[1] and bool(told[0] and told[0].after) is not ended

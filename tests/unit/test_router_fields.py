@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from pdserve.router import fields
+from pdserve.router.bodies import BODIES
 from pdserve.router.errors import BadRequest
-from pdserve.router.schemas import BODIES, ChatCompletionRequest, StreamOptions, parse
+from pdserve.router.schemas import ChatCompletionRequest, StreamOptions, parse
 
 DECLARED = {name for body in (*BODIES, StreamOptions) for name in body.model_fields}
 GROUPS = (fields.HONOURED, frozenset(fields.ADVISORY), frozenset(fields.REFUSED))
