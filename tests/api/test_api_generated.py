@@ -18,7 +18,7 @@ from pdserve.cluster.records import Role
 from pdserve.cluster.settings import RouterSettings
 from pdserve.router.app import create_app
 
-LARGE, SMALL = 60, 120
+LARGE, SMALL = 75, 180
 """Requests for each route whose body has many fields, and for others; half of them are meant to
 break its schema. Making the large ones costs some 20 ms each."""
 MANY_FIELDS = 7
