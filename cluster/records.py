@@ -33,7 +33,17 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """LayoutFingerprint.digest(): workers with different ones cannot exchange blocks."""
 
 
-class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class WorkerCondition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What changes all the time: kept apart in Redis, and not read by those who follow."""
+
+    status: WorkerStatus | None = None
+    routes: dict[str, str] = {}
+    """Worker id of a source → the transport over which its blocks last came here."""
+    speeds: dict[str, dict[str, float]] = {}
+    """Worker id of a source → transport → bytes per second, where large fetches have shown it."""
+
+
+class WorkerRecord(WorkerCondition, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One worker incarnation. Lives in Redis under a lease that the worker renews."""
 
     worker_id: str
@@ -52,12 +62,16 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     detail: str = ""
     """What it is doing, for people: "loading weights"."""
     model: ModelInfo | None = None
-    status: WorkerStatus | None = None
     transports: tuple[str, ...] = ()
     """Those that it could use, best first."""
-    routes: dict[str, str] = {}
-    """Worker id of a source → the transport over which its blocks last came here."""
-    speeds: dict[str, dict[str, float]] = {}
-    """Worker id of a source → transport → bytes per second, where large fetches have shown it."""
     cpus: tuple[int, ...] = ()
     """Cores that it is pinned to."""
+
+    def parts(self) -> tuple[WorkerRecord, WorkerCondition]:
+        """What hardly ever changes, and the rest."""
+        condition = WorkerCondition(status=self.status, routes=self.routes, speeds=self.speeds)
+        return msgspec.structs.replace(self, status=None, routes={}, speeds={}), condition
+
+    def in_condition(self, condition: WorkerCondition) -> WorkerRecord:
+        """The inverse of `parts`."""
+        return msgspec.structs.replace(self, **msgspec.structs.asdict(condition))

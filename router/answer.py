@@ -38,10 +38,10 @@ from pdserve.router.candidates import CandidateSet
 from pdserve.router.chooser import Need, Verdict
 from pdserve.router.early import Early
 from pdserve.router.leg import AnswerLeg
+from pdserve.router.link import WorkerLink, final_error
 from pdserve.router.mailbox import Mailbox
 from pdserve.router.placement import Candidate, usable
 from pdserve.router.predict import LegFacts
-from pdserve.router.workers import WorkerLink, final_error
 
 if TYPE_CHECKING:
     from pdserve.router.dispatch import Dispatcher
@@ -211,9 +211,13 @@ class Answer:
         done: Callable[[Verdict], None],
         fetches: bool = False,
     ) -> None:
+        def chosen(verdict: Verdict) -> None:
+            worker_id = verdict.candidate.worker.worker_id
+            self._dispatcher.pool.reach(worker_id, lambda: done(verdict))
+
         length = len(self._spec.prompt_token_ids) + len(self._tokens)
         need = Need(length, self._route_hashes, self._spec.session, fetches)
-        self._dispatcher.chooser.pick(candidates, need, done)
+        self._dispatcher.chooser.pick(candidates, need, chosen)
 
     def _route_hashes(self) -> Sequence[bytes]:
         spec = self._spec

@@ -132,7 +132,7 @@ class Dispatcher:
 
     def nobody(self) -> str:
         """Why no request can be served, as a sentence."""
-        roles = sorted(link.role for link in self.pool.links if link.placeable)
+        roles = sorted(load.role for load in self.pool.snapshot())
         there = ", ".join(roles) or "none"
         reason = f" ({self.pool.redis_error})" if self.pool.redis_error else ""
         return (

@@ -8,7 +8,7 @@ from typing import Protocol
 from pdserve.protocol.errors import WorkerError
 from pdserve.protocol.messages import LifeEvent, Output
 from pdserve.router.chooser import Verdict
-from pdserve.router.workers import WorkerLink
+from pdserve.router.link import WorkerLink
 
 
 class LegOwner(Protocol):

@@ -14,10 +14,7 @@ from checkpoints import make_checkpoint
 from live_cluster import Cluster
 from overload import Crowd, Outcome
 
-OPTIONS = (
-    "--prefill", 1, "--decode", 1, "--served-model-name", "m", "--dtype", "float32",
-    "--kv-cache-memory", "32MiB",
-)  # fmt: skip
+SHAPE = ("--prefill", 1, "--decode", 1, "--served-model-name", "m", "--kv-cache-memory", "32MiB")
 OVERLOAD_S = float(os.environ.get("OVERLOAD_S", "60"))
 
 
@@ -37,7 +34,8 @@ def checked(outcome: Outcome) -> Outcome:
 @pytest.mark.timeout(240)
 def test_what_is_too_much_is_refused_and_the_rest_is_served(tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path, "llama")
-    with Cluster("--model", model, *OPTIONS, "--max-waiting", 2, "--max-queue", 4) as cluster:
+    limits = ("--max-waiting", 2, "--max-queue", 4)
+    with Cluster("--model", model, *SHAPE, "--dtype", "float32", *limits) as cluster:
         crowd = Crowd(cluster.url)
         checked(asyncio.run(crowd.in_turn(2)))
         outcome = checked(asyncio.run(crowd.together(24, 3.0)))
@@ -48,16 +46,21 @@ def test_what_is_too_much_is_refused_and_the_rest_is_served(tmp_path: Path) -> N
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_overload_for_a_minute() -> None:
-    """Prints the ratios; asserts what does not depend on who else uses the machine."""
-    with Cluster(*OPTIONS) as cluster:
+def test_overload_for_a_minute(tmp_path: Path) -> None:
+    """Prints the ratios; asserts what does not depend on who else uses the machine. The model takes
+    some milliseconds per token: with a smaller one the clients and the router are most of the work
+    of a machine of two cores, and who gets a core is all that is measured."""
+    model = make_checkpoint(tmp_path, "llama", "mid", dtype="bfloat16")
+    options = (*SHAPE, "--model", model, "--dtype", "bfloat16", "--max-model-len", 1024)
+    with Cluster(*options) as cluster:
         alone = asyncio.run(Crowd(cluster.url).in_turn(20)).gap
     limits = ("--max-waiting", 4, "--max-itl-ms", 1250 * alone, "--max-queue", 32)
-    with Cluster(*OPTIONS, *limits) as cluster:
+    with Cluster(*options, *limits) as cluster:
         crowd, router = Crowd(cluster.url), router_of(cluster)
         alone = asyncio.run(crowd.in_turn(20)).gap
-        began = time.monotonic()
-        rate = len(asyncio.run(crowd.together(16, 8.0)).gaps) / (time.monotonic() - began)
+        rate = len(asyncio.run(crowd.together(16, 8.0)).gaps) / 8
+        # What is served of more than can be: closed clients alone do not show it.
+        rate = len(asyncio.run(crowd.arriving(4 * rate, 6.0)).gaps) / 6
         memory = router.memory_info().rss
         outcome = checked(asyncio.run(crowd.arriving(4 * rate, OVERLOAD_S)))
         grown = (router.memory_info().rss - memory) / 2**20

@@ -11,8 +11,9 @@ import pytest
 from redis.asyncio import Redis
 from redis_for_tests import RedisForTests, redis_for_tests
 
-from pdserve.cluster.membership import Membership, RedisUnavailable, masked
+from pdserve.cluster.membership import MOST_GONE, Membership, RedisUnavailable, masked
 from pdserve.cluster.records import Role, WorkerRecord, WorkerState
+from pdserve.protocol.messages import WorkerStatus
 
 Scenario = Callable[[RedisForTests, Membership], Awaitable[None]]
 
@@ -44,10 +45,16 @@ def record(worker_id: str, epoch: int, **changes: Any) -> WorkerRecord:
     return msgspec.structs.replace(plain, **changes)
 
 
+def status(running: int) -> WorkerStatus:
+    names = WorkerStatus.__struct_fields__[:9]
+    return WorkerStatus(**(dict.fromkeys(names, 0) | {"running": running}))
+
+
 def test_a_record_comes_back_as_it_was_published() -> None:
     async def scenario(_: RedisForTests, membership: Membership) -> None:
         epoch = await membership.next_epoch("w")
-        sent = record("w", epoch, progress=0.5, detail="loading “weights”", cpus=(0, 1))
+        sent = record("w", epoch, progress=0.5, detail="loading “weights”", cpus=(0, 1),
+                      status=status(2), speeds={"p": {"shm": 1e9}})  # fmt: skip
         assert await membership.publish(sent)
         assert await membership.workers() == [sent]
 
@@ -129,14 +136,75 @@ def test_reading_all_workers_is_one_round_trip() -> None:
         commands: list[str] = []
         async with watcher.monitor() as monitor:
             assert len(await membership.workers()) == 50
-            await membership.publish(record("last", 1))
+            await membership.publish(record("finally", 1))
             async for command in monitor.listen():
                 if command["client_type"] != "lua":
                     commands.append(command["command"].split()[0].upper())
-                if "last" in command["command"]:
+                if "finally" in command["command"]:
                     break
         await watcher.aclose()
         assert commands == ["EVAL", "EVAL"]
+
+    run(scenario)
+
+
+def test_who_follows_reads_what_has_changed() -> None:
+    async def scenario(_: RedisForTests, membership: Membership) -> None:
+        assert await membership.follow() == {}
+        loaded = record("a", 1, status=status(3), routes={"p": "shm"})
+        for one in (loaded, record("b", 1), record("c", 1)):
+            await membership.publish(one, lease_s=60)
+        first = await membership.follow()
+        assert first == {name: record(name, 1) for name in "abc"}
+        await membership.publish(msgspec.structs.replace(loaded, status=status(4)), lease_s=60)
+        assert await membership.follow() is first, "a load is nobody's affair"
+        assert [one.status for one in await membership.workers()] == [status(4), None, None]
+        await membership.publish(record("b", 1, role=Role.PREFILL), lease_s=60)
+        await membership.remove("c", 1)
+        assert await membership.follow() == {
+            "a": record("a", 1),
+            "b": record("b", 1, role="prefill"),
+        }
+        await membership.publish(record("c", 2), lease_s=0.02)
+        assert set(await membership.follow()) == {"a", "b", "c"}
+        while len(await membership.follow()) > 2:
+            await asyncio.sleep(0.005)
+        await membership.publish(record("c", 2), lease_s=60)  # late, but not replaced
+        assert set(await membership.follow()) == {"a", "b", "c"}
+
+    run(scenario)
+
+
+def test_who_follows_learns_that_redis_was_emptied() -> None:
+    async def scenario(redis: RedisForTests, membership: Membership) -> None:
+        for name in "ab":
+            await membership.publish(record(name, 1))
+        assert set(await membership.follow()) == {"a", "b"}
+        await redis.stop()
+        await redis.start()
+        await membership.publish(record("c", 1))
+        assert set(await membership.follow()) == {"c"}
+        await redis.stop()
+        await redis.start()
+        assert await membership.follow() == {}
+
+    run(scenario)
+
+
+def test_workers_that_have_gone_are_not_remembered_for_ever() -> None:
+    async def scenario(redis: RedisForTests, membership: Membership) -> None:
+        await membership.publish(record("stays", 1), lease_s=60)
+        late = Membership(redis.url)
+        assert set(await late.follow()) == {"stays"}
+        for number in range(MOST_GONE + 10):
+            await membership.publish(record(f"w{number}", 1))
+            await membership.remove(f"w{number}", 1)
+        raw = Redis.from_url(redis.url)
+        assert await raw.zcard("{pdserve}:changes") < MOST_GONE
+        assert await raw.hlen("{pdserve}:conditions") == 1
+        await raw.aclose()
+        assert set(await late.follow()) == {"stays"}
+        await late.close()
 
     run(scenario)
 

@@ -16,9 +16,10 @@ from pdserve.cluster.placement import ANY_NUMBER, Option
 from pdserve.cluster.records import ModelInfo, Role, WorkerRecord, WorkerState
 from pdserve.protocol.messages import StepFrame, WorkerStatus
 from pdserve.router.candidates import MAX_AGE_S, MIXED_AGE_S, MOST_ASKED, Candidates, CandidateSet
+from pdserve.router.link import WorkerLink
 from pdserve.router.placement import Candidate, Disaggregate, WorkerLoad
 from pdserve.router.predict import Predictor
-from pdserve.router.workers import WorkerLink, WorkerPool
+from pdserve.router.workers import WorkerPool
 
 ROLES = {"p": Role.PREFILL, "d": Role.DECODE, "c": Role.COLOCATED}
 MODEL = ModelInfo(
