@@ -7,8 +7,8 @@ state, for one thread at a time: first the one that made it, then the engine's.
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
-from collections.abc import Iterable
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +43,13 @@ class Matcher:
         self._thought: list[int] = []
         self._forced = 0
         """Tokens of `closing` that have come, once the budget is spent."""
+        self._allowed: np.ndarray | None = None
+        """Bits of the allowed tokens, made when first needed."""
+        allowed, forbidden = self._constraint.allowed, self._constraint.forbidden
+        self._recent: deque[int] = deque(maxlen=max(map(len, forbidden), default=0))
+        """The last tokens, as many as a forbidden sequence may have."""
+        ends = {*sampling.eos_token_ids, *sampling.stop_token_ids}
+        self._only_ends = bool(allowed) and ends.issuperset(allowed)
         self.finished = False
         """Nothing can be added to the answer."""
         self.spent = False
@@ -53,6 +60,7 @@ class Matcher:
     def follow(self, token_ids: Iterable[int]) -> None:
         """Take the answer's next tokens."""
         for token_id in token_ids:
+            self._recent.append(token_id)
             if self._thinking:
                 self._think(token_id)
             elif self._grammar is not None and not (self.error or self.finished):
@@ -78,6 +86,36 @@ class Matcher:
 
         mask: [⌈V / 32⌉] int32, zero. An `error` leaves it unfinished.
         """
+        bounded = self._fill_form(mask)
+        allowed, forbidden = self._constraint.allowed, self._constraint.forbidden
+        if self.error or not (allowed or forbidden):
+            return bounded
+        if not bounded:
+            mask[:] = -1
+        if allowed:
+            if self._allowed is None:
+                self._allowed = np.zeros_like(mask)
+                _set(self._allowed, allowed)
+            mask &= self._allowed
+        _clear(mask, self._forbidden_now())
+        self.spent = self.spent or self._only_ends
+        if not mask.any():
+            self.error = (
+                "Nothing may follow: allowed_token_ids, bad_words and the form of the answer "
+                "exclude each other."
+            )
+        return True
+
+    def _forbidden_now(self) -> Iterator[int]:
+        """Tokens that would complete a forbidden sequence."""
+        recent = tuple(self._recent)
+        for sequence in self._constraint.forbidden:
+            before = sequence[:-1]
+            if not before or recent[-len(before) :] == before:
+                yield sequence[-1]
+
+    def _fill_form(self, mask: np.ndarray) -> bool:
+        """`fill`, by thoughts and grammar alone."""
         if self._thinking:
             return self._force(mask)
         grammar = self._grammar

@@ -42,6 +42,8 @@ def problem_with(message: Submit, tokens: Sequence[int], bounds: Bounds) -> str:
         )
     if min(tokens) < 0 or max(tokens) >= bounds.vocab_size:
         return f"Token ids must be between 0 and {bounds.vocab_size - 1}."
+    if max(sampling.logprob_token_ids, default=0) >= bounds.vocab_size:
+        return f"logprob_token_ids must be below {bounds.vocab_size}."
     if message.ticket is not None:
         return _problem_with_ticket(message.ticket, message, len(tokens), bounds.layout)
     return ""

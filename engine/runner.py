@@ -153,8 +153,8 @@ class ModelRunner:
         for index, token_id in zip(drawing, tokens, strict=True):
             drawn[index] = (token_id, None)
         if raw is not None:
-            tops = [requests[row].sampling.logprobs or 0 for row in wanted]
-            logprobs = sampler.position_logprobs(raw, [tokens[row] for row in wanted], tops)
+            params = [requests[row].sampling for row in wanted]
+            logprobs = sampler.answer_logprobs(raw, [tokens[row] for row in wanted], params)
             for row, entry in zip(wanted, logprobs, strict=True):
                 drawn[drawing[row]] = (tokens[row], entry)
         return drawn

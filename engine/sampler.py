@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
 import numpy as np
 import torch
 
@@ -33,6 +34,23 @@ def draw(logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
     tokens = kernels.greedy(logits)
     tokens[rows] = _sample(logits[rows], [requests[row] for row in rows])
     return tokens.tolist()
+
+
+def answer_logprobs(
+    logits: torch.Tensor, token_ids: Sequence[int], params: Sequence[SamplingParams]
+) -> list[PositionLogprobs]:
+    """Log-probabilities of drawn tokens under raw logits [R, V], and of what else each request asks
+    for."""
+    tops = [0 if p.logprob_token_ids else p.logprobs or 0 for p in params]
+    entries = position_logprobs(logits, token_ids, tops)
+    for row, (token_id, entry, wanted) in enumerate(
+        zip(token_ids, entries, [p.logprob_token_ids for p in params], strict=True)
+    ):
+        if wanted:
+            values = logits[row, list(wanted)] - (logits[row, token_id] - entry.logprob)
+            named = sorted(zip(wanted, values.tolist(), strict=True), key=lambda pair: -pair[1])
+            entries[row] = msgspec.structs.replace(entry, top=tuple(named))
+    return entries
 
 
 def position_logprobs(

@@ -1,4 +1,5 @@
-"""What a sampler is told about the form of an answer: a grammar, and where free thinking ends."""
+"""What a sampler is told about the form of an answer: a grammar, where free thinking ends, and the
+tokens that there are."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ class Constraint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     While the answer thinks (`after` is not empty and its tokens have not come yet) anything may be
     drawn, `budget` tokens long; then the grammar holds. An end-of-sequence token may be drawn where
-    the grammar's text may end, and an answer to which nothing can be added ends at once.
+    the grammar's text may end, and an answer to which nothing can be added ends at once. `allowed`
+    and `forbidden` hold all along.
     """
 
     grammar: str = ""
@@ -46,3 +48,8 @@ class Constraint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Tokens of thinking after which `closing` is forced, 0 or more; None: no limit."""
     closing: tuple[int, ...] = ()
     """What is forced; ends with `after`."""
+    allowed: tuple[int, ...] = ()
+    """The only tokens that may be drawn, ends of sequence included; (): all."""
+    forbidden: tuple[tuple[int, ...], ...] = ()
+    """Sequences of at least one token that the answer must not contain: the last one of each cannot
+    be drawn behind the others."""

@@ -54,6 +54,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     logprobs: int | None = None
     """Report the log-probability of each generated token and of the n most likely ones
     (None: nothing; 0: only the token's own). Taken from the raw logits, before penalties."""
+    logprob_token_ids: tuple[int, ...] = ()
+    """With `logprobs`: report these tokens' log-probabilities instead of the most likely ones'."""
     prompt_logprobs: int | None = None
     """The same for the prompt's tokens (the first has none). Needs a full prefill: the prefix
     cache is not read."""

@@ -16,6 +16,7 @@ from pdserve.router.errors import BadRequest
 from pdserve.router.openai import ChunkForms, LogprobWriter, whole_call
 from pdserve.router.openai_writer import OpenAIWriter
 from pdserve.router.output import AnswerText, Delta
+from pdserve.router.repetition import REASON
 from pdserve.router.requests import GenerateRequest
 from pdserve.router.served import ServedModel
 from pdserve.router.token_schemas import Generated, GeneratedChoice, ScoredToken, StreamState
@@ -135,14 +136,17 @@ class Derender:
         self, answer: AnswerText, choice: GeneratedChoice, scores: list[PositionLogprobs] | None
     ) -> None:
         reason, stop = choice.finish_reason, choice.stop_reason
+        repeats = reason == REASON
         output = Output(
             request_id="",
             token_ids=choice.token_ids,
             logprobs=scores,
-            finish_reason=None if reason is None else FinishReason(reason),
+            finish_reason=None if reason is None or repeats else FinishReason(reason),
             stop_token_id=stop if isinstance(stop, int) else None,
         )
         answer.feed(output)
+        if repeats and not answer.finished:
+            answer.finish(REASON, stop)
 
     # streams
 

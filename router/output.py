@@ -14,6 +14,7 @@ from pdserve.protocol.messages import FinishReason, Output, PositionLogprobs
 from pdserve.protocol.sampling import SamplingParams
 from pdserve.router.detokenize import TokenText
 from pdserve.router.reading import Read
+from pdserve.router.repetition import DETECTED, REASON, RepetitionScanner
 from pdserve.router.requests import TextOptions
 from pdserve.router.stops import StopScanner
 
@@ -68,6 +69,8 @@ class AnswerText:
         """Tokens whose text is not shown, where some special ones are."""
         self._detokenizer = tokens.detokenizer(prompt, options.skip_special_tokens and not kept)
         self._scanner = StopScanner(options.stops, options.include_stop)
+        rule = options.repetition
+        self._repetition = None if rule is None else RepetitionScanner(rule)
         self._ending = sampling.ending_token_ids
         self._include_stop = options.include_stop
         self._scan_after = sampling.min_tokens if options.stops else 0
@@ -99,7 +102,7 @@ class AnswerText:
             if self.finished:
                 return
         if output.finish_reason is not None:
-            self._finish(output.finish_reason.value, output.stop_token_id)
+            self.finish(output.finish_reason.value, output.stop_token_id)
 
     def _add(self, token_id: int, logprobs: PositionLogprobs | None, ends: bool) -> None:
         self.count += 1
@@ -112,11 +115,12 @@ class AnswerText:
             delta.offsets.append(self._chars)
         if ends and not self._include_stop:
             return  # the token that ends an answer is counted, its text is not shown
-        if token_id in self._hidden:
-            return
-        text = self._detokenizer.add(token_id)
-        if text:
-            self._pass_on(text)
+        if token_id not in self._hidden:
+            text = self._detokenizer.add(token_id)
+            if text:
+                self._pass_on(text)
+        if self._repetition and self._repetition.feed(token_id) and not self.finished:
+            self.finish(REASON, DETECTED)
 
     def _pass_on(self, text: str) -> None:
         self._chars += len(text)
@@ -128,13 +132,14 @@ class AnswerText:
         if match is not None:
             self._end("stop", match)
 
-    def _finish(self, reason: str, stop_token_id: int | None) -> None:
+    def finish(self, reason: str, stop_reason: int | str | None) -> None:
+        """No more tokens will come."""
         rest = self._detokenizer.finish()
         if rest:
             self._pass_on(rest)
         if not self.finished:
             self._show(self._scanner.flush())
-            self._end(reason, stop_token_id)
+            self._end(reason, stop_reason)
 
     def _show(self, text: str) -> None:
         if self._reader is None:

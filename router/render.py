@@ -61,6 +61,11 @@ def _params(front: Front, parsed: GenerateRequest, place: int, body: SamplingFie
         "skip_special_tokens": text.skip_special_tokens,
         **_form(front, body),
         "logit_bias": {str(key): value for key, value in sampling.logit_bias.items()} or None,
+        "allowed_token_ids": body.allowed_token_ids,
+        "bad_words": body.bad_words,
+        "logprob_token_ids": body.logprob_token_ids,
+        "repetition_detection": body.repetition_detection
+        and body.repetition_detection.model_dump(exclude_none=True),
         "thinking_token_budget": body.thinking_token_budget,
     }
     return {key: value for key, value in params.items() if value is not None}

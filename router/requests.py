@@ -21,6 +21,7 @@ from pdserve.router.fields import refuse
 from pdserve.router.grammar_check import GrammarCheck
 from pdserve.router.prompts import Prompt, Prompts, truncation_of
 from pdserve.router.reading import Reading
+from pdserve.router.repetition import Repetition, repetition_of
 from pdserve.router.sampling import (
     Vocabulary,
     answer_count,
@@ -38,6 +39,7 @@ from pdserve.router.schemas import (
     parse,
 )
 from pdserve.router.served import ServedModel
+from pdserve.router.token_rules import chosen_tokens, with_token_rules
 from pdserve.router.token_schemas import EngineSampling, GenerateTokensRequest
 
 COMPLETION_TOKENS = 16
@@ -55,6 +57,8 @@ class TextOptions:
     stops: tuple[str, ...] = ()
     include_stop: bool = False
     skip_special_tokens: bool = True
+    repetition: Repetition | None = None
+    """What ends an answer that runs in circles."""
     reading: Reading | None = None
     """What to look for in the text; None: it is passed on as it is."""
 
@@ -256,6 +260,11 @@ class RequestParser:
                 prompt_logprobs = logprobs
         if wanted is not None:
             _bound_prompt_logprobs(wanted, prompts)
+        chosen = chosen_tokens(body, logprobs, self._vocabulary)
+        if chosen:
+            logprobs = len(chosen)
+        tokenizer = self.model.tokenizer
+        constraint = with_token_rules(form.constraint, body, self._vocabulary, tokenizer)
         seed = self._rng.getrandbits(64)
         params = [
             sampling_params(
@@ -267,7 +276,8 @@ class RequestParser:
                 asked_tokens=asked,
                 logprobs=logprobs,
                 prompt_logprobs=wanted,
-                constraint=form.constraint,
+                logprob_token_ids=chosen,
+                constraint=constraint,
             )
             for prompt in prompts
         ]
@@ -276,6 +286,7 @@ class RequestParser:
             stops=stop_strings(body),
             include_stop=bool(body.include_stop_str_in_output),
             skip_special_tokens=body.skip_special_tokens is not False,
+            repetition=repetition_of(body.repetition_detection),
             reading=form.reading,
         )
         return GenerateRequest(

@@ -109,6 +109,7 @@ def sampling_params(
     asked_tokens: int,
     logprobs: int | None,
     prompt_logprobs: int | None,
+    logprob_token_ids: tuple[int, ...] = (),
     constraint: Constraint | None = None,
 ) -> SamplingParams:
     """The parameters of a request's first answer. `seed`: what to use if the client gave none;
@@ -137,6 +138,7 @@ def sampling_params(
         ignore_eos=bool(fields.ignore_eos),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        logprob_token_ids=logprob_token_ids,
         constraint=constraint,
     )
 

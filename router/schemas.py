@@ -78,6 +78,12 @@ class StreamOptions(RequestBody):
     continuous_usage_stats: bool | None = None
 
 
+class RepetitionDetection(RequestBody):
+    max_pattern_size: Int64 | None = None
+    min_pattern_size: Int64 | None = None
+    min_count: Int64 | None = None
+
+
 class SamplingFields(RequestBody):
     """What completions and chat have in common."""
 
@@ -109,6 +115,10 @@ class SamplingFields(RequestBody):
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
+    allowed_token_ids: TokenIds | None = None
+    bad_words: Many[str] | None = None
+    logprob_token_ids: TokenIds | None = None
+    repetition_detection: RepetitionDetection | None = None
     response_format: Object | None = None
     structured_outputs: Object | None = None
     thinking_token_budget: Annotated[int, Field(ge=-1, le=2**31, strict=True)] | None = None
@@ -136,10 +146,6 @@ class SamplingFields(RequestBody):
     guided_decoding_backend: Any = None
     guided_whitespace_pattern: Any = None
     use_beam_search: Any = None
-    allowed_token_ids: Any = None
-    bad_words: Any = None
-    logprob_token_ids: Any = None
-    repetition_detection: Any = None
     kv_transfer_params: Any = None
     ec_transfer_params: Any = None
     vllm_xargs: Any = None

@@ -47,6 +47,37 @@ def test_rows_without_a_grammar_are_left_alone() -> None:
     assert one in "xyz" and two == wanted and three in "0123456789"
 
 
+def test_where_only_the_end_is_allowed_min_tokens_do_not_wait() -> None:
+    found = make_request(
+        [5], eos_token_ids=(EOS,), constraint=Constraint(allowed=(EOS,)), min_tokens=9
+    )
+    found.matcher = GRAMMARS.matcher(found.sampling, [])
+    assert draw(found) == ["<|im_end|>"]
+
+
+def test_scores_of_chosen_tokens() -> None:
+    """They are what they are among all, whatever is drawn, most likely first."""
+    torch.manual_seed(0)
+    logits = torch.randn(3, VOCAB)
+    exact = logits.double().log_softmax(-1)
+    chosen = (5, 700, 2000)
+    params = [
+        make_request([5], logprobs=3, logprob_token_ids=chosen).sampling,
+        make_request([5], logprobs=2).sampling,
+        make_request([5], logprobs=1, logprob_token_ids=(9,)).sampling,
+    ]
+    entries = sampler.answer_logprobs(logits, [700, 8, 9], params)
+    assert {token for token, _ in entries[0].top} == set(chosen)
+    assert [value for _, value in entries[0].top] == sorted(
+        (value for _, value in entries[0].top), reverse=True
+    )
+    for row, (entry, drawn) in enumerate(zip(entries, (700, 8, 9), strict=True)):
+        assert abs(entry.logprob - exact[row, drawn]) < 1e-5
+        for token, value in entry.top:
+            assert abs(value - exact[row, token]) < 1e-5
+    assert len(entries[1].top) == 2 and entries[2].top == ((9, entries[2].logprob),)
+
+
 def test_a_grammar_wins_over_a_bias() -> None:
     (token,) = TOKENIZER.encode("q").ids
     assert draw(request("[xyz]", logit_bias={token: 100.0}))[0] in "xyz"

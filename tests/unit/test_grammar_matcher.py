@@ -157,3 +157,38 @@ def test_only_so_many_grammars_are_kept() -> None:
     for number in range(40):
         make(grammar=regex(f"a{{{number}}}b"))
     assert len(GRAMMARS._compiled) == 32
+
+
+def options(matcher: Matcher) -> set[int]:
+    found = allowed(matcher)
+    assert found is not None
+    return set(found)
+
+
+def test_only_allowed_tokens_and_no_forbidden_sequences() -> None:
+    a, b, c = (TOKENIZER.encode(text).ids[0] for text in "abc")
+    rules = {"allowed": (a, b, c, EOS), "forbidden": ((c,), (a, b), (b, b, a))}
+    matcher = make(**rules)
+    assert options(matcher) == {a, b, EOS}
+    matcher.follow([a])
+    assert options(matcher) == {a, EOS}
+    matcher.follow([b, b])
+    assert options(matcher) == {b, EOS}
+    replayed = make((a, b, b), **rules)
+    assert options(replayed) == {b, EOS}
+
+
+def test_forbidden_sequences_alone_leave_everything_else() -> None:
+    assert options(make(forbidden=((7,),))) == set(range(VOCAB)) - {7}
+    thinking = make(forbidden=((7,),), after=(9,))
+    assert options(thinking) == set(range(VOCAB)) - {7}
+
+
+def test_rules_about_tokens_narrow_a_grammar() -> None:
+    x, y, q = (TOKENIZER.encode(text).ids[0] for text in "xyq")
+    grammar = regex("[xyz]")
+    assert options(make(grammar=grammar, allowed=(y, q))) == {y}
+    assert y not in options(make(grammar=grammar, forbidden=((y,),)))
+    nothing = make(grammar=grammar, allowed=(q,))
+    assert not options(nothing) and "exclude each other" in nothing.error
+    assert x in options(make(grammar=grammar))

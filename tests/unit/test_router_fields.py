@@ -9,9 +9,10 @@ import pytest
 from pdserve.router import fields
 from pdserve.router.bodies import BODIES
 from pdserve.router.errors import BadRequest
-from pdserve.router.schemas import ChatCompletionRequest, StreamOptions, parse
+from pdserve.router.schemas import ChatCompletionRequest, RepetitionDetection, StreamOptions, parse
 
-DECLARED = {name for body in (*BODIES, StreamOptions) for name in body.model_fields}
+NESTED = (StreamOptions, RepetitionDetection)
+DECLARED = {name for body in (*BODIES, *NESTED) for name in body.model_fields}
 GROUPS = (fields.HONOURED, frozenset(fields.ADVISORY), frozenset(fields.REFUSED))
 
 SOMETHING: dict[str, Any] = {
