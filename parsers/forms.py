@@ -32,6 +32,14 @@ def required(form: str, tools: Sequence[Tool], one: bool) -> Json:
     return FORMS[form](tools, one)
 
 
+def beside(form: str, tools: Sequence[Tool], one: bool) -> Json:
+    """`required`, as one of several things that an answer may be. Where calls are JSON they are
+    schemas: a longer literal would hide the brace that other JSON begins with."""
+    if form == "llama3_json":
+        return _list([_tag("", _call_schema(tool), "") for tool in tools], "; ", one)
+    return required(form, tools, one)
+
+
 def guarded(form: str, tools: Sequence[Tool]) -> Json:
     """Free text in which calls are held to their tools' schemas."""
     if form in TRIGGERS:
@@ -85,6 +93,19 @@ def _hermes(tools: Sequence[Tool], one: bool) -> Json:
 
 def _llama(tools: Sequence[Tool], one: bool) -> Json:
     return _list([_object_tag(tool, "", "", "parameters") for tool in tools], "; ", one)
+
+
+def _call_schema(tool: Tool) -> Json:
+    shared = {key: value for key, value in tool.parameters.items() if key in DEFINITIONS}
+    schema = {
+        "type": "object",
+        "properties": {"name": {"const": tool.name}, "parameters": tool.parameters},
+        "required": ["name", "parameters"],
+        "additionalProperties": False,
+        **shared,
+        "x-guidance": {"lenient": not tool.strict},
+    }
+    return {"type": "json_schema", "json_schema": schema}
 
 
 def _mistral_tag(tool: Tool) -> Json:

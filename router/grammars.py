@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 from llguidance import LLMatcher, regex_to_lark
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
+from pdserve.router.parts import closed
+
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
@@ -64,18 +66,6 @@ def json_grammar(schema: Any, options: Mapping[str, Any]) -> str:
     return str(LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=overrides))
 
 
-def closed(schema: Any) -> Any:
-    """The schema with `additionalProperties: false` in every object that says nothing of them."""
-    if isinstance(schema, list):
-        return [closed(part) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    found = {name: closed(part) for name, part in schema.items()}
-    if "properties" in found or found.get("type") == "object":
-        found.setdefault("additionalProperties", False)
-    return found
-
-
 def as_lark(text: str) -> str:
     return str(gbnf_to_lark(text)) if "::=" in text else text
 
@@ -114,6 +104,7 @@ class TagCompiler:
             "sequence": lambda p: " ".join(map(self.part, _list(p, "elements"))),
             "or": lambda p: " | ".join(map(self.part, _list(p, "elements"))),
             "tag": self._tag,
+            "structures": self._legacy,
             "triggered_tags": self._triggered,
             "tags_with_separator": self._separated,
         }
@@ -221,7 +212,9 @@ def _schema(part: Json) -> Any:
 
 def _spaced(schema: Json) -> Json:
     """With our rule for blanks, where the schema has none of its own."""
-    return {**schema, "x-guidance": {"whitespace_pattern": BLANKS, **schema.get("x-guidance", {})}}
+    own = schema.get("x-guidance", {})
+    blanks = {} if "whitespace_flexible" in own else {"whitespace_pattern": BLANKS}
+    return {**schema, "x-guidance": {**blanks, **own}}
 
 
 def _text(part: Any, name: str) -> str:

@@ -72,11 +72,10 @@ def _params(front: Front, parsed: GenerateRequest, place: int, body: SamplingFie
 
 
 def _form(front: Front, body: SamplingFields) -> Json:
-    """What holds the answer to a form; calls of tools that are forced are a form, too."""
+    """What holds the answer to a form; calls of tools are part of it."""
     if isinstance(body, ChatCompletionRequest):
         wish = front.parser.forms.tools(body).wish
-        if wish is not None and wish.param == "tools":
-            return {"structured_outputs": {wish.kind: wish.value}}
+        return {"structured_outputs": wish and {wish.kind: wish.value, **wish.options}}
     return {
         "structured_outputs": body.structured_outputs,
         "response_format": body.response_format,

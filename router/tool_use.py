@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pdserve.parsers.forms import NO_PARAMETERS, Tool, guarded, required
+from pdserve.parsers.forms import NO_PARAMETERS, Tool, beside, guarded, required
 from pdserve.router.constraints import wish_of
 from pdserve.router.errors import BadRequest
 from pdserve.router.grammar_check import Wish
+from pdserve.router.parts import part_of
 from pdserve.router.schemas import ChatCompletionRequest
 
 Json = dict[str, Any]
@@ -55,9 +56,10 @@ def tool_use(body: ChatCompletionRequest, parser: str | None, auto: bool) -> Too
                 f"be set (parameter={param}).",
                 param=param,
             )
+        if other is not None:
+            return ToolUse(True, _either(beside(parser, tools, one), other), tools)
         strict = any(tool.strict for tool in tools)
-        wish = _wish(guarded(parser, tools)) if strict else other
-        return ToolUse(True, wish, tools)
+        return ToolUse(True, _wish(guarded(parser, tools)) if strict else None, tools)
     if choice == "required":
         if parser is None:
             raise BadRequest(f'tool_choice="required" {NO_PARSER}.', param=param)
@@ -76,6 +78,14 @@ def tool_use(body: ChatCompletionRequest, parser: str | None, auto: bool) -> Too
 
 def _wish(form: Json) -> Wish:
     return Wish("structural_tag", {"format": form}, "tools")
+
+
+def _either(calls: Json, other: Wish) -> Wish:
+    """Calls and nothing else, or an answer of the form that the client wants of answers."""
+    part = part_of(other.kind, other.value, other.options)
+    return Wish(
+        "structural_tag", {"format": {"type": "or", "elements": [calls, part]}}, other.param
+    )
 
 
 def _named(choice: Any, tools: Sequence[Tool]) -> Tool:

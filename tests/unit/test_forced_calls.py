@@ -15,6 +15,8 @@ from pdserve.parsers.calls import CALLS, Call, CallParser
 from pdserve.parsers.forms import NO_PARAMETERS, Tool, guarded, required
 from pdserve.protocol.grammar import LIMITS
 from pdserve.router.grammars import grammar_of
+from pdserve.router.schemas import ChatCompletionRequest
+from pdserve.router.tool_use import tool_use
 
 VOCAB, EOS = 2048, 2
 TOKENIZER = LLTokenizer(
@@ -129,3 +131,49 @@ def test_texts_of_parameters_end_at_their_mark() -> None:
     ((call,), said) = read("qwen3_coder", text)[::-1]
     assert not said and json.loads(call.arguments)["city"] == "New\n<b>York"
     check(call)
+
+
+FORMS: dict[str, tuple[dict[str, Any], str, str]] = {
+    "schema": ({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {
+        "type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"],
+        "additionalProperties": False}}}}, '{"a": 1}', '{"b": 1}'),
+    "object": ({"response_format": {"type": "json_object"}}, '{"b": [1]}', "[1]"),
+    "dense": ({"structured_outputs": {"json": {"type": "object", "properties": {"a": {}}},
+        "disable_any_whitespace": True, "disable_additional_properties": True}},
+        '{"a":1}', '{"a": 1}'),
+    "regex": ({"structured_outputs": {"regex": "[0-9]{3}"}}, "123", "12"),
+    "choice": ({"structured_outputs": {"choice": ["yes", "no"]}}, "no", "maybe"),
+    "grammar": ({"structured_outputs": {"grammar": 'root ::= "a" ("b" | "c")'}}, "ac", "a"),
+    "tag": ({"response_format": {"type": "structural_tag", "format": {
+        "type": "const_string", "value": "x"}}}, "x", "y"),
+    "old tag": ({"response_format": {"type": "structural_tag", "triggers": ["<q"], "structures": [
+        {"begin": "<q>", "schema": {"type": "integer"}, "end": "</f>"}]}}, "so <q>7</f>", "<q>x"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("form", FORMS)
+def test_an_answer_of_a_form_or_calls(name: str, form: str) -> None:
+    """What the client wants of answers does not keep the model from calling, nor the tools from
+    answering in that form."""
+    asked, good, bad = FORMS[form]
+    functions = [
+        {"name": tool.name, "parameters": tool.parameters, "strict": tool.strict} for tool in TOOLS
+    ]
+    tools = [{"type": "function", "function": function} for function in functions]
+    body = ChatCompletionRequest(messages=[], tools=tools, **asked)
+    use = tool_use(body, name, True)
+    assert use.parse and use.wish is not None
+    grammar = grammar_of(use.wish.kind, use.wish.value, use.wish.options, {})
+    limits = LLParserLimits(verbose_errors=False, **LIMITS)
+    found = LLMatcher(TOKENIZER, grammar, log_level=0, limits=limits)
+    assert not found.is_error(), found.get_error()
+    assert _accepts(found.deep_copy(), good)
+    assert not _accepts(found.deep_copy(), bad)
+    call = next(
+        text
+        for seed in range(9)
+        if (text := wander(matcher(required(name, TOOLS, True)), random.Random(seed))) is not None
+    )
+    assert _accepts(found.deep_copy(), call), call
+    assert not read(name, good)[1]
