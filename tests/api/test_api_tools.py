@@ -173,15 +173,10 @@ def test_forced_calls_come_with_a_grammar(
         assert "lazy" in grammars(router)[0]
         extra = {"structured_outputs": {"regex": "x"}}
         whole(client, tools=TOOLS, extra_body=extra)
-        assert grammars(router)[0] == grammars_of_regex("x")
+        either = grammars(router)[0]
+        assert "get_weather" in either and "/x/" in either
         whole(client, tools=TOOLS, tool_choice="required", extra_body=extra)
         assert grammars(router)[0] == both
-
-
-def grammars_of_regex(pattern: str) -> str:
-    from llguidance import LLMatcher
-
-    return LLMatcher.grammar_from_regex(pattern)
 
 
 @pytest.mark.parametrize(
