@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from pdserve.bench import check, compare, diff, peers, serve
+from pdserve.bench import check, compare, diff, peers, profile, serve
 
 HELP = """\
 usage: pdserve bench COMMAND [OPTION ...]
@@ -13,6 +13,7 @@ usage: pdserve bench COMMAND [OPTION ...]
   serve URL   load on any OpenAI-compatible server, and what came of it
   compare     the same load on several topologies, and who wins; an HTML report
   peers       pdserve and vLLM on this machine, the same load
+  profile     how long things take at workers of this machine, for `pdserve simulate`
   diff A B    two stored runs side by side, if they may be compared
   check       whether the load generator tells the truth on this machine
 
@@ -24,6 +25,7 @@ COMMANDS = {
     "check": check.main,
     "diff": diff.main,
     "peers": peers.main,
+    "profile": profile.main,
 }
 
 

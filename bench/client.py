@@ -8,6 +8,7 @@ makes the server look worse, never better (the "coordinated omission" of closed 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import time
@@ -15,13 +16,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import httpx
 import uvloop
 
 from pdserve.bench.arrivals import Arrivals, times
+from pdserve.bench.wire import Exchange, Wire, WireError
 from pdserve.bench.workloads import Job
 
-SPIN_S = 0.001
+SPIN_S = 0.002
 """The last of the wait for a due time is spent asking, not sleeping: sleeps are this coarse."""
 LOOK_S = 0.01
 """How often the client looks whether its own loop keeps up."""
@@ -131,12 +132,11 @@ async def drive(
     progress: Progress = lambda done, running: None,
 ) -> Run:
     """As `measure`, beside other work of the caller's loop."""
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    headers = {"accept-encoding": "identity", **server.headers}
-    async with httpx.AsyncClient(
-        base_url=server.url, timeout=server.timeout_s, limits=limits, headers=headers
-    ) as client:
-        return await _Driver(client, server, jobs, progress).run(arrivals, seed)
+    wire = Wire(server.url, {"accept-encoding": "identity", **server.headers})
+    try:
+        return await _Driver(wire, server, jobs, progress).run(arrivals, seed)
+    finally:
+        wire.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,16 +145,14 @@ class _Letter:
 
     job: int
     prompt: tuple[int, ...]
-    request: httpx.Request
+    request: bytes
 
 
 class _Driver:
     """One run. Owns its tasks."""
 
-    def __init__(
-        self, client: httpx.AsyncClient, server: Server, jobs: Sequence[Job], progress: Progress
-    ) -> None:
-        self._client, self._server, self._jobs = client, server, jobs
+    def __init__(self, wire: Wire, server: Server, jobs: Sequence[Job], progress: Progress) -> None:
+        self._wire, self._server, self._jobs = wire, server, jobs
         self._progress = progress
         self._records: list[Record] = []
         self._running = 0
@@ -206,8 +204,14 @@ class _Driver:
         async with asyncio.TaskGroup() as tasks:
             for number, due in zip(first, dues, strict=True):
                 letter = self._prepare(number, ())
+                await self._connect()
                 await self._until(due)
                 tasks.create_task(self._conversation(letter, due))
+
+    async def _connect(self) -> None:
+        """A server that cannot be reached fails the request, not the run."""
+        with contextlib.suppress(OSError):
+            await self._wire.connect()
 
     async def _until(self, due: float) -> None:
         if (left := due - SPIN_S - self._now()) > 0:
@@ -246,33 +250,23 @@ class _Driver:
             "return_token_ids": True,
             **self._server.extra,
         }
-        request = self._client.build_request(
-            "POST",
-            "/v1/completions",
-            content=json.dumps(body).encode(),
-            headers={"content-type": "application/json"},
-        )
+        request = self._wire.post("/v1/completions", json.dumps(body).encode())
         return _Letter(number, prompt, request)
 
     async def _request(self, record: Record, letter: _Letter) -> None:
         self._running += 1
         self._progress(len(self._records), self._running)
-        chunks: list[tuple[float, bytes]] = []
+        answer = Exchange()
         record.sent = self._now()
         try:
             async with asyncio.timeout(self._server.timeout_s):
-                response = await self._client.send(letter.request, stream=True)
-                try:
-                    record.status = response.status_code
-                    async for chunk in response.aiter_raw():
-                        chunks.append((self._now(), chunk))
-                finally:
-                    await response.aclose()
+                await self._wire.exchange(letter.request, answer)
         except TimeoutError:
             record.error = f"It took longer than {self._server.timeout_s:g} s."
-        except httpx.HTTPError as error:
+        except (WireError, OSError) as error:
             record.error = f"{type(error).__name__}: {error}"
-        record.ended = self._now()
+        record.ended, record.status = self._now(), answer.status
+        chunks = [(moment - self._begin, chunk) for moment, chunk in answer.chunks]
         read(record, chunks, self._jobs[letter.job].output_len)
         self._running -= 1
         self._progress(len(self._records) + 1, self._running)

@@ -153,7 +153,7 @@ def _plan(topologies: Sequence[Topology], args: argparse.Namespace, more: Sequen
     plan = Plan(
         jobs=tuple(make(shape)),
         arrivals=arrivals,
-        rates=_rates(args.rates),
+        rates=rates_given(args.rates),
         slo=slo,
         seed=args.seed,
         options=tuple(options),
@@ -188,7 +188,7 @@ def ladder(top: float, rungs: int) -> tuple[float, ...]:
     return tuple(float(f"{top * number / rungs:.3g}") for number in range(1, rungs + 1))
 
 
-def _rates(text: str) -> tuple[float, ...]:
+def rates_given(text: str) -> tuple[float, ...]:
     try:
         rates = tuple(sorted(float(word) for word in text.replace(",", " ").split()))
     except ValueError:

@@ -11,6 +11,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+from pdserve.bench.client import SPIN_S
+
 
 async def serve(ttft_s: float, itl_s: float) -> None:
     async def on_client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -46,9 +48,13 @@ async def _head(reader: asyncio.StreamReader) -> bytes:
 
 
 async def _until(moment: float) -> None:
-    left = moment - asyncio.get_running_loop().time()
-    if left > 0:
+    """To the microsecond: timers of a loop are whole milliseconds, so the last ones are spent
+    asking."""
+    time = asyncio.get_running_loop().time
+    if (left := moment - SPIN_S - time()) > 0:
         await asyncio.sleep(left)
+    while time() < moment:  # noqa: ASYNC110 - it is time that has to pass
+        await asyncio.sleep(0)
 
 
 def _chunk(writer: asyncio.StreamWriter, text: str) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
+import itertools
 import random
 import shutil
 import statistics
@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pdserve.bench.workloads import MOONCAKE, mooncake_rows
 from pdserve.cluster.placement import LoadReport, Option, Placement, ask, pack_options
 from pdserve.cluster.process import start, stop
 from pdserve.cluster.redis_server import private_folder, private_redis, until_answering
@@ -35,7 +36,6 @@ from pdserve.protocol.blocks import (
 )
 from pdserve.router.placement import COMPUTE
 
-TRACE = Path(__file__).parent / "traces" / "mooncake_conversation.jsonl"
 SCALE = 64
 """Lengths of the trace are divided by this."""
 SYSTEM_PROMPTS, SYSTEM_TOKENS = 50, 512
@@ -172,21 +172,17 @@ class Result:
 def read_jobs(trace: Path, limit: int) -> list[Job]:
     """The trace's requests, at most `limit` (0: all), with system prompts in front."""
     jobs = []
-    with trace.open() as lines:
-        for number, line in enumerate(lines):
-            if limit and number >= limit:
-                break
-            row = json.loads(line)
-            tokens = _tokens(row["hash_ids"], max(1, row["input_length"] // SCALE))
-            jobs.append(
-                Job(
-                    row["timestamp"] / 1000,
-                    block_hashes(tokens, BLOCK, ROOT),
-                    route_hashes(tokens),
-                    len(tokens),
-                    max(1, row["output_length"] // SCALE),
-                )
+    for row in itertools.islice(mooncake_rows(trace), limit or None):
+        tokens = _tokens(row.hashes, max(1, row.input_len // SCALE))
+        jobs.append(
+            Job(
+                row.second,
+                block_hashes(tokens, BLOCK, ROOT),
+                route_hashes(tokens),
+                len(tokens),
+                max(1, row.output_len // SCALE),
             )
+        )
     return jobs
 
 
@@ -299,8 +295,8 @@ async def compare(
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--workers", type=int, default=8)
-    parser.add_argument("--trace", type=Path, default=TRACE)
-    parser.add_argument("--requests", type=int, default=0, help="0: all of the trace")
+    parser.add_argument("--trace", type=Path, default=MOONCAKE)
+    parser.add_argument("--requests", type=int, default=400, help="0: all of the trace")
     parser.add_argument("--cache", type=int, default=65_536, help="tokens per worker")
     parser.add_argument("--busy", type=float, default=0.5, help="share of the time, at ideal hits")
     arguments = parser.parse_args()

@@ -32,7 +32,7 @@ def pyplot() -> Any:
     return found
 
 
-def _png(plt: Any, figure: Any) -> bytes:
+def png(plt: Any, figure: Any) -> bytes:
     buffer = io.BytesIO()
     figure.tight_layout()
     figure.savefig(buffer, dpi=DPI, format="png")
@@ -57,7 +57,7 @@ def latency(cells: Sequence[Cell], slo: Slo) -> bytes:
         side.yaxis.set_major_formatter("{x:g}")
         side.yaxis.set_minor_formatter("{x:g}")
         side.legend(fontsize="small")
-    return _png(plt, figure)
+    return png(plt, figure)
 
 
 def attainment(cells: Sequence[Cell]) -> bytes:
@@ -72,7 +72,7 @@ def attainment(cells: Sequence[Cell]) -> bytes:
     side.axhline(100 * ATTAINED, color="grey", linewidth=0.8, linestyle=":")
     side.set(title="Requests that met both targets", xlabel="requests/s", ylabel="%", ylim=(0, 103))
     side.legend()
-    return _png(plt, figure)
+    return png(plt, figure)
 
 
 def breakdown(cells: Sequence[Cell]) -> bytes:
@@ -92,7 +92,7 @@ def breakdown(cells: Sequence[Cell]) -> bytes:
     side.invert_yaxis()
     side.set(title="Where a mean request's time goes", xlabel="ms")
     side.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return _png(plt, figure)
+    return png(plt, figure)
 
 
 def timeline(files: Sequence[tuple[str, Path]]) -> bytes:
@@ -117,4 +117,4 @@ def timeline(files: Sequence[tuple[str, Path]]) -> bytes:
     sides[0][0].set_ylabel("request")
     sides[0][0].invert_yaxis()  # the others share it
     sides[0][-1].legend(fontsize="small", loc="lower right")
-    return _png(plt, figure)
+    return png(plt, figure)

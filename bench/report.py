@@ -51,23 +51,37 @@ def write(
         "phases": plots.breakdown(cells),
         "timeline": plots.timeline(runs),
     }
-    for name, picture in pictures.items():
-        (folder / f"{name}.png").write_bytes(picture)
     tables = {
         "Goodput": _goodput(cells),
         "Figures": _figures(cells, SHOWN),
         "Phases": _phases(cells),
         "Processes": _processes(cells),
     }
-    markdown = "\n\n".join(
-        [
-            *content["verdict"],
-            *(f"## {title}\n\n{_markdown(rows)}" for title, rows in tables.items()),
-        ]
+    more = {"All figures": _figures(cells, [metric.name for metric in METRICS])}
+    title = f"pdserve: {workload}"
+    return write_page(
+        folder, title, f"Which topology for {workload}?", content, pictures, tables, more
     )
+
+
+def write_page(
+    folder: Path,
+    title: str,
+    question: str,
+    content: Mapping[str, Any],
+    pictures: Mapping[str, bytes],
+    tables: Mapping[str, Table],
+    more: Mapping[str, Table] | None = None,
+) -> str:
+    """Write the pictures, table.md and report.html (with `more` tables) into the folder; returns
+    text for a terminal. content: verdict (the most important sentence first), command,
+    circumstances."""
+    for name, picture in pictures.items():
+        (folder / f"{name}.png").write_bytes(picture)
+    sections = [f"## {name}\n\n{_markdown(rows)}" for name, rows in tables.items()]
+    markdown = "\n\n".join([*content["verdict"], *sections])
     (folder / "table.md").write_text(markdown + "\n")
-    tables["All figures"] = _figures(cells, [metric.name for metric in METRICS])
-    page = _page(workload, content, pictures, tables)
+    page = _page(title, question, content, pictures, {**tables, **(more or {})})
     (folder / "report.html").write_text(page, encoding="utf-8")
     return f"{markdown}\n\nreport: {folder / 'report.html'}"
 
@@ -128,7 +142,8 @@ def _markdown(rows: Table) -> str:
 
 
 def _page(
-    workload: str,
+    title: str,
+    question: str,
     content: Mapping[str, Any],
     pictures: Mapping[str, bytes],
     tables: Mapping[str, Table],
@@ -147,8 +162,8 @@ def _page(
         for name, value in about.items()
     )
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>pdserve: {workload}</title>'
-        f"<style>{STYLE}</style><h1>Which topology for {html.escape(workload)}?</h1>"
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{STYLE}</style><h1>{html.escape(question)}</h1>"
         f"<p><strong>{first}</strong></p>{''.join(f'<p>{text}</p>' for text in more)}"
         f"{images}{sections}<h2>How it was measured</h2><table>{facts}</table></html>\n"
     )

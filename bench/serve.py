@@ -231,6 +231,11 @@ class ProgressBar:
         )
         sys.stderr.flush()
 
+    def show_of(self, done: int, total: int) -> None:
+        """The same, where the total grows."""
+        self._total = total
+        self.show(done, total - done)
+
     def end(self) -> None:
         if self._live:
             sys.stderr.write("\r\x1b[K")

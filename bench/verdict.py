@@ -121,12 +121,15 @@ def relative(value: float, base: float) -> float:
 
 
 def goodput(cells: Sequence[Cell], topology: str) -> Goodput:
-    """Between the last rate that is sustained and the first that is not, attainment is taken to
-    fall in a line."""
-    shares = [
+    return crossing([
         (rate, statistics.median(cell.figures.attainment for cell in at(cells, topology, rate)))
         for rate in rates_of(cells)
-    ]
+    ])  # fmt: skip
+
+
+def crossing(shares: Iterable[tuple[float, float]]) -> Goodput:
+    """From (rate, attainment), by rate: between the last rate that is sustained and the first that
+    is not, attainment is taken to fall in a line."""
     before = (0.0, 0.0)
     for rate, share in shares:
         if share < ATTAINED:

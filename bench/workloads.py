@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import csv
 import datetime
+import itertools
 import json
+import lzma
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from pathlib import Path
 from pdserve.bench.arrivals import BenchError
 
 TRACES = Path(__file__).parent / "traces"
+MOONCAKE, AZURE = TRACES / "mooncake_conversation.jsonl.xz", TRACES / "azure_conv.csv"
 MOONCAKE_BLOCK = 512
 """Tokens per hash id of a Mooncake trace."""
 
@@ -141,46 +144,47 @@ def _conversation(shape: Shape) -> list[Job]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
-    """One request of a trace: seconds, tokens in, tokens out, hashes of its 512-token blocks."""
+class Row:
+    """One request of a trace."""
 
     second: float
     input_len: int
     output_len: int
     hashes: tuple[int, ...] = ()
+    """Of its blocks of MOONCAKE_BLOCK tokens, if they are known."""
 
 
-def _mooncake(shape: Shape) -> list[Job]:
-    return _replay(shape, _mooncake_rows(shape.trace or TRACES / "mooncake_conversation.jsonl"))
-
-
-def _azure(shape: Shape) -> list[Job]:
-    return _replay(shape, _azure_rows(shape.trace or TRACES / "azure_conv.csv"))
-
-
-def _replay(shape: Shape, rows: Iterator[_Row]) -> list[Job]:
-    jobs: list[Job] = []
+def rows_of(shape: Shape) -> Iterator[Row]:
+    """A trace's requests with their lengths divided, without those that are too long; times count
+    from the first of them."""
+    if shape.kind == "mooncake-conversation":
+        rows = mooncake_rows(shape.trace or MOONCAKE)
+    else:
+        rows = azure_rows(shape.trace or AZURE)
     begin: float | None = None
-    for number, row in enumerate(rows):
-        if len(jobs) == shape.requests:
-            break
+    for row in rows:
         count = max(1, round(row.input_len / shape.length_scale))
         output_len = max(1, round(row.output_len / shape.length_scale))
         if shape.max_len and count + output_len > shape.max_len:
             continue
         begin = row.second if begin is None else begin
-        jobs.append(
-            Job(
-                prompt=_trace_prompt(shape, number, row, count),
-                output_len=output_len,
-                offset=row.second - begin,
-            )
+        yield Row(row.second - begin, count, output_len, row.hashes)
+
+
+def _replay(shape: Shape) -> list[Job]:
+    return [
+        Job(
+            prompt=_trace_prompt(shape, number, row),
+            output_len=row.output_len,
+            offset=row.second,
         )
-    return jobs
+        for number, row in enumerate(itertools.islice(rows_of(shape), shape.requests))
+    ]
 
 
-def _trace_prompt(shape: Shape, number: int, row: _Row, count: int) -> tuple[int, ...]:
-    """`count` tokens; blocks with equal hashes have equal tokens, as in the trace."""
+def _trace_prompt(shape: Shape, number: int, row: Row) -> tuple[int, ...]:
+    """Its tokens; blocks with equal hashes have equal tokens, as in the trace."""
+    count = row.input_len
     if not row.hashes:
         return _tokens(shape, f"row/{number}", count)
     size = max(1, round(MOONCAKE_BLOCK / shape.length_scale))
@@ -192,11 +196,11 @@ def _trace_prompt(shape: Shape, number: int, row: _Row, count: int) -> tuple[int
     return tuple(found[:count])
 
 
-def _mooncake_rows(path: Path) -> Iterator[_Row]:
+def mooncake_rows(path: Path) -> Iterator[Row]:
     for number, line in enumerate(_lines(path), 1):
         try:
             row = json.loads(line)
-            yield _Row(
+            yield Row(
                 row["timestamp"] / 1e3,
                 int(row["input_length"]),
                 int(row["output_length"]),
@@ -208,13 +212,13 @@ def _mooncake_rows(path: Path) -> Iterator[_Row]:
             ) from None
 
 
-def _azure_rows(path: Path) -> Iterator[_Row]:
+def azure_rows(path: Path) -> Iterator[Row]:
     for number, row in enumerate(csv.DictReader(_lines(path)), 2):
         try:
             # Seven digits of a second's fraction; datetime takes six.
             moment = datetime.datetime.fromisoformat(row["TIMESTAMP"][:26])
             second = moment.replace(tzinfo=datetime.UTC).timestamp()
-            yield _Row(second, int(row["ContextTokens"]), int(row["GeneratedTokens"]))
+            yield Row(second, int(row["ContextTokens"]), int(row["GeneratedTokens"]))
         except (ValueError, KeyError, TypeError) as error:
             raise BenchError(
                 f"{path}, line {number}, is no row of an Azure trace: {error}."
@@ -223,10 +227,15 @@ def _azure_rows(path: Path) -> Iterator[_Row]:
 
 def _lines(path: Path) -> Iterator[str]:
     try:
-        with path.open(encoding="utf-8") as file:
+        with (
+            lzma.open(path, "rt", encoding="utf-8")
+            if path.suffix == ".xz"
+            else path.open(encoding="utf-8")
+        ) as file:
             yield from file
-    except OSError as error:
-        raise BenchError(f"--trace: {path} cannot be read: {error.strerror}.") from None
+    except (OSError, lzma.LZMAError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise BenchError(f"--trace: {path} cannot be read: {reason}.") from None
 
 
 MAKERS: dict[str, Callable[[Shape], list[Job]]] = {
@@ -234,6 +243,6 @@ MAKERS: dict[str, Callable[[Shape], list[Job]]] = {
     "random": _random,
     "shared-prefix": _shared_prefix,
     "conversation": _conversation,
-    "mooncake-conversation": _mooncake,
-    "azure-conv": _azure,
+    "mooncake-conversation": _replay,
+    "azure-conv": _replay,
 }

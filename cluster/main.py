@@ -19,6 +19,7 @@ LLM serving with separate prefill and decode workers.
   decode      run one decode worker (--accept-prompts: a colocated one)
   colocated   run one worker that does both
   status      print who is in a cluster
+  simulate    which topology serves a workload best, on a cluster of any size (no cluster needed)
   bench       load on a server: TTFT, ITL, goodput (pdserve bench --help)
   explain     print where a request went, why, and where its time went
   drain       let a worker finish what it has and leave: pdserve drain WORKER
@@ -38,6 +39,7 @@ MODULES = {
     "decode": ("pdserve.decode_worker",),
     "colocated": ("pdserve.decode_worker", "--accept-prompts"),
     "bench": ("pdserve.bench",),
+    "simulate": ("pdserve.bench.simulation",),
     "demo": ("pdserve.demo.show",),
 }
 """Commands that become another process: this package may not import what they run."""

@@ -278,9 +278,11 @@ class Scheduler:
         for index in range(request.num_registered, full):
             route = b""
             if self.pool.listening and is_route_position((index + 1) * size):
-                known = request.token_ids[: full * size]
-                request.routes = route_hashes(known, request.salt, request.routes)
-                route = request.routes[route_index((index + 1) * size)]
+                place = route_index((index + 1) * size)
+                if place >= len(request.routes):
+                    known = request.token_ids[: full * size]
+                    request.routes = route_hashes(known, request.salt, request.routes)
+                route = request.routes[place]
             self.pool.register(request.block_table[index], request.hashes[index], route)
         request.num_registered = full
 

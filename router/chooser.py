@@ -74,6 +74,11 @@ class _Waiting:
     done: Callable[[Verdict], None]
 
 
+def near(routes: Sequence[bytes], draw: int) -> bytes:
+    """What decides which of many workers are asked about, for a prompt with these route hashes."""
+    return routes[min(NEAR, len(routes) - 1)] if routes else draw.to_bytes(4, "little")
+
+
 class Chooser:
     """One router's choices. Event loop only."""
 
@@ -135,7 +140,7 @@ class Chooser:
     ) -> _Waiting:
         draw = self._rng.getrandbits(30)
         routes = () if self._policy is Policy.LEAST_LOAD else need.routes()
-        key = routes[min(NEAR, len(routes) - 1)] if routes else draw.to_bytes(4, "little")
+        key = near(routes, draw)
         candidates, options = among.asked(key, self._rng)
         charge_tokens = not need.fetches
         question = ask(options, routes, need.tokens, charge_tokens=charge_tokens, random=draw)

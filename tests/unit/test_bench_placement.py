@@ -6,11 +6,12 @@ import asyncio
 
 from redis_for_tests import redis_for_tests
 
-from pdserve.bench.placement import BLOCK, TRACE, Cache, Job, compare, read_jobs
+from pdserve.bench.placement import BLOCK, Cache, Job, compare, read_jobs
+from pdserve.bench.workloads import MOONCAKE
 
 
 def test_prefix_routing_has_nine_tenths_of_the_hits_and_an_even_load() -> None:
-    jobs = read_jobs(TRACE, 0)
+    jobs = read_jobs(MOONCAKE, 400)
 
     async def main() -> None:
         async with redis_for_tests() as redis:
