@@ -280,7 +280,12 @@ class RouterSettings(CommonSettings):
     generation_config: str = option(
         "auto",
         "Where sampling defaults come from: auto reads the model's generation_config.json, "
-        "neutral uses none, anything else is a folder or file to read",
+        "neutral (vllm is the same) uses none, anything else is a folder or file to read",
+    )
+    override_generation_config: str = option(
+        "",
+        'Sampling defaults as JSON, over those of --generation-config, e.g. {"temperature": 0.5}; '
+        "max_new_tokens limits answers whose clients set no limit",
     )
     max_logprobs: int = option(
         20,

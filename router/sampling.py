@@ -143,6 +143,14 @@ def sampling_params(
     )
 
 
+def check_defaults(defaults: Defaults) -> None:
+    """Raises BadRequest for a default that breaks the rule for its field, TypeError or ValueError
+    for one that is no number."""
+    nothing = SamplingFields()
+    for check in (_temperature, _top_p, _top_k, _min_p, _repetition_penalty):
+        check(nothing, defaults)
+
+
 def _pick(given: float | None, default: float) -> float:
     return default if given is None else given
 

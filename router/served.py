@@ -7,7 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from typing import Any
 from pdserve.cluster.model_files import ModelError, read_json, resolve_model
 from pdserve.cluster.settings import RouterSettings
 from pdserve.router.chat import ChatTemplate, find_template
-from pdserve.router.errors import NotFound
-from pdserve.router.sampling import Defaults
+from pdserve.router.errors import BadRequest, NotFound
+from pdserve.router.sampling import Defaults, check_defaults
 from pdserve.router.speech import Speech, find_speech
 from pdserve.router.tokenizer import TextTokenizer, load_tokenizer
 
@@ -96,7 +96,9 @@ def load_model(settings: RouterSettings) -> ServedModel:
     config = read_json(folder / "config.json")
     text_config = config.get("text_config") or config
     tokenizer = load_tokenizer(folder)
-    generation = _generation_config(settings.generation_config, folder)
+    generation = _generation_config(settings.generation_config, folder) | _overrides(
+        settings.override_generation_config
+    )
     source = find_template(settings.chat_template, tokenizer.templates)
     default_name = settings.model or "demo"
     model_len = int(text_config.get("max_position_embeddings") or DEFAULT_MODEL_LEN)
@@ -106,7 +108,7 @@ def load_model(settings: RouterSettings) -> ServedModel:
         tokenizer=tokenizer,
         template=ChatTemplate(source, settings.chat_template_content_format) if source else None,
         template_kwargs=_template_kwargs(settings.default_chat_template_kwargs),
-        defaults=Defaults.from_generation_config(generation),
+        defaults=_defaults(generation),
         eos_token_ids=_eos_ids(generation, config, text_config, tokenizer),
         vocab_size=int(text_config.get("vocab_size") or tokenizer.size),
         speech=find_speech(
@@ -122,7 +124,7 @@ def load_model(settings: RouterSettings) -> ServedModel:
 
 def _generation_config(option: str, folder: Path) -> dict[str, Any]:
     """What `--generation-config` stands for."""
-    if option == "neutral":
+    if option in ("neutral", "vllm"):
         return {}
     path = folder if option == "auto" else Path(option).expanduser()
     if path.is_dir():
@@ -136,13 +138,41 @@ def _generation_config(option: str, folder: Path) -> dict[str, Any]:
 
 
 def _template_kwargs(text: str) -> dict[str, Any]:
+    return _json_object("--default-chat-template-kwargs", text)
+
+
+def _json_object(flag: str, text: str) -> dict[str, Any]:
+    """The value of an option that holds JSON. Raises ModelError."""
     try:
-        kwargs = json.loads(text) if text else {}
+        found = json.loads(text) if text else {}
     except ValueError as error:
-        raise ModelError(f"--default-chat-template-kwargs is not valid JSON: {error}.") from None
-    if not isinstance(kwargs, dict):
-        raise ModelError("--default-chat-template-kwargs must be a JSON object.")
-    return kwargs
+        raise ModelError(f"{flag} is not valid JSON: {error}.") from None
+    if not isinstance(found, dict):
+        raise ModelError(f"{flag} must be a JSON object.")
+    return found
+
+
+def _overrides(text: str) -> dict[str, Any]:
+    flag = "--override-generation-config"
+    found = _json_object(flag, text)
+    unknown = found.keys() - Defaults.__dataclass_fields__.keys() - {"eos_token_id"}
+    if unknown:
+        known = ", ".join([*Defaults.__dataclass_fields__, "eos_token_id"])
+        raise ModelError(f"{flag} has the unknown key {min(unknown)!r}; it may have {known}.")
+    return found
+
+
+def _defaults(generation: Mapping[str, Any]) -> Defaults:
+    """Raises ModelError for values that no request may have."""
+    defaults = Defaults.from_generation_config(generation)
+    limit = defaults.max_new_tokens
+    if limit is not None and (not isinstance(limit, int) or limit < 1):
+        raise ModelError(f"max_new_tokens must be a whole number of at least 1, got {limit!r}.")
+    try:
+        check_defaults(defaults)
+    except (BadRequest, TypeError, ValueError) as error:
+        raise ModelError(f"The model's sampling defaults cannot be used: {error}") from None
+    return defaults
 
 
 def _eos_ids(

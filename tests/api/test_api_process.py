@@ -37,6 +37,7 @@ def refused(*options: str) -> str:
         (["--chat-template", "{% for %}"], "malformed"),
         (["--default-chat-template-kwargs", "[1]"], "must be a JSON object"),
         (["--generation-config", "/nope.json"], "cannot be read"),
+        (["--override-generation-config", '{"temperature": 9}'], "temperature must be in [0, 2]"),
         (["--redis", "http://x"], "Redis URL"),
         (["--max-queue", "0"], "--max-queue must be"),
     ],
