@@ -120,7 +120,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--vocab", type=int, default=1000, help="prompt token ids lie under this")
     parser.add_argument("--out", type=Path, help="JSON file for figures and circumstances")
     args, more = parser.parse_known_args(argv)
-    common = [*PAIR.options(), *([f"--model={args.model}"] if args.model else []), *more]
+    common = [
+        *PAIR.options(),
+        "--disaggregate=always",
+        *([f"--model={args.model}"] if args.model else []),
+        *more,
+    ]
     vocab = (10, args.vocab)
 
     def chunks(size: int) -> list[str]:

@@ -43,8 +43,11 @@ local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 """
 
-_KEYS = ("epochs", "workers", "leases", "conditions", "changes", "versions")
-"""KEYS of every script, in this order."""
+_KEYS = (
+    "epochs", "workers", "leases", "conditions", "changes", "versions", "loads", "charges",
+)  # fmt: skip
+"""KEYS of every script, in this order. The last two are those of `cluster.placement`: what a worker
+that has gone said of its load, and what it was charged, goes with it."""
 
 MOST_GONE = 1000
 """Workers that have gone and are remembered as such for those who follow; with more of them than of
@@ -65,6 +68,8 @@ local function gone(id)
   redis.call('HDEL', KEYS[2], id)
   redis.call('HDEL', KEYS[4], id)
   redis.call('ZREM', KEYS[3], id)
+  redis.call('HDEL', KEYS[7], id)
+  redis.call('HDEL', KEYS[8], id)
   changed(id)
   if redis.call('ZCARD', KEYS[5]) > 2 * redis.call('HLEN', KEYS[2]) + {MOST_GONE} then
     redis.call('DEL', KEYS[5])

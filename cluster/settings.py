@@ -212,10 +212,10 @@ class RouterSettings(CommonSettings):
         choices=("prefix", "least-load", "round-robin", "session"),
     )
     disaggregate: str = option(
-        "always",
-        "Whether prompts go over a prefill worker to a decode worker: always, never (decode "
-        "workers compute their own prompts), or auto (when the times measured here predict that "
-        "it costs less, and while there is a prefill worker)",
+        "auto",
+        "Whether prompts go over a prefill worker to a decode worker: auto (when the times "
+        "measured here predict that it costs less, and while there is a prefill worker), always, "
+        "or never (decode workers compute their own prompts)",
         choices=("auto", "always", "never"),
     )
     request_timeout_s: float = option(

@@ -103,7 +103,8 @@ class Answer:
         self._mailbox = mailbox
         self._deadline = deadline
         self._tokens: list[int] = []
-        self._first_at = 0.0
+        self._handed_at = 0.0
+        """When the token came with which a decode leg begins."""
         self._running: AnswerLeg | None = None
         self._held: AnswerLeg | None = None
         self._early: Early | None = None
@@ -160,10 +161,10 @@ class Answer:
         )
 
     def _hand_over_s(self, leg: AnswerLeg) -> float | None:
-        """By how much the blocks came later than the first token, if they came."""
+        """By how much the blocks came later than the token, if they came."""
         for event in leg.events:
-            if event.name == FETCHED and self._first_at:
-                return max(0.0, leg.submitted_at + event.at_s - self._first_at)
+            if event.name == FETCHED and self._handed_at:
+                return max(0.0, leg.submitted_at + event.at_s - self._handed_at)
         return None
 
     # placing
@@ -293,15 +294,17 @@ class Answer:
         if self.done or leg is not self._running:
             return
         if output.ticket is not None and output.ticket.growing:
-            self._begin_early(output.ticket, leg)
+            if not self._tokens:  # early legs have no tokens of their own
+                self._begin_early(output.ticket, leg)
             return
         if leg.early:
             self._drop_held()  # it may have given the ticket up before that was complete
         elif leg.kind == "decode":
             self._held = None  # it has tokens, so it has the blocks
         if not self._tokens:
-            self._first_at = time.monotonic()
             self._dispatcher.unheard.discard(self)
+        if leg.kind == "prefill":
+            self._handed_at = time.monotonic()
         self._tokens.extend(output.token_ids)
         self._moves = 0
         if output.prompt_logprobs is not None:

@@ -124,10 +124,16 @@ class Candidates:
         )
 
     def for_rest(self, avoid: Collection[str] = ()) -> CandidateSet:
-        """Who may compute a prompt and what has come of its answer, and go on."""
-        return self._made(
-            ("rest", None), lambda workers: decode_options(workers, avoid=avoid), bool(avoid)
-        )
+        """Who may go on with an answer whose worker is lost: by computing prompt and tokens so far,
+        or, if the two can be compared, by fetching them from a prefill worker that has most of it
+        in its cache."""
+
+        def find(workers: Sequence[WorkerLoad]) -> Sequence[Candidate]:
+            if self._disaggregate is Disaggregate.AUTO and self._predictor.warm:
+                return first_options(workers, avoid, self._disaggregate, self._predictor.price)
+            return decode_options(workers, avoid=avoid)
+
+        return self._made(("rest", None), find, bool(avoid))
 
     def _made(
         self,

@@ -33,8 +33,9 @@ WARM = 8
 LONGEST_S = 600.0
 """Longer durations are not learnt from: something else was wrong."""
 MAX_WORKERS = 1024
-HARM = 1.0
-"""A second that each stream waits for a prefill beside it, in seconds of the request's own wait."""
+HARM = 2.0
+"""A second that each stream waits for a prefill beside it, in seconds of the request's own wait: a
+stream that stutters is worse than one that begins later, and more will come while it computes."""
 
 LATER = 3.0
 """What it costs those who come later that a token is computed once more, in such tokens;
@@ -179,9 +180,12 @@ class Predictor:
     def price(self, worker_id: str, hand_off: bool) -> Price:
         """What prompts cost there, in µs until a first token can be followed by the next.
         `hand_off`: the blocks go on to another worker. Only if `warm`."""
-        fit = self._prefill.of(worker_id)
-        assert fit is not None
-        base, token, context = fit.weights[0] * 1e6, fit.weights[1] * 1e3, fit.weights[2]
+        fit, usual = self._prefill.of(worker_id), self._prefill.of("")
+        assert fit is not None and usual is not None
+        # Whoever computes a token again later may be anybody: of the same worth at all workers.
+        later = LATER * usual.weights[1] * 1e3
+        base = fit.weights[0] * STEP_SHARE * 1e6
+        token, context = fit.weights[1] * 1e3, fit.weights[2]
         if hand_off:
             transfer = self._transfer.of("")
             assert transfer is not None
@@ -190,7 +194,7 @@ class Predictor:
                 context=context,
                 queued=token,
                 request=0.0,
-                later=LATER * token,
+                later=later,
                 base=base + transfer.weights[0] * 1e6,
                 length=transfer.weights[1] * 1e3,
             )
@@ -201,7 +205,7 @@ class Predictor:
             queued=token,
             request=step.weights[1] * 1e5 if step else 0.0,
             base=base,
-            later=LATER * token,
+            later=later,
             harm=HARM,
         )
 
@@ -210,8 +214,14 @@ PriceOf = Callable[[str, bool], Price]
 """(worker id, whether the blocks go on) → price."""
 
 
+STEP_SHARE = 0.05
+"""Size of the feature that stands for what a prefill costs whatever its length. It is small beside
+those of its tokens, so that while all prompts are equally long the prior gives the time to the
+tokens: they are what streams beside it wait for, and what a cache saves."""
+
+
 def _prefill_x(missing: int, cached: int) -> tuple[float, float, float]:
-    return 1.0, missing / 1e3, missing * (cached + missing / 2) / 1e6
+    return STEP_SHARE, missing / 1e3, missing * (cached + missing / 2) / 1e6
 
 
 def _step_x(requests: int, context: int) -> tuple[float, float, float]:

@@ -49,7 +49,8 @@ def main() -> None:
     found: dict[str, list[list[int]]] = {}
     for name in ("1P+1D", "1C"):
         topology = Topology.parse(name).options()
-        options = ["--batch-invariant", "--dtype=bfloat16", *topology, *sys.argv[1:]]
+        options = ["--batch-invariant", "--dtype=bfloat16", "--disaggregate=always", *topology]
+        options += sys.argv[1:]
         with up(options) as cluster, ThreadPoolExecutor(PROMPTS) as pool:
             found[f"{name}, one by one"] = [ask(cluster.url, prompt) for prompt in prompts()]
             together = pool.map(lambda prompt, url=cluster.url: ask(url, prompt), prompts())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ from router_harness import RouterHarness
 from pdserve.cluster.placement import LoadReport, Placement
 from pdserve.cluster.records import Role
 from pdserve.protocol.blocks import route_hashes
+from pdserve.protocol.messages import LifeEvent
+from pdserve.router.predict import LegFacts
 
 Start = Callable[..., RouterHarness]
 PROMPT = [5 + i % 900 for i in range(800)]
@@ -119,3 +122,37 @@ def test_decode_workers_do_not_serve_by_themselves_if_prompts_are_always_handed_
     harness.add(Role.DECODE)
     harness.until_connected()
     assert harness.client.get("/health").status_code == 503
+
+
+def test_a_stream_that_moves_goes_back_to_where_its_prompt_is_cached(start: Start) -> None:
+    """Of 800 tokens 768 lie at the prefill worker: fetching them costs less than the rest."""
+    harness = start(disaggregate="auto")
+    prefill = harness.add(Role.PREFILL)
+    decodes = [harness.add(Role.DECODE) for _ in range(2)]
+    harness.until_connected()
+    events = [("scheduled", 0.0), ("first_token", 0.4), ("held", 0.4)]
+    for length in (100, 800) * 6:  # half a millisecond per token, and ten for a hand-over
+        facts = LegFacts(
+            worker_id=prefill.worker_id, length=length, cached=0, drawn=1, requests=0,
+            hand_over_s=0.01,
+            events=tuple(LifeEvent(name, at * length / 800) for name, at in events),
+        )  # fmt: skip
+        harness.router.dispatcher.predictor.learn(facts)
+        fetch = ("fetch_started", 0.0), ("fetched", 0.01)
+        facts = dataclasses.replace(facts, events=tuple(LifeEvent(*one) for one in fetch))
+        harness.router.dispatcher.predictor.learn(facts)
+    report(harness, prefill, 800, LoadReport(0, 0, 10**6))
+
+    def only_one_dies() -> None:
+        for worker in decodes:
+            worker.die_at = None
+
+    for worker in decodes:
+        worker.die_at, worker.on_death = 3, only_one_dies
+    body = {"model": "demo", "prompt": PROMPT, "max_tokens": 20, "return_token_ids": True}
+    answer = httpx.post(f"{harness.url}/v1/completions", json=body, timeout=10).json()
+    assert answer["choices"][0]["token_ids"] == prefill.script(prefill.submits[0])[:20]
+    assert [submit.hand_off for submit in prefill.submits] == [True, True]
+    assert len(prefill.submits[1].output_token_ids) >= 3
+    (survivor,) = [worker for worker in decodes if not worker.dead]
+    assert survivor.submits[-1].ticket is not None

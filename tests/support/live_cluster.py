@@ -35,6 +35,9 @@ class Cluster:
 
     def __init__(self, *options: object, env: dict[str, str] | None = None) -> None:
         self.options = [str(option) for option in options]
+        if "--disaggregate" not in self.options:
+            # Which way a prompt goes shall not depend on how long things took.
+            self.options += ["--disaggregate", "always"]
         self.env = env or {}
         self.log_dir = Path(tempfile.mkdtemp(prefix="pdserve-test-"))
         self.lines: list[str] = []

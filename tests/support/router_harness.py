@@ -107,7 +107,8 @@ class RouterHarness:
             redis=redis_url,
             cluster=self.cluster,
             secret=SECRET,
-            **({"served_model_name": ("demo", "org/name")} | settings),
+            # Which way a prompt goes shall not depend on how long things took.
+            **({"served_model_name": ("demo", "org/name"), "disaggregate": "always"} | settings),
         )
         self.workers: list[FakeWorker] = []
         self._loop = asyncio.new_event_loop()

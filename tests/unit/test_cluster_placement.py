@@ -22,7 +22,7 @@ from pdserve.cluster.placement import (
     ask,
     pack_options,
 )
-from pdserve.cluster.records import Role
+from pdserve.cluster.records import Role, WorkerRecord, WorkerState
 from pdserve.protocol.blocks import route_hashes, route_position
 from pdserve.protocol.messages import WorkerStatus
 from pdserve.router.placement import Candidate, WorkerLoad, by_cost, rank
@@ -103,6 +103,26 @@ def test_an_old_incarnation_is_not_heard() -> None:
         assert (await placement.choose([question]))[0].scores[0].cached_tokens == 32
         await placement.leave("w", old)
         assert (await placement.choose([question]))[0].scores[0].cached_tokens == 32
+        await membership.close()
+
+    run(scenario)
+
+
+def test_who_dies_leaves_no_load_and_no_charge() -> None:
+    async def scenario(redis: RedisForTests, placement: Placement) -> None:
+        membership, raw = Membership(redis.url), Redis.from_url(redis.url)
+        record = WorkerRecord(
+            worker_id="w", epoch=1, role=Role.DECODE, state=WorkerState.READY, host="", port=1,
+            http_port=1, pid=1,
+        )  # fmt: skip
+        await membership.publish(record, lease_s=0.2)
+        await placement.report("w", 1, 1, IDLE, route_hashes(PROMPT), whole=True)
+        await choose(placement, "w")
+        assert await raw.hlen("{pdserve}:loads") == await raw.hlen("{pdserve}:charges") == 1
+        while await membership.follow():
+            await asyncio.sleep(0.01)
+        assert await raw.hlen("{pdserve}:loads") == await raw.hlen("{pdserve}:charges") == 0
+        await raw.aclose()
         await membership.close()
 
     run(scenario)

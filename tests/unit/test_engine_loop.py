@@ -353,6 +353,30 @@ def test_the_thread_wakes_for_commands_and_stops() -> None:
     bench.assert_clean()
 
 
+def test_a_stream_that_moves_may_be_handed_over_again() -> None:
+    """The prefill worker has the prompt in its cache; the next token and all blocks go on."""
+    prefill, decode = pair(num_blocks=32)
+    tokens, right = prompt(13), continuation(prompt(13), 9)
+    first = run_prefill(prefill, "a", tokens, 9)
+    assert first.token_ids == right[:1] and first.ticket is not None
+    prefill.outbox.give_back(first.ticket.ticket_id)  # type: ignore[union-attr]
+    prefill.submit("b", tokens, 9, output=right[:4], hand_off=True)
+    prefill.run()
+    again = prefill.last("b")
+    assert again.ticket is not None and again.token_ids == right[4:5]
+    assert prefill.outputs["b"][0].cached_tokens == 12
+    decode.submit("b", tokens, 9, output=right[:5], ticket=again.ticket)
+    decode.engine.step()
+    decode.inbox.deliver("b")  # type: ignore[union-attr]
+    decode.run()
+    assert decode.tokens("b") == right[5:]
+    prefill.submit("c", tokens, 9, output=right[:8], hand_off=True)  # one token is left
+    prefill.run()
+    assert prefill.last("c").finish_reason is FinishReason.LENGTH
+    prefill.assert_clean()
+    decode.assert_clean()
+
+
 def test_an_engine_whose_step_does_not_end_is_stuck_until_it_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -88,10 +88,11 @@ def leg(worker: str, **at: float) -> tuple[LifeEvent, ...]:
     return tuple(LifeEvent(name, when) for name, when in at.items())
 
 
-def trained(transfer_s: float = 0.02) -> Predictor:
+def trained(transfer_s: float = 0.02, lengths: tuple[int, int] = (20, 4000)) -> Predictor:
     rng, predictor = random.Random(0), Predictor()
     for _ in range(200):
-        length, cached, requests = rng.randint(20, 4000), rng.randint(0, 19), rng.randint(0, 20)
+        length, requests = rng.randint(*lengths), rng.randint(0, 20)
+        cached = rng.randint(0, 19) if lengths[0] < lengths[1] else 0
         prefill = 0.005 + 1e-4 * (length - cached)
         predictor.learn(
             LegFacts(
@@ -168,6 +169,13 @@ def test_long_prompts_leave_the_streams_of_a_busy_decode_worker_alone() -> None:
     assert not where(trained(), 5, worker("p0"), worker("d0", requests=5)).hand_off
 
 
+def test_what_a_prefill_does_to_streams_is_known_though_all_prompts_are_equally_long() -> None:
+    """30 ms each, 22 of them to hand over: worth it for two streams, and not for none."""
+    predictor = trained(lengths=(256, 256))
+    assert where(predictor, 256, worker("p0"), worker("d0", requests=2)).hand_off
+    assert not where(predictor, 256, worker("p0"), worker("d0")).hand_off
+
+
 def test_prompts_that_are_mostly_cached_there_stay() -> None:
     busy = worker("d0", requests=20, cached_tokens=3995)
     assert not where(trained(), 4000, worker("p0"), busy).hand_off
@@ -187,7 +195,7 @@ def test_slow_transfers_keep_prompts_where_they_are() -> None:
 
 def test_a_first_token_that_is_soon_enough_spares_the_streams() -> None:
     """Handing over takes longer, but the client can wait, and nobody else has to."""
-    slow, decode = trained(transfer_s=0.35), worker("d0", requests=2)
+    slow, decode = trained(transfer_s=0.6), worker("d0", requests=2)
     assert not where(slow, 1000, worker("p0"), decode).hand_off
     assert where(slow, 1000, worker("p0"), decode, slowest_s=1.0).hand_off
 
