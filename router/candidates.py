@@ -40,24 +40,27 @@ MIXED_AGE_S = 0.05
 
 
 class CandidateSet:
-    """Candidates (maybe none) with what choosing among them takes. Immutable."""
+    """Candidates (maybe none) with what choosing among them takes, found out when first needed."""
 
     def __init__(self, candidates: Sequence[Candidate]) -> None:
         self.candidates = tuple(candidates)
+        self._packed: dict[int, bytes] = {}
 
     def __len__(self) -> int:
         return len(self.candidates)
 
-    @functools.cached_property
-    def _options(self) -> list[bytes]:
-        return [
-            pack_option(Option(one.worker.worker_id, one.worker.epoch, one.floor, one.price))
-            for one in self.candidates
-        ]
+    def _options(self, indices: Sequence[int]) -> bytes:
+        """Each is packed when it is first asked about."""
+        for index in indices:
+            if index not in self._packed:
+                one = self.candidates[index]
+                option = Option(one.worker.worker_id, one.worker.epoch, one.floor, one.price)
+                self._packed[index] = pack_option(option)
+        return join_options([self._packed[index] for index in indices])
 
     @functools.cached_property
     def _all(self) -> bytes:
-        return join_options(self._options)
+        return self._options(range(len(self.candidates)))
 
     @functools.cached_property
     def _ring(self) -> tuple[list[bytes], list[int]]:
@@ -80,7 +83,7 @@ class CandidateSet:
         first, near = bisect_left(places, _place(key)), MOST_ASKED // 2
         steps = [*range(near), *rng.sample(range(near, count), MOST_ASKED - near)]
         few = [order[(first + step) % count] for step in steps]
-        return [self.candidates[i] for i in few], join_options([self._options[i] for i in few])
+        return [self.candidates[index] for index in few], self._options(few)
 
 
 def _place(name: bytes) -> bytes:
