@@ -33,6 +33,7 @@ from multiprocessing.connection import Connection
 import msgspec
 import numpy as np
 
+from pdserve.kv_transfer.line import LOCAL_SEND_BYTES
 from pdserve.kv_transfer.memory import HostMemory, Spans
 from pdserve.kv_transfer.sink import TransferSink
 from pdserve.kv_transfer.source import TransferSource
@@ -104,6 +105,7 @@ def _serve_bare(listener: socket.socket, spans: Spans) -> None:
     everything = spans.span(0, spans.num_blocks)
     with contextlib.suppress(OSError):
         sock, _ = listener.accept()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LOCAL_SEND_BYTES)
         while order := sock.recv(16):
             first, length = (int.from_bytes(part, "little") for part in (order[:8], order[8:]))
             sock.sendall(everything[first : first + length].data)

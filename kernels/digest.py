@@ -38,7 +38,8 @@ def digest_blocks(data: Bytes, block_ids: Sequence[int], nbytes: int) -> list[in
         data.ctypes.data, count, ids.ctypes.data, len(ids), nbytes, sums.ctypes.data
     ):
         raise IndexError(f"A block to be summed lies outside the {count}.")
-    return [int(value) for value in sums.tolist()]
+    found: list[int] = sums.tolist()
+    return found
 
 
 def copy_blocks(
@@ -79,7 +80,8 @@ def copy_blocks(
         sums.ctypes.data,
     ):
         raise IndexError(f"A block to be copied lies outside: {limits} blocks, source and target.")
-    return [int(value) for value in sums.tolist()]
+    found: list[int] = sums.tolist()
+    return found
 
 
 def _whole(data: Bytes, nbytes: int) -> int:

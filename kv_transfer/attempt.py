@@ -112,10 +112,9 @@ class Attempts:
         for digests in half.receive(line, header, targets, lambda: job.wait(self._stall_s)):
             complete = verified + len(digests)
             expected = header.checksums[verified:complete]
-            for index, digest, right in zip(
-                piece[verified:complete], digests, expected, strict=True
-            ):
-                if digest == right:
+            wrong = set() if digests == list(expected) else _different(digests, expected)
+            for number, index in enumerate(piece[verified:complete]):
+                if number not in wrong:
                     del job.missing[index]
                 else:
                     job.reason = f"The checksum of block {index // job.slices} differs."
@@ -151,6 +150,12 @@ class Attempts:
                 yield line
             finally:
                 job.attach(None)
+
+
+def _different(digests: Sequence[int], expected: Sequence[int]) -> set[int]:
+    """Where they differ. Raises ValueError if there are more of one."""
+    pairs = zip(digests, expected, strict=True)
+    return {number for number, (digest, right) in enumerate(pairs) if digest != right}
 
 
 def _pieces(indices: list[int], block_nbytes: int) -> list[list[int]]:

@@ -81,6 +81,9 @@ class Runtime(Protocol):
     def open(self, handle: bytes) -> int:
         """Map another process' allocation; its address here."""
 
+    def extent(self, address: int) -> int:
+        """Bytes of the allocation that begins there."""
+
     def close(self, address: int) -> None:
         """Undo `open`."""
 
@@ -119,19 +122,19 @@ class CudaRuntime:
         return other == own or bool(self._runtime.deviceCanAccessPeer(own, other))
 
     def share(self, tensor: torch.Tensor) -> tuple[bytes, int]:
-        begin, size = ctypes.c_uint64(), ctypes.c_size_t()
-        address = ctypes.c_uint64(tensor.data_ptr())
-        driver = ctypes.CDLL("libcuda.so.1")
-        if driver.cuMemGetAddressRange_v2(ctypes.byref(begin), ctypes.byref(size), address):
-            raise TransportUnfit("The driver does not know the allocation of the KV pool.")
+        begin, _ = _allocation(tensor.data_ptr())
         with self._cupy.cuda.Device(self._device.index):
-            handle = self._runtime.ipcGetMemHandle(begin.value)
-        return bytes(handle), tensor.data_ptr() - begin.value
+            handle = self._runtime.ipcGetMemHandle(begin)
+        return bytes(handle), tensor.data_ptr() - begin
 
     def open(self, handle: bytes) -> int:
         with self._cupy.cuda.Device(self._device.index):
             flags = self._runtime.cudaIpcMemLazyEnablePeerAccess
             return int(self._runtime.ipcOpenMemHandle(handle, flags))
+
+    def extent(self, address: int) -> int:
+        with self._cupy.cuda.Device(self._device.index):
+            return _allocation(address)[1]
 
     def close(self, address: int) -> None:
         with self._cupy.cuda.Device(self._device.index):
@@ -144,6 +147,16 @@ class CudaRuntime:
         array = cupy.ndarray(shape, cupy.int64, cupy.cuda.MemoryPointer(memory, 0))
         tensor: torch.Tensor = torch.utils.dlpack.from_dlpack(array)
         return tensor
+
+
+def _allocation(address: int) -> tuple[int, int]:
+    """(begin, bytes) of the allocation that an address of the device lies in."""
+    begin, size = ctypes.c_uint64(), ctypes.c_size_t()
+    driver = ctypes.CDLL("libcuda.so.1")
+    place = ctypes.c_uint64(address)
+    if driver.cuMemGetAddressRange_v2(ctypes.byref(begin), ctypes.byref(size), place):
+        raise TransportUnfit("The driver does not know the allocation of the KV pool.")
+    return begin.value, size.value
 
 
 class _End:
@@ -255,6 +268,12 @@ class _Mapping:
     def __init__(self, runtime: Runtime, shared: DevicePool, words: int) -> None:
         address = runtime.open(shared.handle)
         self._closer = weakref.finalize(self, _close, runtime, address)
+        end = shared.offset + shared.num_blocks * words * WORD
+        if end > runtime.extent(address):
+            raise TransportUnfit(
+                f"The source's KV pool would end at byte {end} of an allocation of "
+                f"{runtime.extent(address)}."
+            )
         self.words = runtime.words(address + shared.offset, (shared.num_blocks, words))
 
 

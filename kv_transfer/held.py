@@ -6,6 +6,7 @@ import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from pdserve.kv_transfer.memory import ascending
 from pdserve.protocol.errors import PdserveError
 from pdserve.protocol.ticket import KVTicket
 from pdserve.protocol.transfer import Fetch, Progress
@@ -95,10 +96,11 @@ class Read:
         Two readers may compute the same one at once: they get the same number. Slices are asked
         for once as a rule, so theirs are not kept."""
         known: dict[int, int] = {} if self.sliced else self.held.checksums
-        for index, block in zip(self.wanted, self.block_ids, strict=True):
-            if index not in known:
-                known[index] = compute(block)
-        return tuple(known[index] for index in self.wanted)
+        if not known.keys() >= set(self.wanted):
+            for index, block in zip(self.wanted, self.block_ids, strict=True):
+                if index not in known:
+                    known[index] = compute(block)
+        return tuple(map(known.__getitem__, self.wanted))
 
 
 def check_blocks(ticket: KVTicket, blocks: Sequence[int], whole: bool) -> None:
@@ -129,15 +131,21 @@ def check_wanted(fetch: Fetch, held: Held) -> None:
         count = -(-ticket.num_tokens // size)
         whole = count if complete else ready.blocks * ticket.fingerprint.block_size // size
         ready = Progress(blocks=whole)
-    previous = -1
-    for index in fetch.wanted:
-        if index <= previous or index >= count:
-            raise Refusal(
-                f"The wanted blocks must be ascending and below {count}. "
-                f"Given: {index} after {previous}."
-            )
-        if not ready.has(index, fetch.slices):
-            raise Refusal(f"Block {index} is still to be computed; {ready.blocks} are ready.")
-        previous = index
     if not fetch.wanted:
         raise Refusal("A fetch must want at least one block.")
+    if not (ascending(fetch.wanted) and 0 <= fetch.wanted[0] <= fetch.wanted[-1] < count):
+        raise Refusal(
+            f"The wanted blocks must be ascending, from 0 on and below {count}. Given: "
+            f"{_shown(fetch.wanted)}."
+        )
+    if fetch.wanted[-1] < ready.blocks * fetch.slices:
+        return
+    for index in fetch.wanted:
+        if not ready.has(index, fetch.slices):
+            raise Refusal(f"Block {index} is still to be computed; {ready.blocks} are ready.")
+
+
+def _shown(numbers: Sequence[int]) -> str:
+    """The first ones."""
+    first = ", ".join(map(str, numbers[:8]))
+    return f"{first}, ..." if len(numbers) > 8 else first

@@ -65,11 +65,11 @@ class Job:
     def due(self) -> list[int]:
         """Missing slices that can be asked for now."""
         ticket, ready = self.ticket, self.ready
+        if ready.blocks == ticket.num_blocks:
+            return list(self.missing)
         if self.slices > 1 or self.block_size == ticket.fingerprint.block_size:
             return [unit for unit in self.missing if ready.has(unit, self.slices)]
         tokens = ready.blocks * ticket.fingerprint.block_size
-        if ready.blocks == ticket.num_blocks:
-            tokens = self.num_blocks * self.block_size
         return [index for index in self.missing if (index + 1) * self.block_size <= tokens]
 
     @property

@@ -40,6 +40,11 @@ REPLY_LIMIT = 16 * 2**20
 BUFFERS_PER_CALL = 512
 """Arrays given to one sendmsg; the kernel takes at most 1024."""
 
+LOCAL_SEND_BYTES = 256 * 2**10
+"""The send buffer of a line within one host. Left to itself it grows to some MiB, all of which the
+sender fills before it makes room for the reader, and out of the caches; over a network it must hold
+what is on its way. 128 KiB to 2 MiB were tried (bench/LOG.md)."""
+
 STOP_CHECK_S = 0.2
 """A sender whose peer does not read looks this often whether to stop."""
 
@@ -69,6 +74,8 @@ class Line:
         """Messages that came while another one was awaited; whoever serves the line takes them."""
         self.idle_since = 0.0
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if sock.getsockname()[0] == sock.getpeername()[0]:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LOCAL_SEND_BYTES)
 
     def send(self, message: Any, deadline: float) -> None:
         self._until(deadline)

@@ -287,6 +287,11 @@ def runs(block_ids: Iterable[int], longest: int) -> Iterator[tuple[int, int]]:
         yield first, count
 
 
+def ascending(numbers: Sequence[int]) -> bool:
+    """Whether each is greater than the one before it."""
+    return list(numbers) == sorted(set(numbers))
+
+
 def host_id() -> str:
     """Equal for two processes exactly when one can open the other's /proc/<pid>/fd/<n>:
     same boot of the same kernel, same process-id namespace, same user."""

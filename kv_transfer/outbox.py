@@ -446,8 +446,10 @@ class Outbox:
 
 def _reading(held: Held, fetch: Fetch) -> Read:
     """The right to read what `fetch`, which has been checked, asks for."""
+    blocks, slices = (*held.block_ids, *held.ahead), fetch.slices
     ids: tuple[int, ...] = ()
-    if fetch.parcels is None:
-        blocks, slices = (*held.block_ids, *held.ahead), fetch.slices
+    if slices > 1:
         ids = tuple(blocks[unit // slices] * slices + unit % slices for unit in fetch.wanted)
-    return Read(held, fetch.wanted, ids, fetch.slices > 1, held.growing)
+    elif fetch.parcels is None:
+        ids = tuple(map(blocks.__getitem__, fetch.wanted))
+    return Read(held, fetch.wanted, ids, slices > 1, held.growing)

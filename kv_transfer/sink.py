@@ -13,7 +13,6 @@ thread of its own, which mostly waits for the source (`growth.py`).
 
 from __future__ import annotations
 
-import itertools
 import logging
 import secrets
 import threading
@@ -31,10 +30,10 @@ from pdserve.kv_transfer.job import Done, Ended, Job
 from pdserve.kv_transfer.layout import LayoutError
 from pdserve.kv_transfer.leases import Leases
 from pdserve.kv_transfer.line import EpochChanged, LinePool
-from pdserve.kv_transfer.memory import BlockMemory, Pool, as_pool
+from pdserve.kv_transfer.memory import BlockMemory, Pool, as_pool, ascending
 from pdserve.kv_transfer.parcels import Packing, agree
 from pdserve.kv_transfer.routes import Routes
-from pdserve.kv_transfer.slices import Cuts
+from pdserve.kv_transfer.slices import Cuts, units
 from pdserve.kv_transfer.transports import SINK_HALVES, SinkHalf, TransportUnfit, Unpacking
 from pdserve.protocol.errors import ProtocolError
 from pdserve.protocol.ticket import KVTicket, LayoutFingerprint
@@ -160,11 +159,7 @@ class TransferSink:
         slices = self._slices(ticket)
         job = Job(
             ticket=ticket,
-            missing={
-                index * slices + part: target * slices + part
-                for index, target in zip(wanted, targets, strict=True)
-                for part in range(slices)
-            },
+            missing=dict(zip(units(wanted, slices), units(targets, slices), strict=True)),
             slices=slices,
             wanted=tuple(wanted),
             deadline=deadline,
@@ -217,14 +212,14 @@ class TransferSink:
     def _check(self, ticket: KVTicket, wanted: Sequence[int], targets: Sequence[int]) -> None:
         if len(wanted) != len(targets):
             raise ValueError(f"{len(wanted)} blocks cannot go into {len(targets)} targets.")
-        if any(a >= b for a, b in itertools.pairwise(wanted)):
+        if not ascending(wanted):
             raise ValueError("The wanted blocks must be in ascending order, each once.")
         count = -(-ticket.num_tokens // self._fingerprint.block_size)
         if wanted and not 0 <= wanted[0] <= wanted[-1] < count:
             raise ValueError(f"A wanted block lies outside the ticket's {count}.")
         if len(set(targets)) != len(targets):
             raise ValueError("Two blocks cannot go into the same target.")
-        if any(not 0 <= target < self._pool.num_blocks for target in targets):
+        if targets and not 0 <= min(targets) <= max(targets) < self._pool.num_blocks:
             raise ValueError(f"A target lies outside the pool of {self._pool.num_blocks} blocks.")
 
     def keep(self, ticket: KVTicket) -> None:
@@ -328,12 +323,13 @@ class TransferSink:
             return
         if not job.stopped:
             job.outcome = Outcome.COMMITTED
-        valid = self._leases.release(job)
-        if job.borrowed and not valid:
+        if not job.borrowed:  # what came was sent: nothing that the source says can change it
+            self._report(job)
+        if self._leases.release(job):
+            self._report(job)
+        else:
             reason = "The source did not confirm that the lease stood until the copy was made."
             self._report(job, job.wanted, reason)
-        else:
-            self._report(job)
 
     def _follow(self, job: Job) -> None:
         """Wait for the source to have more; asked once more on a new connection. Raises Ended."""
@@ -367,11 +363,13 @@ class TransferSink:
             name = names[0]
             try:
                 tries += 1
-                moved, moving_s = job.nbytes, job.moving_s
+                due, moved, moving_s = len(job.due), job.nbytes, job.moving_s
                 self._attempts.make(job, name)
                 self._routes.measured(
                     job.ticket.source, name, job.nbytes - moved, job.moving_s - moving_s
                 )
+                if len(job.due) == due:
+                    self._routes.avoid(job.ticket, name)  # it changes whatever it brings
             except TransportUnfit as error:
                 tries -= 1
                 job.reason = f"The transport {name} cannot be used: {error}"

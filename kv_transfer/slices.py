@@ -12,7 +12,7 @@ Nothing in a transport knows of slices: it works over the finer pool.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, Self, TypeVar
 
@@ -60,6 +60,13 @@ class Cuts(Generic[Half]):
                 halves = {name: half.sliced(slices) for name, half in self._whole.halves.items()}
                 cut = self._cuts[slices] = Cut(self._whole.pool.sliced(slices), halves)
         return cut
+
+
+def units(blocks: Sequence[int], slices: int) -> Sequence[int]:
+    """The numbers of all slices of these blocks."""
+    if slices == 1:
+        return blocks
+    return [block * slices + part for block in blocks for part in range(slices)]
 
 
 def slices_of(num_layers: int) -> int:

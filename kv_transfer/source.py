@@ -112,7 +112,7 @@ class TransferSource:
         lease_s: float = 30.0,
         port: int = 0,
         bind: str = "",
-        max_connections: int = 256,
+        max_connections: int = 1024,
         idle_s: float = 300.0,
         stall_s: float = 5.0,
         halves: Mapping[str, Callable[[Pool], SourceHalf]] | None = None,

@@ -53,6 +53,9 @@ class FakeRuntime:
         self._driver.opened.append(storage.data_ptr())
         return storage.data_ptr()
 
+    def extent(self, address: int) -> int:
+        return max(s.nbytes() for s in self._driver.shared.values() if s.data_ptr() == address)
+
     def close(self, address: int) -> None:
         self._driver.opened.remove(address)
 

@@ -151,6 +151,18 @@ def test_a_pool_that_cannot_be_is_not_mapped(
     assert "does not know" in ends.begin().only().reason
 
 
+@pytest.mark.parametrize("changes", [{"num_blocks": 10**6}, {"offset": 8 * NBYTES}])
+def test_a_pool_that_would_not_fit_its_allocation_is_not_read(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object]
+) -> None:
+    half = ends.source._cuts.of(1).halves["ipc"]
+    assert isinstance(half, cuda_ipc.IpcSource)
+    monkeypatch.setattr(half, "_shared", msgspec.structs.replace(half._shared, **changes))
+    ends.sink = ends.new_sink("ipc")
+    assert "of an allocation of" in ends.begin().only().reason
+    assert ends.driver.opened == []
+
+
 def test_changed_blocks_are_named_and_fetched_again(
     ends: Ends, monkeypatch: pytest.MonkeyPatch
 ) -> None:

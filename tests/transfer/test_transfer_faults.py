@@ -89,6 +89,18 @@ def test_the_next_transport_repairs_what_the_first_one_broke(rig: Rig) -> None:
     assert all(ours.view(10 + index) == theirs.view(index) for index in (1, 2, 3))
 
 
+def test_a_transport_that_changes_whatever_it_brings_is_left_alone(rig: Rig) -> None:
+    theirs, ours = rig.memory(), rig.memory()
+    flipping = Flipping("shm", target=12, times=99)
+    halves = {"shm": flipping, "tcp": SINK_HALVES["tcp"]}
+    sink, source = rig.sink(ours, halves=halves), rig.source(theirs)
+    for number in range(3):
+        ticket = rig.ticket(source, f"r{number}", [1])
+        report = rig.fetch(sink, ticket, [0], [12]).only()
+        assert report.ok and report.transport == "tcp"
+    assert flipping.times == 98
+
+
 # Transports that do not work here.
 
 
@@ -234,6 +246,7 @@ def test_source_restarted_on_the_same_port(rig: Rig, transport: str) -> None:
     source = rig.source(theirs)
     for epoch in range(8, 12):
         assert rig.fetch(sink, rig.ticket(source, f"a{epoch}", [1]), [0], [1]).only().ok
+        rig.returned.wait(2 * (epoch - 8) + 1)
         stale = rig.ticket(source, f"b{epoch}", [2])
         source.close()
         source = rig.source(theirs, epoch=epoch, port=source.port)
