@@ -364,8 +364,7 @@ class Generation:
             prompt_tokens=[len(prompt.token_ids) for prompt in self.request.prompts],
             answers=[(answer.finish_reason, answer.count) for answer in self._answers],
             max_tokens=[spec.sampling.max_tokens for spec in self.request.answers],
-            cached_tokens=sum(answer.cached_tokens or 0 for answer in self._answers),
+            cached_tokens=[answer.cached_tokens or 0 for answer in self._answers],
         )
         for answer in self._flight.answers:
-            for leg in answer.legs:
-                self._metrics.leg(leg.kind, leg.events)
+            self._metrics.answer((leg.kind, leg.events) for leg in answer.legs)

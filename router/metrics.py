@@ -16,85 +16,25 @@ from prometheus_client import (
     ProcessCollector,
     generate_latest,
 )
-from prometheus_client.core import GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
 from pdserve.protocol import events
 from pdserve.protocol.errors import ErrorCode
 from pdserve.protocol.messages import LifeEvent
 from pdserve.router.admission import Admission
+from pdserve.router.cluster_metrics import Alias, ClusterCollector
 from pdserve.router.dispatch import Dispatcher
-from pdserve.router.load_report import cluster_load
 from pdserve.router.workers import WorkerPool
 
 FIRST_TOKEN_BUCKETS = (
-    0.001,
-    0.005,
-    0.01,
-    0.02,
-    0.04,
-    0.06,
-    0.08,
-    0.1,
-    0.25,
-    0.5,
-    0.75,
-    1,
-    2.5,
-    5,
-    7.5,
-    10,
-    20,
-    40,
-    80,
-    160,
-    640,
-    2560,
-)
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40,
+    80, 160, 640, 2560,
+)  # fmt: skip
 NEXT_TOKEN_BUCKETS = (
-    0.01,
-    0.025,
-    0.05,
-    0.075,
-    0.1,
-    0.15,
-    0.2,
-    0.3,
-    0.4,
-    0.5,
-    0.75,
-    1,
-    2.5,
-    5,
-    7.5,
-    10,
-    20,
-    40,
-    80,
-)
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80,
+)  # fmt: skip
 REQUEST_BUCKETS = (
-    0.3,
-    0.5,
-    0.8,
-    1,
-    1.5,
-    2,
-    2.5,
-    5,
-    10,
-    15,
-    20,
-    30,
-    40,
-    50,
-    60,
-    120,
-    240,
-    480,
-    960,
-    1920,
-    7680,
-)
+    0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680,
+)  # fmt: skip
 PHASE_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60)
 
 PHASES = (
@@ -127,9 +67,11 @@ class RouterMetrics:
         self._first = self._histogram(
             "vllm:time_to_first_token_seconds", "Request to first token.", FIRST_TOKEN_BUCKETS
         )
-        self._next = self._histogram(
+        between = self._family(
             "vllm:inter_token_latency_seconds", "From one token to the next.", NEXT_TOKEN_BUCKETS
         )
+        self._next = between.labels(**self._labels)
+        self.registry.register(Alias(between, "vllm:time_per_output_token_seconds"))
         self._per_token = self._histogram(
             "vllm:request_time_per_output_token_seconds",
             "A request's mean time per token after the first.",
@@ -147,11 +89,28 @@ class RouterMetrics:
         self._decode = self._histogram(
             "vllm:request_decode_time_seconds", "First token to end of answer.", REQUEST_BUCKETS
         )
+        self._inference = self._histogram(
+            "vllm:request_inference_time_seconds",
+            "Computed or fetched for by workers, all legs of an answer.",
+            REQUEST_BUCKETS,
+        )
+        self._preemptions = self._histogram(
+            "vllm:request_num_preemptions", "Times that an answer was preempted.", (0, 1, 2, 5, 10)
+        )
+        self._preempted = self._counter("vllm:num_preemptions", "Preemptions of answers.")
         self._prompt_length = self._histogram(
             "vllm:request_prompt_tokens", "Length of prompts.", lengths
         )
         self._answer_length = self._histogram(
             "vllm:request_generation_tokens", "Length of answers.", lengths
+        )
+        self._longest_answer = self._histogram(
+            "vllm:request_max_num_generation_tokens", "Longest answer of each request.", lengths
+        )
+        self._computed = self._histogram(
+            "vllm:request_prefill_kv_computed_tokens",
+            "Prompt tokens of answers that were not found in a prefix cache.",
+            lengths,
         )
         self._max_tokens = self._histogram(
             "vllm:request_params_max_tokens", "max_tokens of requests.", lengths
@@ -159,6 +118,20 @@ class RouterMetrics:
         self._n = self._histogram("vllm:request_params_n", "n of requests.", (1, 2, 5, 10, 20))
         self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens.")
         self._cached = self._counter("vllm:prompt_tokens_cached", "Prompt tokens from caches.")
+        self._asked = self._counter("vllm:prefix_cache_queries", "Prompt tokens of answers.")
+        self._hits = self._counter("vllm:prefix_cache_hits", "Those of them that were cached.")
+        self._sources = {
+            source: child.labels(**self._labels, source=source)
+            for child in [
+                Counter(
+                    "vllm:prompt_tokens_by_source",
+                    "Prompt tokens of answers, by how their first worker came to their KV.",
+                    [*self._labels, "source"],
+                    registry=self.registry,
+                )
+            ]
+            for source in ("local_compute", "local_cache_hit")
+        }
         self._tokens = self._counter("vllm:generation_tokens", "Generated tokens.")
         self._success = Counter(
             "vllm:request_success",
@@ -212,9 +185,11 @@ class RouterMetrics:
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
 
+    def _family(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
+        return Histogram(name, text, list(self._labels), buckets=buckets, registry=self.registry)
+
     def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
-        metric = Histogram(name, text, list(self._labels), buckets=buckets, registry=self.registry)
-        return metric.labels(**self._labels)
+        return self._family(name, text, buckets).labels(**self._labels)
 
     def _counter(self, name: str, text: str) -> Counter:
         metric = Counter(name, text, list(self._labels), registry=self.registry)
@@ -222,7 +197,7 @@ class RouterMetrics:
 
     def follow(self, pool: WorkerPool, dispatcher: Dispatcher, admission: Admission) -> None:
         """Also show the workers and the load, read at each scrape."""
-        self.registry.register(_ClusterCollector(pool, dispatcher, admission, self._labels))
+        self.registry.register(ClusterCollector(pool, dispatcher, admission, self._labels))
 
     def text(self) -> bytes:
         """Everything in Prometheus' text format."""
@@ -260,17 +235,21 @@ class RouterMetrics:
         prompt_tokens: Sequence[int],
         answers: Sequence[tuple[str, int]],
         max_tokens: Iterable[int],
-        cached_tokens: int,
+        cached_tokens: Sequence[int],
     ) -> None:
-        """A request was served. `answers`: (finish reason, tokens) of each."""
+        """A request was served. `answers`: (finish reason, tokens) of each; `cached_tokens`: of
+        each, those of its prompt that its first worker had."""
         self._whole.observe(elapsed)
         self._n.observe(len(answers) / len(prompt_tokens))
-        self._cached.inc(cached_tokens)
+        n = len(answers) // len(prompt_tokens)
+        for place, cached in enumerate(cached_tokens):
+            self._prompt_of_answer(prompt_tokens[place // n], cached)
         for length in prompt_tokens:
             self._prompt_tokens.inc(length)
             self._prompt_length.observe(length)
         for count in max_tokens:
             self._max_tokens.observe(count)
+        self._longest_answer.observe(max(count for _, count in answers))
         for reason, count in answers:
             self._tokens.inc(count)
             self._answer_length.observe(count)
@@ -278,6 +257,29 @@ class RouterMetrics:
                 self.finished(reason)
             if count > 1:
                 self._per_token.observe((elapsed - to_first) / (count - 1))
+
+    def _prompt_of_answer(self, length: int, cached: int) -> None:
+        computed = max(0, length - cached)
+        self._cached.inc(cached)
+        self._asked.inc(length)
+        self._hits.inc(cached)
+        self._sources["local_compute"].inc(computed)
+        self._sources["local_cache_hit"].inc(cached)
+        self._computed.observe(computed)
+
+    def answer(self, legs: Iterable[tuple[str, Sequence[LifeEvent]]]) -> None:
+        """An answer has ended. `legs`: kind and events of each."""
+        preemptions, seconds = 0, 0.0
+        for kind, happened in legs:
+            self.leg(kind, happened)
+            preemptions += sum(event.name == events.PREEMPTED for event in happened)
+            began = [event.at_s for event in happened if event.name == events.SCHEDULED]
+            if began:
+                seconds += happened[-1].at_s - began[0]
+        self._preemptions.observe(preemptions)
+        self._preempted.inc(preemptions)
+        if seconds:
+            self._inference.observe(seconds)
 
     def leg(self, kind: str, happened: Sequence[LifeEvent]) -> None:
         """A leg ended; its worker said what happened when."""
@@ -294,74 +296,3 @@ class RouterMetrics:
         if kind != "prefill" and events.FINISHED in at:
             begin_s = at.get(events.FIRST_TOKEN, at.get(events.SCHEDULED, 0.0))
             self._decode.observe(at[events.FINISHED] - begin_s)
-
-
-class _ClusterCollector(Collector):
-    """Gauges that are read off the pool when somebody scrapes."""
-
-    def __init__(
-        self,
-        pool: WorkerPool,
-        dispatcher: Dispatcher,
-        admission: Admission,
-        labels: dict[str, str],
-    ) -> None:
-        self._admission = admission
-        self._pool = pool
-        self._dispatcher = dispatcher
-        self._labels = labels
-
-    def collect(self) -> Iterable[Metric]:
-        statuses = [(link, link.status) for link in self._pool.links if link.status is not None]
-        load = cluster_load(self._pool)
-        yield self._gauge(
-            "vllm:num_requests_running",
-            "Requests in prefill or decode on all workers.",
-            sum(status.running + status.fetching for _, status in statuses),
-        )
-        yield self._gauge(
-            "vllm:num_requests_waiting",
-            "Requests waiting on all workers.",
-            load["num_requests_waiting"],
-        )
-        yield self._gauge(
-            "vllm:kv_cache_usage_perc",
-            "Share of all KV blocks in use, 0 to 1.",
-            load["kv_cache_usage_perc"],
-        )
-        yield self._gauge(
-            "pdserve:answers_in_flight",
-            "Answers that this router is generating.",
-            self._dispatcher.in_flight,
-        )
-        yield self._gauge(
-            "pdserve:answers_in_line",
-            "Answers that wait at this router for room at the workers.",
-            self._admission.in_line,
-        )
-        yield self._gauge(
-            "pdserve:redis_up",
-            "Whether Redis answered the last time.",
-            float(self._pool.redis_error is None),
-        )
-        names = ["worker", "role"]
-        up = GaugeMetricFamily("pdserve:worker_up", "Connected workers.", labels=names)
-        usage = GaugeMetricFamily(
-            "pdserve:worker_kv_usage", "Share of the worker's KV blocks in use.", labels=names
-        )
-        queued = GaugeMetricFamily(
-            "pdserve:worker_queued_tokens", "Prompt tokens not yet computed.", labels=names
-        )
-        for link in self._pool.links:
-            up.add_metric([link.worker_id, link.role.value], float(link.placeable))
-        for link, status in statuses:
-            key = [link.worker_id, link.role.value]
-            used = status.blocks_total - status.blocks_free - status.blocks_cached
-            usage.add_metric(key, used / status.blocks_total if status.blocks_total else 0.0)
-            queued.add_metric(key, status.queued_tokens)
-        yield from (up, usage, queued)
-
-    def _gauge(self, name: str, text: str, value: float) -> Metric:
-        family = GaugeMetricFamily(name, text, labels=list(self._labels))
-        family.add_metric(list(self._labels.values()), value)
-        return family

@@ -13,6 +13,7 @@ import pytest
 from both import Both
 from live_cluster import Cluster
 from openai import BadRequestError, NotFoundError
+from prometheus_client.parser import text_string_to_metric_families
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -471,6 +472,25 @@ def test_text_and_tokens(both: Both) -> None:
 # around it
 
 
+DASHBOARD = {
+    f"vllm:{name}"
+    for name in (
+        "num_requests_running", "num_requests_waiting", "num_requests_waiting_by_reason",
+        "kv_cache_usage_perc", "cache_config_info", "prefix_cache_queries", "prefix_cache_hits",
+        "num_preemptions", "prompt_tokens", "generation_tokens", "prompt_tokens_by_source",
+        "prompt_tokens_cached", "request_success", "time_to_first_token_seconds",
+        "inter_token_latency_seconds", "time_per_output_token_seconds",
+        "request_time_per_output_token_seconds", "e2e_request_latency_seconds",
+        "request_queue_time_seconds", "request_prefill_time_seconds", "request_params_n",
+        "request_decode_time_seconds", "request_inference_time_seconds", "request_prompt_tokens",
+        "request_generation_tokens", "request_max_num_generation_tokens", "admission_rejections",
+        "request_params_max_tokens", "request_num_preemptions",
+        "request_prefill_kv_computed_tokens",
+    )
+} | {"http_requests", "http_request_duration_seconds"}  # fmt: skip
+"""What existing dashboards read."""
+
+
 def test_the_server_itself(both: Both) -> None:
     for method, path in (("GET", "/health"), ("GET", "/ping"), ("POST", "/ping")):
         answer = both.send(method, path)
@@ -479,6 +499,8 @@ def test_the_server_itself(both: Both) -> None:
     assert both.send("GET", "/load").json() == {"server_load": 0}
     metrics = both.send("GET", "/metrics")
     assert metrics.headers["content-type"].startswith("text/plain; version=")
+    names = {family.name for family in text_string_to_metric_families(metrics.text)}
+    assert not DASHBOARD - names
     chat = both.post("/invocations", messages=TALK, model="whatever", max_tokens=5, **COLD)
     assert text_of(chat) == text_of(both.post(CHAT, messages=TALK, max_tokens=5, **COLD))
     headers = {"x-request-id": "abc"}

@@ -40,8 +40,9 @@ def error_of(answer: Any, status: int) -> dict[str, Any]:
         ("tools", []), ("tools", [{"type": "function", "function": {"name": "f"}}]),
         ("tool_choice", "auto"), ("response_format", {"type": "xml"}),
         ("response_format", {"type": "json_schema"}), ("structured_outputs", {"choice": []}),
-        ("guided_json", {}), ("use_beam_search", True), ("bad_words", ["x"]),
-        ("allowed_token_ids", [1]), ("kv_transfer_params", {}), ("vllm_xargs", {"a": 1}),
+        ("guided_json", {}), ("use_beam_search", True), ("bad_words", [""]),
+        ("allowed_token_ids", []), ("logprob_token_ids", [1]),
+        ("repetition_detection", {"max_pattern_size": 3, "min_count": 1}), ("kv_transfer_params", {}), ("vllm_xargs", {"a": 1}),
         ("chat_template", "{{ 1 }}"), ("chat_template_kwargs", {"chat_template": "x"}),
         ("stream_interval", 0), ("stream_options", {"include_usage": True}),
         ("reasoning_effort", "huge"), ("mm_processor_kwargs", {"a": 1}), ("modalities", ["audio"]),
@@ -198,6 +199,17 @@ def test_metrics_count(harness: RouterHarness) -> None:
         return after[name] - before.get(name, 0.0)
 
     assert grown("vllm:request_success_total/length") == 1
+    assert grown("vllm:prefix_cache_hits_total") == 3  # as the workers of these tests say
+    assert grown("vllm:prefix_cache_queries_total") == answer["usage"]["prompt_tokens"]
+    assert grown("vllm:request_inference_time_seconds_count") == 1
+    assert grown("vllm:request_max_num_generation_tokens_sum") == 3
+    assert grown("vllm:request_prefill_kv_computed_tokens_sum") == (
+        answer["usage"]["prompt_tokens"] - 3
+    )
+    assert (
+        after["vllm:time_per_output_token_seconds_count"]
+        == (after["vllm:inter_token_latency_seconds_count"])
+    )
     assert grown("vllm:prompt_tokens_total") == answer["usage"]["prompt_tokens"]
     assert grown("vllm:generation_tokens_total") == 3
     assert grown("vllm:time_to_first_token_seconds_count") == 1
