@@ -79,7 +79,7 @@ def why(kind: str, candidates: Sequence[Considered], chosen: str, unit: str = ""
     pairs = [one for one in candidates if one.hand_off]
     alone = [one for one in candidates if not one.hand_off]
     if kind == "prefill" and not alone:
-        return "handed over: nobody may prefill and decode"
+        return "handed over: nobody may prefill and decode, or nothing has been measured yet"
     if kind == "full" and not pairs:
         return "not handed over: no prefill worker with a decode worker behind it may be chosen"
     other = min(alone if kind == "prefill" else pairs, key=lambda one: one.cost or 0)

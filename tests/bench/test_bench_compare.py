@@ -184,7 +184,7 @@ def test_a_whole_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     code = compare.main(
         ["--topologies", "1P+1D,1C", "--rounds", "1", "--requests", "4", "--input-len", "40",
          "--output-len", "4", "--rates", "20", "--slo-ttft-ms", "60000", "--slo-itl-ms", "60000",
-         "--kv-total", "64", "--out", str(out)]
+         "--kv-total", "64", "--disaggregate", "always", "--out", str(out)]
     )  # fmt: skip
     assert code == 0, capsys.readouterr().err
     content = json.loads((out / "comparison.json").read_text())
