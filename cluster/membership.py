@@ -198,6 +198,9 @@ class Membership:
         self._version = 0
         self._followed: dict[str, WorkerRecord] = {}
         """As of that version."""
+        self.began_anew = False
+        """The last `follow` could not tell what has changed: Redis may have lost its memory, and
+        workers that are not listed may be about to publish themselves again."""
         self._redis = client_of(url, TIMEOUT_S, retries=1)
 
     async def next_epoch(self, worker_id: str, after: int = 0) -> int:
@@ -240,6 +243,7 @@ class Membership:
         if texts or whole:
             records = {name: one for name, one in records.items() if name.encode() not in texts}
             records |= self._readable((name, text) for name, text in texts.items() if text)
+        self.began_anew = bool(whole and self._version)
         self._version, self._followed = int(version), records
         return records
 

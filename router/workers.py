@@ -32,7 +32,7 @@ from pdserve.protocol.messages import (
     ToRouter,
 )
 from pdserve.router.breaker import Breaker
-from pdserve.router.link import WorkerLink
+from pdserve.router.link import EXCUSE_S, WorkerLink
 from pdserve.router.placement import WorkerLoad
 
 log = logging.getLogger(__name__)
@@ -83,6 +83,9 @@ class WorkerPool:
         self.version = 0
         """Grows whenever `snapshot` may name other workers, or the same ones with other roles;
         loads do not count."""
+        self._missed: Mapping[str, WorkerRecord] = {}
+        """As known before Redis lost its memory."""
+        self._missed_until = 0.0
         self._longest: tuple[int, int | None] = (0, None)
         """As of that version: `max_model_len`."""
         self.loading = False
@@ -195,8 +198,16 @@ class WorkerPool:
                 if self.redis_error is not None:
                     log.info("Redis answers again")
                 self.redis_error = None
-                self._take_view(records)
+                self._take_view(self._with_missed(records))
             await asyncio.sleep(self._refresh_s)
+
+    def _with_missed(self, records: Mapping[str, WorkerRecord]) -> Mapping[str, WorkerRecord]:
+        """What was read, and, when Redis may have lost its memory, for a while what was known: who
+        has a link is judged by that, of the others nobody can tell."""
+        now = time.monotonic()
+        if self._membership.began_anew and self.on_demand:
+            self._missed, self._missed_until = self._records, now + EXCUSE_S
+        return {**self._missed, **records} if now < self._missed_until else records
 
     async def _beat(self) -> None:
         """Tell all workers that this router lives, and let go of those without work, for ever."""

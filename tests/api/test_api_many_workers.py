@@ -8,7 +8,7 @@ from collections.abc import Callable
 import msgspec
 import pytest
 from fake_worker import FakeWorker
-from router_harness import BODY, CHAT, TEXT, RouterHarness
+from router_harness import BODY, CHAT, TEXT, RedisProcess, RouterHarness
 
 from pdserve.cluster.records import Role
 from pdserve.router import workers as module
@@ -101,3 +101,19 @@ def test_a_stream_survives_its_worker(start: Start) -> None:
         worker.die_at, worker.on_death = 3, only_one_dies
     assert text(harness) == TEXT
     assert sum(worker.dead for worker in workers) == 1 and len(used(workers)) == 2
+
+
+def test_redis_comes_back_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody speaks to the workers, so it is believed for a while that they are there."""
+    monkeypatch.setattr(module, "IDLE_S", 0.0)
+    with RedisProcess() as redis, RouterHarness(redis.url) as harness:
+        harness.add(Role.COLOCATED)
+        harness.until_connected()
+        redis.stop()
+        harness.wait(lambda: harness.router.pool.redis_error is not None)
+        assert text(harness) == TEXT
+        harness.wait(lambda: not connected(harness), "for the idle channel to end")
+        looks = harness.router.pool._membership
+        redis.start()
+        harness.wait(lambda: looks.began_anew, "for the empty Redis to be read")
+        assert text(harness) == TEXT
