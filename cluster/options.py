@@ -8,8 +8,10 @@ and parser live in the field's metadata, and nowhere else. Precedence: command l
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
+import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -315,9 +317,21 @@ def _unknown_key(path: Path, key: str, table: Table) -> str:
     return f"The configuration file {path} has the unknown key {key!r}; {hint}"
 
 
+def _listed(raw: Any) -> list[Any]:
+    """The values of an option that takes many; each can itself be a list, as JSON."""
+    found: list[Any] = []
+    for item in raw if isinstance(raw, list) else [raw]:
+        inner = None
+        if isinstance(item, str) and item.startswith("["):
+            with contextlib.suppress(ValueError):
+                inner = json.loads(item)
+        found += inner if isinstance(inner, list) else [item]
+    return found
+
+
 def _parsed(row: Option, raw: Any, source: str) -> Any:
     """One value from argparse (text or list of texts), the environment or YAML (any scalar)."""
-    items = raw if isinstance(raw, list) else [raw]
+    items = _listed(raw) if row.many else raw if isinstance(raw, list) else [raw]
     if not row.many and isinstance(raw, list):
         raise SettingsError(f"{source} takes one value; given: {len(raw)}.")
     texts = []

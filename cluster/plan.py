@@ -16,8 +16,8 @@ from pdserve.cluster.cores import Share
 from pdserve.cluster.options import ENVIRONMENT_PREFIX
 from pdserve.cluster.process import Command
 from pdserve.cluster.records import Role
+from pdserve.cluster.router_settings import RouterSettings
 from pdserve.cluster.settings import (
-    RouterSettings,
     UpSettings,
     WorkerSettings,
     arguments,

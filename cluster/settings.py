@@ -12,9 +12,10 @@ import dataclasses
 import os
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from pdserve.cluster.common_settings import PORT, CommonSettings
 from pdserve.cluster.options import (
     ENVIRONMENT_PREFIX,
     Table,
@@ -27,56 +28,9 @@ from pdserve.cluster.options import (
     options_of,
     seconds,
     size,
-    word,
 )
 from pdserve.cluster.records import Role
-
-DEFAULT_REDIS = "redis://127.0.0.1:6379"
-_PORT = integer(0, 65535)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CommonSettings:
-    """What routers and workers have in common."""
-
-    model: str = option(
-        "",
-        "Model: a folder with config.json, safetensors and tokenizer files, or a name on the "
-        "Hugging Face hub",
-        shown="the built-in demo model",
-    )
-    served_model_name: tuple[str, ...] = option(
-        (),
-        "Names under which clients may ask for the model; the first one is put into answers",
-        many=True,
-        shown="the model's folder or hub name",
-    )
-    max_model_len: int = option(
-        0,
-        "Longest prompt and answer together; at most what the model was made for",
-        parse=integer(0, 2**31),
-        unit="tokens",
-        shown="0: the model's own limit",
-    )
-    redis: str = option(
-        DEFAULT_REDIS, "Redis where the cluster meets: redis://[:PASSWORD@]HOST:PORT[/DB]"
-    )
-    cluster: str = option("pdserve", "Name of the cluster; several can share one Redis")
-    secret: str = option(
-        "",
-        "Secret that all processes of the cluster share and prove to each other",
-        secret=True,
-        shown="none; `pdserve up` draws one",
-    )
-    seed: int = option(
-        0,
-        "Seed of the random weights of --load-format dummy, and of the seeds that are drawn for "
-        "requests without one",
-        parse=integer(0, 2**64 - 1),
-    )
-    log_level: str = option(
-        "info", "Least severe log lines to write", choices=("debug", "info", "warning", "error")
-    )
+from pdserve.cluster.router_settings import RouterSettings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,12 +46,12 @@ class WorkerSettings(CommonSettings):
         "127.0.0.1",
         "Address to listen on, and under which routers and other workers reach this one",
     )
-    port: int = option(0, "Port for routers", parse=_PORT, shown="0: any free port")
+    port: int = option(0, "Port for routers", parse=PORT, shown="0: any free port")
     http_port: int = option(
-        0, "Port for /health, /metrics and /status", parse=_PORT, shown="0: any free port"
+        0, "Port for /health, /metrics and /status", parse=PORT, shown="0: any free port"
     )
     transfer_port: int = option(
-        0, "Port from which others fetch KV blocks", parse=_PORT, shown="0: any free port"
+        0, "Port from which others fetch KV blocks", parse=PORT, shown="0: any free port"
     )
     transport: str = option(
         "auto",
@@ -187,174 +141,6 @@ class WorkerSettings(CommonSettings):
     )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RouterSettings(CommonSettings):
-    """One router."""
-
-    host: str = option("127.0.0.1", "Address on which clients are served; 0.0.0.0 means all")
-    port: int = option(8000, "Port on which clients are served", parse=_PORT)
-    share_port: bool = option(
-        False,
-        "Let other routers listen on the same port (SO_REUSEPORT); the kernel deals out "
-        "connections",
-    )
-    api_key: tuple[str, ...] = option(
-        (),
-        "Keys of which every client must present one",
-        parse=word,
-        many=True,
-        shown="none: open to all",
-    )
-    routing_policy: str = option(
-        "prefix",
-        "How workers are chosen: prefix (what they have cached against how busy they are), "
-        "least-load, round-robin, or session (header x-session-id)",
-        choices=("prefix", "least-load", "round-robin", "session"),
-    )
-    disaggregate: str = option(
-        "auto",
-        "Whether prompts go over a prefill worker to a decode worker: auto (when the times "
-        "measured here predict that it costs less, and while there is a prefill worker), always, "
-        "or never (decode workers compute their own prompts)",
-        choices=("auto", "always", "never"),
-    )
-    request_timeout_s: float = option(
-        600.0, "Longest life of a request", parse=seconds(0.1), unit="seconds"
-    )
-    root_path: str = option("", "Path under which a proxy in front publishes this server")
-    chat_template: str = option(
-        "",
-        "Chat template: a Jinja file, the template itself, or the name of one of the model's own",
-        shown="the model's own",
-    )
-    chat_template_content_format: str = option(
-        "auto",
-        "How message parts reach the chat template: joined into one string, or as a list of parts; "
-        "auto reads it off the template",
-        choices=("auto", "string", "openai"),
-    )
-    enable_scale_out: bool = option(
-        False,
-        "Serve tokens in, tokens out (/inference/v1), and rendering (/v1/.../render); without "
-        "it they answer 403",
-    )
-    enable_tokenizer_info_endpoint: bool = option(
-        False, "Serve /tokenizer_info, which shows the chat template to anybody who asks"
-    )
-    enable_offline_docs: bool = option(
-        False, "Let the pages /docs and /redoc load nothing from other hosts"
-    )
-    trust_request_chat_template: bool = option(
-        False, "Let requests bring their own chat template (it runs in a sandbox)"
-    )
-    default_chat_template_kwargs: str = option(
-        "", 'Arguments for the chat template as JSON, e.g. {"enable_thinking": false}'
-    )
-    tool_call_parser: str = option(
-        "auto",
-        "How the model writes calls of tools; auto reads it off its chat template and vocabulary, "
-        "none refuses tools",
-        choices=(
-            "auto",
-            "none",
-            "deepseek_v3",
-            "hermes",
-            "llama3_json",
-            "mistral",
-            "pythonic",
-            "qwen3_coder",
-        ),
-    )
-    enable_auto_tool_choice: bool = option(
-        False, "Let the model decide whether it calls a tool (tool_choice auto)"
-    )
-    exclude_tools_when_tool_choice_none: bool = option(
-        False, "Do not show tools to the chat template when tool_choice is none"
-    )
-    reasoning_parser: str = option(
-        "none",
-        "How the model marks its thoughts, which are then kept apart from the answer; auto reads "
-        "it off its chat template and vocabulary",
-        choices=("none", "auto", "deepseek_r1", "gpt_oss", "qwen3"),
-    )
-    generation_config: str = option(
-        "auto",
-        "Where sampling defaults come from: auto reads the model's generation_config.json, "
-        "neutral (vllm is the same) uses none, anything else is a folder or file to read",
-    )
-    override_generation_config: str = option(
-        "",
-        'Sampling defaults as JSON, over those of --generation-config, e.g. {"temperature": 0.5}; '
-        "max_new_tokens limits answers whose clients set no limit",
-    )
-    max_logprobs: int = option(
-        20,
-        "Most alternatives per token that a request may ask for; -1 is the whole vocabulary",
-        parse=integer(-1, 2**31),
-    )
-    max_queue: int = option(
-        1024,
-        "Answers that one router takes on at once, those in line included; beyond it clients get "
-        "429",
-        parse=integer(1, 2**24),
-        unit="answers",
-    )
-    max_waiting: int = option(
-        0,
-        "Answers of the whole cluster that may wait for their first token; beyond it clients get "
-        "429",
-        parse=integer(0, 2**24),
-        unit="answers",
-        shown="0: no limit of its own",
-    )
-    max_ttft_ms: float = option(
-        0.0,
-        "Clients whose first token is predicted to come later get 429",
-        parse=seconds(0, "milliseconds"),
-        unit="milliseconds",
-        shown="0: no limit",
-    )
-    max_itl_ms: float = option(
-        0.0,
-        "Requests wait while one more is predicted to bring tokens further apart than this",
-        parse=seconds(0, "milliseconds"),
-        unit="milliseconds",
-        shown="0: no limit",
-    )
-    responses_ttl: int = option(
-        3600,
-        "How long answers of /v1/responses are kept in Redis, for previous_response_id and "
-        "background",
-        parse=integer(0, 30 * 86400),
-        unit="seconds",
-        shown="3600; 0: none is kept",
-    )
-    max_body: int = option(
-        32 * 2**20, "Longest request body", parse=size, unit="bytes", shown="32MiB"
-    )
-    ssl_certfile: str = option(
-        "", "Certificate chain in PEM format; with it clients are served over https only"
-    )
-    ssl_keyfile: str = option(
-        "", "Its private key in PEM format", shown="in the file of --ssl-certfile"
-    )
-    ssl_ca_certs: str = option("", "Certificates by which those of clients are checked")
-    ssl_cert_reqs: str = option(
-        "0",
-        "Certificates of clients: 0 are not asked for, 1 are checked if they come, 2 are demanded",
-        choices=("0", "1", "2"),
-    )
-    ssl_ciphers: str = option(
-        "", "Ciphers for TLS 1.2, as OpenSSL writes them", shown="Python's choice"
-    )
-    enable_ssl_refresh: bool = option(
-        False, "Watch the certificate and its key, and use new ones for new connections"
-    )
-    allowed_origins: tuple[str, ...] = option(
-        (), "Origins from which browsers may call (CORS); * means any", many=True
-    )
-
-
 _PER_PROCESS = (
     "worker_id", "host", "port", "http_port", "transfer_port", "threads", "cpus", "drain_timeout",
 )  # fmt: skip
@@ -412,7 +198,7 @@ class UpSettings:
     log_dir: str = option(
         "", "Folder for the log files", shown="a temporary one, removed at the end"
     )
-    router: RouterSettings = RouterSettings()
+    router: RouterSettings = field(default_factory=RouterSettings)
     worker: WorkerSettings = WorkerSettings()
     """Template of all workers."""
 

@@ -7,7 +7,7 @@ import os
 import ssl
 from dataclasses import dataclass
 
-from pdserve.cluster.settings import RouterSettings
+from pdserve.cluster.router_settings import RouterSettings
 from pdserve.protocol.errors import PdserveError
 
 log = logging.getLogger(__name__)

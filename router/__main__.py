@@ -13,7 +13,8 @@ from typing import Any
 import uvicorn
 
 from pdserve.cluster.options import fail
-from pdserve.cluster.settings import RouterSettings, render_settings, router_settings
+from pdserve.cluster.router_settings import RouterSettings
+from pdserve.cluster.settings import render_settings, router_settings
 from pdserve.cluster.tls import Refresh, server_context
 from pdserve.protocol.errors import PdserveError
 from pdserve.router.app import create_app, create_render_app

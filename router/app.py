@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
-from pdserve.cluster.settings import RouterSettings
+from pdserve.cluster.router_settings import RouterSettings
 from pdserve.router import openapi
 from pdserve.router.docs import add_offline_docs
 from pdserve.router.errors import ApiError, schema_error
@@ -83,22 +83,25 @@ def _application(
         finally:
             await close()
 
-    offline = settings.enable_offline_docs
+    documented = not settings.disable_fastapi_docs
+    online = documented and not settings.enable_offline_docs
     app = FastAPI(
         title="pdserve",
         version=version(),
         root_path=settings.root_path,
         lifespan=lifespan,
-        docs_url=None if offline else "/docs",
-        redoc_url=None if offline else "/redoc",
+        docs_url="/docs" if online else None,
+        redoc_url="/redoc" if online else None,
+        openapi_url="/openapi.json" if documented else None,
     )
-    if offline:
+    if documented and not online:
         add_offline_docs(app)
     app.add_middleware(
         CORSMiddleware,
         allow_origins=settings.allowed_origins,
-        allow_methods=["*"],
-        allow_headers=["*"],
+        allow_methods=settings.allowed_methods,
+        allow_headers=settings.allowed_headers,
+        allow_credentials=settings.allow_credentials,
     )
     app.add_middleware(Gate, keys=settings.api_key, count=front.metrics.http)
     _add_error_handlers(app)

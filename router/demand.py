@@ -6,7 +6,7 @@ import hashlib
 
 from starlette.requests import Request
 
-from pdserve.cluster.settings import RouterSettings
+from pdserve.cluster.router_settings import RouterSettings
 from pdserve.router.admission import Demand, Limits
 from pdserve.router.errors import BadRequest
 from pdserve.router.requests import GenerateRequest

@@ -215,7 +215,7 @@ class Derender:
         echo = self._request.prompts[index // self._request.n].echo if first else None
         choice = forms.choice(index, replace(delta, calls=[]), len(echo or ""))
         if self._request.chat:
-            role = {"role": "assistant"} if first else {}
+            role = {"role": self._request.role} if first else {}
             choice["delta"] = role | choice["delta"]
             if delta.calls:
                 choice["delta"]["tool_calls"] = [

@@ -10,13 +10,13 @@ from typing import Any
 
 from fastapi import Request
 
-from pdserve.cluster.settings import RouterSettings
+from pdserve.cluster.router_settings import RouterSettings
 from pdserve.router.grammar_check import GrammarCheck
 from pdserve.router.http import read_json
 from pdserve.router.metrics import RouterMetrics
 from pdserve.router.openai import Json
 from pdserve.router.prompts import Prompts
-from pdserve.router.requests import RequestParser
+from pdserve.router.requests import Habits, RequestParser
 from pdserve.router.served import ServedModel
 
 TEXT_THREADS = 1
@@ -40,7 +40,15 @@ class Front:
                 hide_unused_tools=settings.exclude_tools_when_tool_choice_none,
                 executor=self._executor,
             ),
-            max_logprobs=settings.max_logprobs,
+            habits=Habits(
+                max_logprobs=settings.max_logprobs,
+                role=settings.response_role,
+                tokens_as_ids=settings.return_tokens_as_token_ids,
+                force_usage=settings.enable_force_include_usage,
+                metrics=settings.enable_per_request_metrics,
+                stream_interval=settings.stream_interval,
+                keep_alive_s=settings.sse_keep_alive_interval,
+            ),
             rng=random.Random(settings.seed),
             grammars=self._grammars,
         )

@@ -18,6 +18,7 @@ from typing import Self
 from starlette.types import Message, Receive, Send
 
 from pdserve.cluster.journal import Record
+from pdserve.protocol.events import QUEUED, SCHEDULED
 from pdserve.protocol.messages import FinishReason, Output
 from pdserve.router.dispatch import Dispatcher, Flight
 from pdserve.router.errors import ApiError, from_code, from_exception
@@ -27,7 +28,7 @@ from pdserve.router.recorder import Recorder
 from pdserve.router.requests import GenerateRequest
 from pdserve.router.served import ServedModel
 from pdserve.router.story import MAX_ANSWERS, answer_story, header
-from pdserve.router.writer import PING_S, Json, Progress, WriterOf
+from pdserve.router.writer import Json, Progress, WriterOf
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +129,7 @@ class Generation:
             open=len(self._answers),
             created=int(time.time()),
             extras=self._extras,
+            times=self._times,
         )
         self._writer = write(self._progress)
         self._flight: Flight = dispatcher.launch(
@@ -239,6 +241,7 @@ class Generation:
         writer, progress = self._writer, self._progress
         send = impatient(send)
         started = False
+        self._expect_silence()
         try:
             while progress.open:
                 grown = await self._next()
@@ -251,8 +254,7 @@ class Generation:
                     started = True
                     headers = [*SSE_HEADERS, *self._explain_raw()]
                     await send({"type": "http.response.start", "status": 200, "headers": headers})
-                    self._expect_silence()
-                if not grown and writer.keep_alive:
+                if not grown:
                     frames.append(writer.keep_alive)
                 if frames:
                     await send(_piece(b"".join(frames), more=bool(progress.open)))
@@ -268,19 +270,39 @@ class Generation:
             await send(_piece(writer.error(from_exception(error)), more=False))
 
     def _expect_silence(self) -> None:
-        """From now on, wake up to break each silence of PING_S."""
-        if self._writer.keep_alive:
+        """From now on, wake up to break each silence, also that before the first token."""
+        silence_s = self._writer.silence_s
+        if silence_s:
             loop = asyncio.get_running_loop()
-            self._ping = loop.call_at(self._heard_at + PING_S, self._break_silence)
+            self._ping = loop.call_at(self._heard_at + silence_s, self._break_silence)
 
     def _break_silence(self) -> None:
         loop = asyncio.get_running_loop()
-        if loop.time() - self._heard_at >= PING_S:
+        if loop.time() - self._heard_at >= self._writer.silence_s:
             self._heard_at = loop.time()
             self._flight.mailbox.wake()
         self._expect_silence()
 
     # measurements
+
+    def _times(self) -> Json | None:
+        """`metrics` of an answer that has ended; milliseconds, tokens per second."""
+        if not self.request.metrics:
+            return None
+        clock, count = self._clock, self._answers[0].count
+        generating_s = clock.last_token - clock.first_token
+        at = {event.name: event.at_s for leg in self._flight.answers[0].legs[:1]
+              for event in leg.events}  # fmt: skip
+        queued_s = at.get(SCHEDULED, 0.0) - at.get(QUEUED, 0.0)
+        between_s = generating_s / (count - 1) if count > 1 else None
+        return {
+            "time_to_first_token_ms": 1000 * (clock.first_token - clock.received),
+            "generation_time_ms": 1000 * generating_s,
+            "queue_time_ms": 1000 * queued_s,
+            "mean_itl_ms": None if between_s is None else 1000 * between_s,
+            "tokens_per_second": 1 / between_s if between_s else None,
+            "speculative_decoding": None,
+        }
 
     def _extras(self) -> Json:
         """The `pdserve` member for those who asked for timings: seconds since the request came."""

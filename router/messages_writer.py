@@ -37,6 +37,7 @@ class MessagesWriter:
     """One answer: a message of blocks, one after the other: thinking, text, calls of tools."""
 
     keep_alive = frame("ping")
+    silence_s = 15.0
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress

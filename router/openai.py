@@ -180,7 +180,7 @@ class ChunkForms:
         """Chat: the first chunk of an answer."""
         choice = {
             "index": index,
-            "delta": {"role": "assistant", "content": ""},
+            "delta": {"role": self._request.role, "content": ""},
             "logprobs": None,
             "finish_reason": None,
         }
@@ -276,7 +276,7 @@ def chat_choice(
         logprobs = writer.chat(delta.token_ids, delta.logprobs, request.logprobs)
     parsed = request.text(index).reading is not None
     message: Json = {
-        "role": "assistant",
+        "role": request.role,
         "content": None if parsed and not text else text,
         "refusal": None,
         "annotations": None,

@@ -22,11 +22,12 @@ DONE = b"data: [DONE]\n\n"
 class OpenAIWriter:
     """Both endpoints; `request.chat` says which."""
 
-    keep_alive = b""
+    keep_alive = b": keep-alive\n\n"
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._request = request = progress.request
+        self.silence_s = request.keep_alive_s
         self._answers = progress.answers
         self._model = model = progress.model
         self._logprobs = LogprobWriter(model.tokenizer.tokens, request.tokens_as_ids)
@@ -57,7 +58,7 @@ class OpenAIWriter:
             "usage": self._usage(),
             "kv_transfer_params": None,
             "ec_transfer_params": None,
-            "metrics": None,
+            "metrics": self._progress.times(),
         }
         if request.chat and len(request.prompts) == 1:
             body |= self._about_prompt(0)
@@ -159,6 +160,8 @@ class OpenAIWriter:
         if not self._request.include_usage:
             return [DONE]
         members = {"system_fingerprint": self._model.fingerprint, **self._progress.extras()}
+        if self._request.metrics:
+            members["metrics"] = self._progress.times()
         return [self._forms.chunk([], usage=self._usage(), **members), DONE]
 
     def error(self, error: ApiError) -> bytes:

@@ -12,7 +12,7 @@ from fastapi import FastAPI, Request
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from pdserve.cluster.settings import RouterSettings
+from pdserve.cluster.router_settings import RouterSettings
 from pdserve.router.derender_requests import Derendering
 from pdserve.router.errors import ApiError
 from pdserve.router.front import Front

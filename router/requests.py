@@ -89,10 +89,36 @@ class GenerateRequest:
     stream_interval: int
     return_token_ids: bool
     return_prompt_text: bool
+    role: str = "assistant"
+    """Chat: that of the answers."""
+    metrics: bool = False
+    """The answer has a member `metrics`."""
+    keep_alive_s: float = 0.0
+    """See Habits."""
 
     def text(self, index: int) -> TextOptions:
         """Those of an answer."""
         return self.texts[index // self.n]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Habits:
+    """What a router does unless a request says otherwise."""
+
+    max_logprobs: int
+    """Most alternatives per token that a request may ask for; -1: the whole vocabulary."""
+    role: str = "assistant"
+    """Of answers of chat."""
+    tokens_as_ids: bool = False
+    """Token strings in logprobs are written as token_id:N."""
+    force_usage: bool = False
+    """Every chunk of every stream has its usage."""
+    metrics: bool = False
+    """Answers have a member `metrics`."""
+    stream_interval: int = 1
+    """Tokens of a chunk."""
+    keep_alive_s: float = 0.0
+    """Silence of a stream that is broken by a comment; 0: none is."""
 
 
 class RequestParser:
@@ -103,7 +129,7 @@ class RequestParser:
         model: ServedModel,
         *,
         prompts: Prompts,
-        max_logprobs: int,
+        habits: Habits,
         rng: random.Random,
         grammars: GrammarCheck,
     ) -> None:
@@ -111,7 +137,7 @@ class RequestParser:
         self.prompts = prompts
         self.forms = AnswerForms(model, grammars)
         self.model = model
-        self._max_logprobs = max_logprobs
+        self._habits = habits
         self._rng = rng
         self._vocabulary = Vocabulary(size=model.vocab_size, eos_token_ids=model.eos_token_ids)
 
@@ -154,7 +180,8 @@ class RequestParser:
         form = await self.forms.chat(body, use, kwargs, prompt.text or "")
         tokens = self.prompts.room(prompt.token_ids) if asked is None else asked
         last = body.messages[-1]
-        role = last["role"] if body.continue_final_message else "assistant"
+        answers_anew = body.add_generation_prompt is not False
+        role = self._habits.role if answers_anew else str(last["role"])
         if body.echo and last["role"] == role:
             prompt = replace(prompt, echo=flat_text(last.get("content")) or None)
         return self._assemble(
@@ -165,6 +192,7 @@ class RequestParser:
             logprobs,
             prefix=CHAT,
             form=form,
+            role=role,
             return_prompt_text=bool(body.return_prompt_text),
         )
 
@@ -249,6 +277,7 @@ class RequestParser:
         form: AnswerForm,
         score_only: bool = False,
         return_prompt_text: bool = False,
+        role: str = "assistant",
     ) -> GenerateRequest:
         n, chat = answer_count(body), prefix == CHAT
         prompt_logprobs = self._prompt_logprobs(body)
@@ -282,6 +311,9 @@ class RequestParser:
             for prompt in prompts
         ]
         include_usage, continuous = _stream_options(body)
+        if self._habits.force_usage:
+            include_usage = continuous = True
+        as_ids = body.return_tokens_as_token_ids
         text = TextOptions(
             stops=stop_strings(body),
             include_stop=bool(body.include_stop_str_in_output),
@@ -298,20 +330,23 @@ class RequestParser:
             texts=(text,) * len(prompts),
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
-            tokens_as_ids=bool(body.return_tokens_as_token_ids),
+            tokens_as_ids=self._habits.tokens_as_ids if as_ids is None else as_ids,
             score_only=score_only,
             stream=bool(body.stream),
             include_usage=include_usage,
             continuous_usage=continuous,
-            stream_interval=_interval(body.stream_interval),
+            stream_interval=_interval(body.stream_interval) or self._habits.stream_interval,
             return_token_ids=bool(body.return_token_ids),
             return_prompt_text=return_prompt_text,
+            role=role,
+            metrics=self._habits.metrics and n == 1 and len(prompts) == 1,
+            keep_alive_s=self._habits.keep_alive_s,
         )
 
     def _logprobs(self, name: str, value: int | None) -> int | None:
         if value is None:
             return None
-        return logprob_count(name, value, self._max_logprobs, self.model.vocab_size)
+        return logprob_count(name, value, self._habits.max_logprobs, self.model.vocab_size)
 
     def _chat_logprobs(self, body: ChatCompletionRequest) -> int | None:
         if body.logprobs:
@@ -378,10 +413,10 @@ def _stream_options(body: SamplingFields) -> tuple[bool, bool]:
     return include, include and bool(options.continuous_usage_stats)
 
 
-def _interval(value: int | None) -> int:
+def _interval(value: int | None) -> int | None:
     if value is not None and value < 1:
         raise bad("stream_interval", "must be at least 1", value)
-    return value or 1
+    return value
 
 
 def _salt(value: str | None) -> str:

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pdserve.cluster.membership import RedisUnavailable
 from pdserve.cluster.responses import ResponseStore, StoredResponse
-from pdserve.cluster.settings import RouterSettings
+from pdserve.cluster.router_settings import RouterSettings
 from pdserve.router.background import Background
 from pdserve.router.errors import ApiError, BadRequest, Unavailable
 from pdserve.router.generation import SSE_HEADERS, ClientGone, impatient, until_gone

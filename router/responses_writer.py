@@ -122,7 +122,7 @@ class Reply:
 class ResponsesWriter:
     """One answer: a response of items."""
 
-    keep_alive = b""
+    keep_alive, silence_s = b"", 0.0
 
     def __init__(self, progress: Progress, reply: Reply) -> None:
         self._progress = progress

@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 from pdserve.cluster.journal import Journal
 from pdserve.cluster.membership import Membership
 from pdserve.cluster.placement import Placement
-from pdserve.cluster.settings import RouterSettings
+from pdserve.cluster.router_settings import RouterSettings
 from pdserve.protocol.errors import ErrorCode, PdserveError
 from pdserve.router import load_report
 from pdserve.router.admission import Admission, Demand

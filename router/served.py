@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pdserve.cluster.model_files import ModelError, read_json, resolve_model
-from pdserve.cluster.settings import RouterSettings
+from pdserve.cluster.router_settings import RouterSettings
 from pdserve.router.chat import ChatTemplate, find_template
 from pdserve.router.errors import BadRequest, NotFound
 from pdserve.router.sampling import Defaults, check_defaults

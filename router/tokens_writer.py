@@ -18,7 +18,7 @@ WEIGHTS = "default"
 class TokensWriter:
     """`text`: output_mode text. `prompt_ids`: the prompt's token ids are said again."""
 
-    keep_alive = b""
+    keep_alive, silence_s = b"", 0.0
 
     def __init__(self, progress: Progress, *, text: bool, prompt_ids: bool) -> None:
         self._progress = progress

@@ -13,8 +13,9 @@ from pdserve.router.served import ServedModel
 
 Json = dict[str, Any]
 
-PING_S = 15.0
-"""Silence in a stream after which `Writer.keep_alive` is sent."""
+
+def _no_times() -> Json | None:
+    return None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -30,13 +31,17 @@ class Progress:
     """Unix time."""
     extras: Callable[[], Json]
     """The `pdserve` member with timings, or nothing if the client did not ask."""
+    times: Callable[[], Json | None] = _no_times
+    """The member `metrics`, for requests that get one."""
 
 
 class Writer(Protocol):
     """One request's answer in the shapes of a protocol: a whole body, or server-sent events."""
 
     keep_alive: bytes
-    """Sent when a stream has been silent for PING_S; empty: nothing is."""
+    """Sent when a stream has been silent for so long:"""
+    silence_s: float
+    """Seconds; 0: nothing is sent."""
 
     def body(self) -> Json:
         """All of it, after the last answer has ended."""

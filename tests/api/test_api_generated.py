@@ -15,7 +15,7 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.schemas import APIOperation
 
 from pdserve.cluster.records import Role
-from pdserve.cluster.settings import RouterSettings
+from pdserve.cluster.router_settings import RouterSettings
 from pdserve.router.app import create_app
 
 LARGE, SMALL = 75, 180

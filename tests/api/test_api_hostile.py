@@ -11,7 +11,7 @@ import pytest
 from router_harness import RouterHarness
 
 from pdserve.cluster.records import Role
-from pdserve.cluster.settings import RouterSettings
+from pdserve.cluster.router_settings import RouterSettings
 from pdserve.router.app import create_app
 
 BOUND_S = 5.0

@@ -15,7 +15,7 @@ from router_harness import TEXT, RouterHarness
 
 from pdserve.cluster.records import Role
 from pdserve.protocol.errors import ErrorCode, WorkerError
-from pdserve.router import generation
+from pdserve.router.messages_writer import MessagesWriter
 
 PATH = "/v1/messages"
 HI: list[Any] = [{"role": "user", "content": "Hi"}]
@@ -370,7 +370,7 @@ async def go_on(worker: FakeWorker) -> None:
 
 
 def test_silence_is_broken_by_pings(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generation, "PING_S", 0.02)
+    monkeypatch.setattr(MessagesWriter, "silence_s", 0.02)
     harness = start()
     worker = harness.add(Role.COLOCATED)
     harness.until_connected()

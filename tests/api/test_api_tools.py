@@ -15,7 +15,7 @@ from router_harness import RouterHarness
 
 from pdserve.cluster.model_files import ModelError, resolve_model
 from pdserve.cluster.records import Role
-from pdserve.cluster.settings import RouterSettings
+from pdserve.cluster.router_settings import RouterSettings
 from pdserve.parsers.calls import CALLS
 from pdserve.parsers.forms import FORMS
 from pdserve.parsers.reasoning import REASONING

@@ -34,7 +34,7 @@ from redis.exceptions import RedisError
 from pdserve.cluster.membership import Membership
 from pdserve.cluster.records import Role
 from pdserve.cluster.redis_server import find_redis_server
-from pdserve.cluster.settings import RouterSettings
+from pdserve.cluster.router_settings import RouterSettings
 from pdserve.protocol.messages import Submit
 from pdserve.router.app import Router, create_app
 

@@ -19,8 +19,9 @@ from pdserve.cluster.model_files import ModelError, check_model, read_json, reso
 from pdserve.cluster.plan import ClusterPlan, plan_cluster, roles_of
 from pdserve.cluster.process import Command, Exit, start, stop
 from pdserve.cluster.redis_server import find_redis_server, private_redis
+from pdserve.cluster.router_settings import RouterSettings
 from pdserve.cluster.runfile import RunNote, own_age_s, start_ticks, write_note
-from pdserve.cluster.settings import RouterSettings, UpSettings, WorkerSettings
+from pdserve.cluster.settings import UpSettings, WorkerSettings
 from pdserve.cluster.supervisor import Backoff
 from pdserve.protocol.errors import PdserveError
 

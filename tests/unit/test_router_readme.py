@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from pdserve.cluster.settings import RouterSettings
+from pdserve.cluster.router_settings import RouterSettings
 from pdserve.router.app import create_app
 
 README = Path(__file__).parents[2] / "README.md"

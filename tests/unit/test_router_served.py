@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pdserve.cluster.model_files import ModelError
-from pdserve.cluster.settings import RouterSettings
+from pdserve.cluster.router_settings import RouterSettings
 from pdserve.router.sampling import Defaults
 from pdserve.router.served import load_model
 

@@ -239,3 +239,13 @@ def test_help_lists_every_option_with_unit_default_and_variable(
     assert "in tokens (default: 16; environment: PDSERVE_BLOCK_SIZE)" in text
     assert "in bytes (default: 0: 1GiB on the CPU, most of what is free on a GPU;" in text
     assert "environment: PDSERVE_KV_CACHE_MEMORY)" in text
+
+
+def test_lists_can_be_json() -> None:
+    """As other servers write them."""
+    given = ["--allowed-origins", '["https://a", "*"]', "--served-model-name", "a", "[b", "c"]
+    environment = {"PDSERVE_API_KEY": "k"}
+    table = options.options_of(RouterSettings)
+    found = options.load("test", "", table, given, environment)
+    assert found["allowed_origins"] == ("https://a", "*")
+    assert found["served_model_name"] == ("a", "[b", "c") and found["api_key"] == ("k",)
