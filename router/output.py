@@ -63,6 +63,7 @@ class AnswerText:
     ) -> None:
         reading = options.reading
         self._reader = None if reading is None else reading.reader()
+        self._show_thoughts = reading is None or reading.show_thoughts
         self._short_ids = bool(reading and reading.calls and reading.calls.short_ids)
         kept = reading.kept if reading and options.skip_special_tokens else frozenset()
         self._hidden = tokens.special_ids - kept if kept else frozenset()
@@ -106,13 +107,12 @@ class AnswerText:
 
     def _add(self, token_id: int, logprobs: PositionLogprobs | None, ends: bool) -> None:
         self.count += 1
-        if self._reader is not None:
-            self.thought += self._reader.thinking
-        delta = self._delta
-        delta.token_ids.append(token_id)
-        if logprobs is not None and self._with_logprobs:
-            delta.logprobs.append(logprobs)
-            delta.offsets.append(self._chars)
+        shown = True
+        if self._reader is not None and self._reader.thinking:
+            self.thought += 1
+            shown = self._show_thoughts
+        if shown:
+            self._note(token_id, logprobs)
         if ends and not self._include_stop:
             return  # the token that ends an answer is counted, its text is not shown
         if token_id not in self._hidden:
@@ -121,6 +121,13 @@ class AnswerText:
                 self._pass_on(text)
         if self._repetition and self._repetition.feed(token_id) and not self.finished:
             self.finish(REASON, DETECTED)
+
+    def _note(self, token_id: int, logprobs: PositionLogprobs | None) -> None:
+        delta = self._delta
+        delta.token_ids.append(token_id)
+        if logprobs is not None and self._with_logprobs:
+            delta.logprobs.append(logprobs)
+            delta.offsets.append(self._chars)
 
     def _pass_on(self, text: str) -> None:
         self._chars += len(text)

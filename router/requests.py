@@ -326,7 +326,7 @@ class RequestParser:
             response_id=f"{prefix}-{_request_id(header_id, body.request_id)}",
             prompts=prompts,
             n=n,
-            answers=tuple(_specs(prompts, params, n, _salt(body.cache_salt), body.priority or 0)),
+            answers=tuple(_specs(prompts, params, n, body)),
             texts=(text,) * len(prompts),
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
@@ -385,8 +385,9 @@ def _bound_prompt_logprobs(top: int, prompts: Sequence[Prompt]) -> None:
 
 
 def _specs(
-    prompts: Sequence[Prompt], params: Sequence[SamplingParams], n: int, salt: str, priority: int
+    prompts: Sequence[Prompt], params: Sequence[SamplingParams], n: int, body: SamplingFields
 ) -> list[AnswerSpec]:
+    salt = _salt(body.cache_salt)
     return [
         AnswerSpec(
             prompt_token_ids=prompt.token_ids,
@@ -394,7 +395,8 @@ def _specs(
             if k == 0
             else msgspec.structs.replace(sampling, seed=derive_seed(sampling.seed, k)),
             cache_salt=salt,
-            priority=priority,
+            session=body.session_id or "",
+            priority=body.priority or 0,
         )
         for prompt, sampling in zip(prompts, params, strict=True)
         for k in range(n)

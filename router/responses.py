@@ -22,7 +22,8 @@ Json = dict[str, Any]
 LOGPROBS = "message.output_text.logprobs"
 SAME = ("temperature", "top_p", "top_k", "presence_penalty", "frequency_penalty",
         "repetition_penalty", "logit_bias", "seed", "stop", "ignore_eos", "skip_special_tokens",
-        "include_stop_str_in_output", "include_reasoning", "cache_salt", "priority",
+        "include_stop_str_in_output", "include_reasoning", "cache_salt", "session_id",
+        "priority",
         "stream")  # fmt: skip
 """Fields that chat has under the same name."""
 NAMES = {

@@ -152,7 +152,9 @@ class ResponsesWriter:
 
     def _entries(self, delta: Delta) -> list[Json]:
         """Log-probabilities of the tokens behind the thoughts, with which every answer begins."""
-        skipped = max(0, self._answer.thought - self._seen)
+        reading = self._request.text(0).reading
+        shown = reading is None or reading.show_thoughts
+        skipped = max(0, self._answer.thought - self._seen) if shown else 0
         self._seen += len(delta.token_ids)
         count = self._request.logprobs
         if count is None or not delta.logprobs:

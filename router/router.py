@@ -204,7 +204,9 @@ class Router:
         session = request.headers.get(SESSION_HEADER, "")
         if session or demand.ttft_s or demand.itl_s:
             answers = tuple(
-                replace(spec, session=session, ttft_s=demand.ttft_s, itl_s=demand.itl_s)
+                replace(
+                    spec, session=spec.session or session, ttft_s=demand.ttft_s, itl_s=demand.itl_s
+                )
                 for spec in parsed.answers
             )
             parsed = replace(parsed, answers=answers)

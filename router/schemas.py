@@ -36,6 +36,7 @@ Many = Annotated[list[Item], Field(fail_fast=True)]
 StopList = Annotated[list[str], Field(max_length=MAX_STOPS)]
 TokenIds = Annotated[list[TokenId], Field(max_length=MAX_TOKENS, fail_fast=True)]
 Object = dict[str, Any]
+SessionId = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 def _numbers(found: dict[str, Any]) -> dict[str, Any]:
@@ -123,6 +124,7 @@ class SamplingFields(RequestBody):
     structured_outputs: Object | None = None
     thinking_token_budget: Annotated[int, Field(ge=-1, le=2**31, strict=True)] | None = None
     request_id: str | None = None
+    session_id: SessionId | None = None
     cache_salt: str | None = None
 
     # advisory
@@ -131,7 +133,6 @@ class SamplingFields(RequestBody):
     metadata: Any = None
     service_tier: Any = None
     priority: Int64 | None = None
-    session_id: Any = None
     spaces_between_special_tokens: bool | None = None
     watermarking: bool | None = None
     length_penalty: Finite | None = None
@@ -328,6 +329,7 @@ class ResponsesRequest(ResponsesFields):
     service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = None
     user: str | None = None
     request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,128}$")] | None = None
+    session_id: SessionId | None = None
     cache_salt: str | None = None
     priority: Int64 | None = None
     enable_response_messages: bool | None = None
@@ -336,7 +338,6 @@ class ResponsesRequest(ResponsesFields):
     max_tool_calls: Int64 | None = None
     prompt_cache_key: Any = None
     safety_identifier: Any = None
-    session_id: Any = None
     watermarking: bool | None = None
 
     # refused

@@ -101,6 +101,17 @@ def test_a_session_stays_at_its_worker(start: Start, session: str) -> None:
     assert sorted(counts(workers)) == [0, 0, 5]
 
 
+def test_the_body_says_which_session_it_is(start: Start) -> None:
+    """Over the header, which every request has differently."""
+    harness, workers = three(start, routing_policy="session")
+    for turn in range(5):
+        body = {"prompt": PROMPT[turn:], "max_tokens": 2, "session_id": "mine"}
+        headers = {"x-session-id": f"other {turn}"}
+        answer = harness.client.post("/v1/completions", json=body, headers=headers)
+        assert answer.status_code == 200, answer.text
+    assert sorted(counts(workers)) == [0, 0, 5]
+
+
 @pytest.mark.parametrize("mode", ["auto", "never"])
 def test_decode_workers_serve_by_themselves_if_they_may(start: Start, mode: str) -> None:
     harness = start(disaggregate=mode)

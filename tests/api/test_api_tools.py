@@ -283,6 +283,11 @@ def test_thoughts_streamed_and_not(start: Callable[..., RouterHarness], thinker:
         hidden = whole(client, extra_body={"include_reasoning": False})
         assert hidden["message"]["reasoning"] is None
         assert hidden["message"]["content"].startswith("Yes.")
+        extra = {"include_reasoning": False, "return_token_ids": True}
+        hidden = whole(client, logprobs=True, extra_body=extra)
+        kept = router.router.model.tokenizer.encode(text.partition("</think>")[2], False)
+        assert hidden["token_ids"][:-1] == kept  # and the end of the answer
+        assert len(hidden["logprobs"]["content"]) == len(hidden["token_ids"])
         cut = whole(client, max_tokens=4)
         assert cut["message"]["content"] is None and cut["message"]["reasoning"]
         for off in ({"reasoning_effort": "none"},
