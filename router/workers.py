@@ -153,11 +153,11 @@ class WorkerPool:
 
     @property
     def waiting(self) -> int:
-        """Requests not yet started, on all workers, of all routers."""
+        """Requests not yet started, of all routers, on all workers with a link."""
         return sum(link.status.waiting for link in self._links.values() if link.status)
 
     def snapshot(self) -> list[WorkerLoad]:
-        """The workers that may get new work, for placement."""
+        """The workers that may get new work, for placement; those without a link count as idle."""
         found = [link.load() for link in self._links.values() if link.placeable]
         if self.on_demand:
             found += [
