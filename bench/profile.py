@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import math
 import statistics
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from pdserve.bench.machine import circumstances
 from pdserve.bench.phases import HEADER, phases_of
 from pdserve.bench.serve import EXIT_USAGE, ProgressBar
 from pdserve.bench.simulation.profile import Profile, StepTimes
-from pdserve.bench.step_times import Engine, Job, Sample, grid
+from pdserve.bench.step_times import Engine, Job, Point, Sample, grid
 from pdserve.bench.topology import NAME, Cluster, Topology, up
 from pdserve.bench.workloads import Shape, make
 from pdserve.cluster.cores import divide, own_cores, own_quota
@@ -51,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     add("--model", default="", help="folder or hub name (default: demo model)")
     add("--workers", type=int, default=cores, help=f"that share this machine (default: {cores})")
     add("--kv-total", type=int, default=1024, help="KV cache of all workers, MiB (default: 1024)")
-    add("--max-num-batched-tokens", type=int, default=2048, help="of a step (default: 2048)")
+    add("--max-num-batched-tokens", type=int, default=0, help="of a step (default: the workers')")
     add("--max-num-seqs", type=int, default=64, help="requests of a step (default: 64)")
     add("--max-model-len", type=int, default=0, help="tokens (default 0: the model's own limit)")
     add("--block-size", type=int, default=16, help="tokens of a KV block (default: 16)")
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.workers < 1:
             raise BenchError(f"--workers must be at least 1, not {args.workers}.")
         engines = _time_steps(args)
-        step, errors = fit([sample for engine in engines for sample in engine.samples])
+        step, errors = fit(quietest(engines))
         print("asking a cluster", file=sys.stderr)
         profile = _around(args, engines, step, errors)
     except (BenchError, ValueError) as error:
@@ -147,6 +148,15 @@ def _samples(
     return msgspec.json.decode(line, type=Engine)
 
 
+def quietest(engines: Sequence[Engine]) -> list[Sample]:
+    """For each point the least time of the engines, which all had the others beside them: what was
+    longer had something else to wait for."""
+    found: dict[Point, float] = {}
+    for sample in (sample for engine in engines for sample in engine.samples):
+        found[sample.point] = min(sample.seconds, found.get(sample.point, math.inf))
+    return [Sample(point, seconds) for point, seconds in found.items()]
+
+
 def fit(samples: Sequence[Sample]) -> tuple[StepTimes, dict[str, float]]:
     """The laws that `StepTimes` states, and how far they are off."""
     alone = [sample for sample in samples if not sample.point.prompts]
@@ -209,7 +219,7 @@ def _around(
         dtype=engine.dtype,
         block_size=engine.block_size,
         num_blocks=engine.num_blocks,
-        max_num_batched_tokens=args.max_num_batched_tokens,
+        max_num_batched_tokens=engine.max_num_batched_tokens,
         max_num_seqs=args.max_num_seqs,
         max_model_len=engine.max_model_len,
         step=step,

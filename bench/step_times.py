@@ -69,17 +69,20 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
     num_blocks: int
     block_size: int
     max_model_len: int
+    max_num_batched_tokens: int
     samples: list[Sample] = []
 
 
 def grid(job: Job, longest: int, tokens: int) -> list[Point]:
     """The steps that are timed: prompts alone, tokens alone, both; as far as requests may be so
-    long (`longest`) and the pool holds so many tokens."""
+    long (`longest`) and the pool holds so many tokens. Steps larger than a worker's by itself are
+    among them, so that other limits can be simulated."""
+    most = job.max_num_batched_tokens or PROMPTS[-1]
     points = [
         Point(prompts=((start, length),))
         for length in PROMPTS
         for start in STARTS
-        if length <= job.max_num_batched_tokens
+        if length <= most
     ]
     points += [Point(prompts=((0, 64),) * 4), Point(prompts=((0, 256),) * 2)]
     alone = [
@@ -92,7 +95,7 @@ def grid(job: Job, longest: int, tokens: int) -> list[Point]:
         Point(prompts=((0, length),), contexts=(context,) * count)
         for length, count, context in ((64, 4, 256), (256, 4, 256), (256, 16, 256), (512, 8, 64),
                                        (1024, 4, 1024), (16, 16, 256), (256, 1, 1024))
-        if length + count <= job.max_num_batched_tokens and count <= job.max_num_seqs
+        if length + count <= most and count <= job.max_num_seqs
     ]  # fmt: skip
 
     def fits(point: Point) -> bool:
@@ -156,7 +159,8 @@ def main() -> int:
         print("point", flush=True)
     found = Engine(
         device=config.device, dtype=config.dtype, num_blocks=config.num_blocks,
-        block_size=config.block_size, max_model_len=config.max_model_len, samples=samples,
+        block_size=config.block_size, max_model_len=config.max_model_len,
+        max_num_batched_tokens=config.max_num_batched_tokens, samples=samples,
     )  # fmt: skip
     print(msgspec.json.encode(found).decode(), flush=True)
     built.pool.close()

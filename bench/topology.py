@@ -56,6 +56,17 @@ class Topology:
         return "+".join(f"{count}{letter}" for letter, count in counts.items() if count)
 
     @property
+    def plain(self) -> str:
+        """For people: "1 worker for prompts and 1 for answers (1P+1D)"."""
+        counts = ((self.prefill, "for prompts"), (self.decode, "for answers"),
+                  (self.colocated, "that does both"))  # fmt: skip
+        parts = [f"{count:,} {what}" for count, what in counts if count]
+        first = counts[0][0] or counts[2][0]
+        parts[0] = parts[0].replace(" ", " worker " if first == 1 else " workers ", 1)
+        text = " and ".join(parts)
+        return f"{text if self.colocated == 1 else text.replace('does', 'do')} ({self})"
+
+    @property
     def workers(self) -> int:
         return self.prefill + self.decode + self.colocated
 

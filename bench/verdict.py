@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pdserve.bench.figures import ATTAINED, Figures, Slo
+from pdserve.bench.topology import Topology
 
 LEAST = 0.03
 """Differences under this are called none, however quiet the machine."""
@@ -145,7 +146,8 @@ def sentences(cells: Sequence[Cell], slo: Slo, workload: str) -> list[str]:
     """The verdict in words, the most important first."""
     names = topologies_of(cells)
     reached = {name: goodput(cells, name) for name in names}
-    found = [_headline(names, reached, slo, workload)]
+    by_shape = {Topology.parse(name): reached[name] for name in names}
+    found = [headline(by_shape), promise(slo, workload)]
     for other in names[1:]:
         found += _differences(cells, names[0], other)
     if why := _why(cells, names):
@@ -159,21 +161,33 @@ def sentences(cells: Sequence[Cell], slo: Slo, workload: str) -> list[str]:
     return found
 
 
-def _headline(names: Sequence[str], reached: Mapping[str, Goodput], slo: Slo, workload: str) -> str:
-    target = f"first token within {slo.ttft_ms:.0f} ms and {slo.itl_ms:.0f} ms between tokens"
-    best = max(names, key=lambda name: reached[name].rate)
-    tied = [name for name in names if reached[name].rate == reached[best].rate]
-    listed = "; ".join(f"{name} {reached[name]}" for name in names)
-    if len(tied) > 1:
-        return (
-            f"On {workload}, with a {target}, {' and '.join(tied)} serve the same rate ({listed}): "
-            "the choice is one of latency, below."
-        )
-    second = max((reached[name].rate for name in names if name != best), default=0.0)
-    more = f", {reached[best].rate / second - 1:.0%} more than the next" if second else ""
+def promise(slo: Slo, workload: str) -> str:
+    """What "in good time" means."""
     return (
-        f"On {workload}, use {best}: with a {target} for nine requests of ten it serves "
-        f"{reached[best]}{more} ({listed})."
+        f"In good time: of ten requests ({workload}) nine get their first token within "
+        f"{slo.ttft_ms:.0f} ms and then one every {slo.itl_ms:.0f} ms on average."
+    )
+
+
+def headline(reached: Mapping[Topology, Goodput]) -> str:
+    """Who serves most, in a sentence for those who decide."""
+    best, *others = sorted(reached, key=lambda one: -reached[one].rate)
+    if not others:
+        return f"{best.plain.capitalize()}: {reached[best]} in good time."
+    if not reached[best].rate:
+        return "Nobody serves even the lowest rate that was tried in good time."
+    tied = [one for one in others if reached[one].rate >= reached[best].rate / (1 + LEAST)]
+    if tied:
+        names = " and ".join(one.plain for one in (best, *tied))
+        return (
+            f"{names} serve the same rate in good time, {reached[best]}: the choice is one of "
+            "latency, below."
+        )
+    second = reached[others[0]]
+    more = f", {reached[best].rate / second.rate - 1:.0%} more than" if second.rate else "; with"
+    rest = "".join(f"; {one} {reached[one]}" for one in others[1:])
+    return (
+        f"Use {best.plain}: {reached[best]} in good time{more} {others[0].plain}: {second}{rest}."
     )
 
 

@@ -107,7 +107,12 @@ class WorkerSettings(CommonSettings):
     )
     block_size: int = option(16, "Length of one KV block", parse=integer(1, 1024), unit="tokens")
     max_num_batched_tokens: int = option(
-        2048, "Most tokens that one engine step computes", parse=integer(1, 2**24), unit="tokens"
+        0,
+        "Most tokens that one engine step computes",
+        parse=integer(0, 2**24),
+        unit="tokens",
+        shown="0: 2048 on a GPU, 512 on the CPU, where larger steps are no faster per token and "
+        "first tokens wait for each other",
     )
     max_num_seqs: int = option(
         64, "Most requests that one engine step works on", parse=integer(1, 2**16), unit="requests"

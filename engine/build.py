@@ -39,6 +39,9 @@ log = logging.getLogger(__name__)
 
 KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3")
 """What --kv-cache-dtype may be."""
+STEP_TOKENS = {"cpu": 512, "cuda": 2048}
+"""max_num_batched_tokens if it is 0. On the CPU a prompt's token takes as long in larger steps
+(bench/results/cpu-step-tokens.md)."""
 MIN_MODEL_LEN = 16
 """Shorter ones have no room for a prompt and an answer."""
 
@@ -190,6 +193,8 @@ def resolve(config: EngineConfig, model: ModelConfig) -> EngineConfig:
         device=device,
         max_model_len=longest,
         num_blocks=num_blocks,
+        max_num_batched_tokens=config.max_num_batched_tokens
+        or max(STEP_TOKENS[device], config.max_num_seqs),
     )
 
 

@@ -142,8 +142,9 @@ class EngineConfig:
     """KV blocks; 0: as many as fit into kv_cache_memory."""
     kv_cache_memory: int = 0
     """Bytes for the KV pool; used if num_blocks is 0. 0: 1 GiB on the CPU, what is free on CUDA."""
-    max_num_batched_tokens: int = 512
-    """Tokens computed in one step, at most."""
+    max_num_batched_tokens: int = 0
+    """Tokens computed in one step, at most; 0: 512 on the CPU, 2048 on CUDA, but no fewer than
+    max_num_seqs."""
     max_num_seqs: int = 64
     """Requests in one step, at most."""
     max_model_len: int = 0

@@ -26,7 +26,8 @@ from pdserve.bench.compare import ITL_SLACK, TTFT_SLACK, ladder, rates_given
 from pdserve.bench.figures import Slo, quantile
 from pdserve.bench.machine import circumstances
 from pdserve.bench.serve import EXIT_USAGE, ProgressBar, add_load_options, finite, load_of
-from pdserve.bench.simulation import pictures, words
+from pdserve.bench.simulation import against, pictures, words
+from pdserve.bench.simulation.against import take_over
 from pdserve.bench.simulation.cluster import Outcome, Simulation
 from pdserve.bench.simulation.load import TRACES, Load
 from pdserve.bench.simulation.profile import Profile, load
@@ -61,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
         "that comes along: " + ", ".join(sorted(p.stem for p in PROFILES.glob("*.json")))
         + " (default: cpu-mid)")  # fmt: skip
     add("--kv-tokens", type=int, default=0, help="KV cache of a worker (default: the profile's)")
+    add("--max-num-batched-tokens", type=int, default=0, help="of a step (default: the profile's)")
     add("--block-size", type=int, default=0, help="tokens of a KV block (default: the profile's; "
         "what a hash of the trace stands for, if that is known)")  # fmt: skip
     add("--routing-policy", default="prefix", choices=("prefix", "least-load"), help="of the "
@@ -69,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     add("--rate-scale", type=float, default=0.0, help="replay: the trace's requests so many times "
         f"(default: {BUSY:g} of what the cluster serves, at most {MOST:,} requests)")  # fmt: skip
     add("--no-replay", action="store_true", help="do not replay the trace on the whole cluster")
+    add("--against", type=Path, help="folder of `bench compare`: predict what was measured there")
     add("--out", type=Path, default=Path("simulation"), help="folder (default: simulation)")
     add_load_options(found)
     for action in found._actions:
@@ -106,6 +109,7 @@ class _Study:
     def __init__(self, args: argparse.Namespace) -> None:
         """Raises BenchError for options that make no sense."""
         self._args = args
+        self.measured = take_over(args, args.against) if args.against else []
         if args.workers < 1:
             raise BenchError(f"--workers must be at least 1, not {args.workers}.")
         if args.rate_scale < 0 or not math.isfinite(args.rate_scale):
@@ -165,7 +169,8 @@ class _Study:
         ) as search:  # fmt: skip
             duel, shown = self._search(search)
             bar.end()
-            verdict = [words.headline(duel, self.load.shape.kind, shown)]
+            verdict = [against.verdict(search, self.measured)] if self.measured else []
+            verdict += words.opening(duel, self._whole, self.load.shape.kind)
             verdict += [*words.when(duel), words.why(duel, shown)]
             verdict.append(self._said(search, time.monotonic() - begun))
             runs = self._replay(duel, search, shown, verdict)
@@ -207,8 +212,8 @@ class _Study:
             found += f"; the trace's lengths divided by {shape.length_scale:g}"
         if self.sample < self.workers:
             found += (
-                f"; on {self.sample} workers, which stand for the {self.workers:,} (rates above "
-                f"are theirs: for the whole cluster × {self.workers / self.sample:g})"
+                f"; on {self.sample} workers, which stand for the {self.workers:,} "
+                f"(their rates below: for the whole cluster × {self.workers / self.sample:g})"
             )
         return found + "."
 
@@ -287,6 +292,8 @@ class _Study:
             "Goodput": words.table(search, self.slo, shown),
             "Runs": words.run_table([*looked, *runs], self.slo),
         }
+        if self.measured:
+            tables["Predicted and measured"] = against.table(search, self.measured)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "simulation.json").write_text(json.dumps(content, indent=1) + "\n")
         return report.write_page(
@@ -305,7 +312,13 @@ def _profile(args: argparse.Namespace) -> Profile:
         raise BenchError(
             f"--kv-tokens ({args.kv_tokens}) must be at least a block of {found.block_size}."
         )
-    return msgspec.structs.replace(found, num_blocks=blocks)
+    most = args.max_num_batched_tokens or found.max_num_batched_tokens
+    if most < found.max_num_seqs:
+        raise BenchError(
+            f"--max-num-batched-tokens ({most}) must be at least the {found.max_num_seqs} requests "
+            "of a step."
+        )
+    return msgspec.structs.replace(found, num_blocks=blocks, max_num_batched_tokens=most)
 
 
 def _fitting(profile: Profile, shape: Shape) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pdserve.bench.figures import Slo
@@ -12,7 +12,7 @@ from pdserve.bench.report import Table
 from pdserve.bench.simulation.cluster import PHASES, Outcome
 from pdserve.bench.simulation.search import Rung, Search, attainment, latencies, splits
 from pdserve.bench.topology import Topology
-from pdserve.bench.verdict import LEAST, Goodput
+from pdserve.bench.verdict import LEAST, Goodput, headline, promise
 
 FACTORS = (0.4, 0.5, 0.65, 0.8, 1.0, 1.25, 1.6, 2.0, 3.0, 5.0)
 """Targets that are looked at beside those that were asked for, as multiples of them."""
@@ -42,32 +42,14 @@ class Duel:
         return self.split if self.at(self.slo) > 0 else self.colocated
 
 
-def target(slo: Slo) -> str:
-    return f"first token within {slo.ttft_ms:.0f} ms and {slo.itl_ms:.0f} ms between tokens"
-
-
-def headline(duel: Duel, workload: str, shown: dict[Topology, str]) -> str:
-    """`shown`: how the topologies are written, by those that were simulated."""
-    ours, theirs = duel.search.goodput(duel.split), duel.search.goodput(duel.colocated)
-    change = duel.at(duel.slo)
-    split, colocated = shown[duel.split], shown[duel.colocated]
-    begin = f"On {workload}, with a {target(duel.slo)} for nine requests of ten"
-    if not ours.rate and not theirs.rate:
-        return (
-            f"{begin}, no topology serves even the lowest rate that was tried: the targets are "
-            "below what one request alone takes, or nearly."
-        )
-    if abs(change) <= LEAST:
-        return f"{begin}, {split} and {colocated} serve the same ({ours} and {theirs})."
-    if change > 0:
-        more = f", {change:.0%} more than {colocated} ({theirs})" if theirs.rate else (
-            f"; {colocated} serves {theirs}"
-        )  # fmt: skip
-        return f"{begin}, use {split}: it serves {ours}{more}."
-    return (
-        f"{begin}, let every worker do both ({colocated}): they serve {theirs}, and the best "
-        f"split, {split}, {ours}."
-    )
+def opening(duel: Duel, whole: Callable[[Topology], Topology], workload: str) -> list[str]:
+    """The verdict. `whole(topology)`: what stands for it in the whole cluster."""
+    reached = {}
+    for topology in (duel.split, duel.colocated):
+        found, all_of_it = duel.search.goodput(topology), whole(topology)
+        rate = found.rate * all_of_it.workers / topology.workers
+        reached[all_of_it] = Goodput(rate, found.at_least)
+    return [headline(reached), promise(duel.slo, workload)]
 
 
 def when(duel: Duel) -> list[str]:

@@ -15,6 +15,7 @@ from pdserve.bench.arrivals import Arrivals, BenchError
 from pdserve.bench.client import Record, Run
 from pdserve.bench.figures import Slo, figures
 from pdserve.bench.phases import PHASES, phases_of
+from pdserve.bench.simulation import __main__ as simulate
 from pdserve.bench.topology import Topology
 from pdserve.bench.verdict import METRICS, Cell, goodput, noise, sentences
 from pdserve.bench.workloads import Job
@@ -129,7 +130,8 @@ def test_the_verdict_names_the_winner_and_the_phase() -> None:
         cells += [cell("1P+1D", rate), cell("1P+1D", rate, twin=True, ttft=51.0)]
         cells.append(cell("2C", rate, attainment=share, ttft=100.0, decode=0.3))
     first, *more = sentences(cells, SLO, "random")
-    assert first.startswith("On random, use 1P+1D:")
+    assert first.startswith("Use 1 worker for prompts and 1 for answers (1P+1D): at least 2.00")
+    assert "67% more than 2 workers that do both (2C)" in first
     assert any(
         "1P+1D is better than 2C" in text and "TTFT p50 at 1/s (+100%)" in text for text in more
     )
@@ -199,6 +201,10 @@ def test_a_whole_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert page.count("data:image/png;base64") == 4 and "1P+1D" in page
     one, other = (out / f"{name}-round1-rate20.json" for name in ("1P+1D", "1C"))
     assert diff.main([str(one), str(other)]) == 0
+    assert simulate.main(["--against", str(out), "--out", str(tmp_path / "predicted")]) == 0
+    predicted = json.loads((tmp_path / "predicted" / "simulation.json").read_text())
+    assert predicted["verdict"][0].startswith("Predicted and measured goodput are within 15%")
+    assert "measured" in (tmp_path / "predicted" / "table.md").read_text()
     changed = json.loads(other.read_text())
     changed["settings"]["requests"] = 5
     other.write_text(json.dumps(changed))

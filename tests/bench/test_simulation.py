@@ -20,7 +20,7 @@ from pdserve.bench.simulation.load import Load
 from pdserve.bench.simulation.profile import Profile, StepTimes, load
 from pdserve.bench.simulation.search import Search, attainment, capacity
 from pdserve.bench.simulation.texts import Tokens, of_names, of_tokens
-from pdserve.bench.simulation.words import Duel, headline, when
+from pdserve.bench.simulation.words import Duel, opening, when
 from pdserve.bench.simulation.worker import Worker
 from pdserve.bench.step_times import Point, Sample
 from pdserve.bench.topology import Topology
@@ -203,12 +203,11 @@ def test_the_search_finds_the_better_one_and_says_so() -> None:
     # A step with a chunk takes 56 ms and more: only workers without prompts are quicker.
     tight = best(Slo(ttft_ms=2000, itl_ms=10))
     assert tight.winner == tight.split and tight.at(tight.slo) > 0.03
-    shown = {one: str(one) for one in tight.search.rungs}
-    assert f"use {tight.split}" in headline(tight, "fixed", shown)
+    assert f"Use {tight.split.plain}" in opening(tight, lambda one: one, "fixed")[0]
     assert any("the split serves more under" in text for text in when(tight))
     loose = best(Slo(ttft_ms=400, itl_ms=400))
     assert loose.winner == colocated
-    assert "let every worker do both" in headline(loose, "fixed", shown)
+    assert "Use 4 workers that do both (4C)" in opening(loose, lambda one: one, "fixed")[0]
 
 
 def test_the_command_writes_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -224,7 +223,7 @@ def test_the_command_writes_a_report(tmp_path: Path, capsys: pytest.CaptureFixtu
     text = capsys.readouterr()
     assert code == 0, text.err
     content = json.loads((out / "simulation.json").read_text())
-    assert "azure-conv" in content["verdict"][0] and "40C" in content["goodput"]
+    assert "azure-conv" in content["verdict"][1] and "40C" in content["goodput"]
     assert any("The whole trace" in sentence for sentence in content["verdict"])
     assert (out / "report.html").read_text().count("data:image/png;base64") == 4
     for wrong in (["--workers", "0"], ["--profile", "nowhere"], ["--topologies", "1X"],
