@@ -27,6 +27,9 @@ from pdserve.router.token_schemas import (
 )
 from pdserve.router.writer import Json
 
+MAX_TOKENS = 2**17
+"""Of all answers of a request, unless one answer may be longer."""
+
 
 class Derendering:
     """Serves them, for one model."""
@@ -41,10 +44,10 @@ class Derendering:
         refuse(body)
         parsed = await self._chat_request(body)
         if body.stream:
-            return self._chunk(parsed, body.generate_chunk, body.stream_state)
-        response = self._whole(body.generate_response)
-        progress = Derender(self._model, parsed).progress([response])
-        return body_of(progress, [body.prompt_tokens])
+            return await self._chunk(parsed, body.generate_chunk, body.stream_state)
+        return await self._bodies(
+            parsed, [self._whole(body.generate_response)], [body.prompt_tokens]
+        )
 
     async def _chat_request(self, body: DerenderChatRequest) -> GenerateRequest:
         """The chat request that is answered, with the prompt that was used."""
@@ -76,9 +79,13 @@ class Derendering:
         response, asked = self._whole(body.generate_response), body.responses_request
         parsed = await self._front.parser.chat(chat_of(self._front.model.speech, asked), "")
         parsed = _with_prompts(parsed, [_prompt_ids(body)])
-        progress = Derender(self._model, parsed).progress([response])
-        reply = Reply.of(asked, progress.request, self._model.name, progress.created)
-        found = ResponsesWriter(progress, reply).body()
+
+        def write() -> Json:
+            progress = Derender(self._model, parsed).progress([response])
+            reply = Reply.of(asked, progress.request, self._model.name, progress.created)
+            return ResponsesWriter(progress, reply).body()
+
+        found = await self._front.aside(_size(response), write)
         counted = found["usage"]
         total = body.prompt_tokens + counted["output_tokens"]
         counted |= {"input_tokens": body.prompt_tokens, "total_tokens": total}
@@ -99,11 +106,20 @@ class Derendering:
             )
         parsed = await self._completion_request(body.completion_request, generated, lengths, listed)
         if body.stream:
-            return self._chunk(parsed, body.generate_chunk, body.stream_state)
-        progress = Derender(self._model, parsed).progress(
-            [self._whole(response) for response in generated]
-        )
-        return body_of(progress, lengths)
+            return await self._chunk(parsed, body.generate_chunk, body.stream_state)
+        return await self._bodies(parsed, [self._whole(one) for one in generated], lengths)
+
+    async def _bodies(
+        self, parsed: GenerateRequest, responses: Sequence[Generated], lengths: Sequence[int]
+    ) -> Json:
+        size, limit = sum(map(_size, responses)), max(MAX_TOKENS, self._model.max_len)
+        if size > limit:
+            raise BadRequest(
+                f"The answers have {size} tokens; at most {limit} can be derendered at once.",
+                param="token_ids",
+            )
+        derender = Derender(self._model, parsed)
+        return await self._front.aside(size, lambda: body_of(derender.progress(responses), lengths))
 
     async def _completion_request(
         self,
@@ -187,7 +203,7 @@ class Derendering:
                 )
         return generated
 
-    def _chunk(
+    async def _chunk(
         self, parsed: GenerateRequest, chunk: Generated | None, state: StreamState | None
     ) -> Json:
         if chunk is None:
@@ -204,8 +220,16 @@ class Derendering:
                     f"context length is {self._model.max_len} tokens.",
                     param="stream_state",
                 )
-        found, after = Derender(self._model, parsed).chunk(self._checked(chunk), state)
+        checked, derender = self._checked(chunk), Derender(self._model, parsed)
+        known = len(state.output_token_ids) if state else 0
+        found, after = await self._front.aside(
+            known + _size(checked), lambda: derender.chunk(checked, state)
+        )
         return {"chunk": found, "stream_state": after and after.model_dump()}
+
+
+def _size(generated: Generated) -> int:
+    return sum(len(choice.token_ids) for choice in generated.choices)
 
 
 def _prompt_ids(body: DerenderRequest) -> list[int] | None:

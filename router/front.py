@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request
 
@@ -19,6 +20,10 @@ from pdserve.router.prompts import Prompts
 from pdserve.router.requests import Habits, RequestParser
 from pdserve.router.served import ServedModel
 
+T = TypeVar("T")
+
+INLINE_TOKENS = 1000
+"""About a millisecond of detokenizing."""
 TEXT_THREADS = 1
 """Threads that tokenize and render long prompts."""
 
@@ -56,6 +61,13 @@ class Front:
     async def close(self) -> None:
         await asyncio.to_thread(self._grammars.close)
         self._executor.shutdown(wait=False, cancel_futures=True)
+
+    async def aside(self, size: int, work: Callable[[], T]) -> T:
+        """What `work` returns: done at once if it is small, else in the thread for long texts, so
+        that others are served meanwhile. `size`: in tokens."""
+        if size <= INLINE_TOKENS:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
 
     async def read(self, request: Request) -> Any:
         """The decoded body. Raises ApiError."""

@@ -231,6 +231,21 @@ def test_what_does_not_fit(scaled: RouterHarness, change: dict[str, Any], param:
     assert param in answer.json()["error"]["param"]
 
 
+def test_long_answers_are_made_beside_others(scaled: RouterHarness) -> None:
+    """And only so many at once."""
+    choices = [
+        {"index": n, "token_ids": [300] * 4000, "finish_reason": "length"} for n in range(40)
+    ]
+    response = {"request_id": "r", "choices": choices[:32]}
+    body = {"generate_responses": [response], "prompt_tokens": [1]}
+    found = post(scaled, f"{COMPLETIONS}/derender", body)
+    assert found["usage"]["completion_tokens"] == 32 * 4000
+    assert len({choice["text"] for choice in found["choices"]}) == 1
+    body["generate_responses"] = [response | {"choices": choices}]
+    answer = scaled.client.post(f"{COMPLETIONS}/derender", json=body)
+    assert answer.status_code == 400 and "131072" in answer.json()["error"]["message"]
+
+
 def test_completions_that_do_not_fit(scaled: RouterHarness) -> None:
     good = {"generate_responses": [GOOD], "prompt_tokens": [1], "prompt_token_ids": [[5]]}
     assert scaled.client.post(f"{COMPLETIONS}/derender", json=good).status_code == 200
