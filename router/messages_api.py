@@ -12,18 +12,13 @@ from pdserve.router.http import JsonResponse
 from pdserve.router.messages import as_chat
 from pdserve.router.messages_writer import MessagesWriter
 from pdserve.router.openai import encode_json
-from pdserve.router.openapi import body_of
+from pdserve.router.openapi import json_post
 from pdserve.router.router import Router
 from pdserve.router.schemas import CountTokensRequest, MessagesRequest, parse
 
 
 def add_messages_routes(app: FastAPI, router: Router) -> None:
-    @app.post(
-        "/v1/messages",
-        openapi_extra=body_of(MessagesRequest),
-        response_class=JsonResponse,
-        summary="Answer a conversation (Anthropic)",
-    )
+    @json_post(app, "/v1/messages", "Answer a conversation (Anthropic)", MessagesRequest)
     async def messages(request: Request) -> Response:
         received = time.monotonic()
         router.admit(1)
@@ -33,11 +28,11 @@ def add_messages_routes(app: FastAPI, router: Router) -> None:
 
 
 def add_message_counting(app: FastAPI, front: Front) -> None:
-    @app.post(
+    @json_post(
+        app,
         "/v1/messages/count_tokens",
-        openapi_extra=body_of(CountTokensRequest),
-        response_class=JsonResponse,
-        summary="Length of a conversation in tokens (Anthropic)",
+        "Length of a conversation in tokens (Anthropic)",
+        CountTokensRequest,
     )
     async def count_tokens(request: Request) -> Response:
         body = as_chat(parse(CountTokensRequest, await front.read(request)))

@@ -8,19 +8,13 @@ from typing import Any
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
-from pdserve.router.http import JsonResponse
-from pdserve.router.openapi import body_of
+from pdserve.router.openapi import json_post
 from pdserve.router.router import Router
 from pdserve.router.schemas import BatchChatRequest, ChatCompletionRequest, CompletionRequest, parse
 
 
 def add_openai_routes(app: FastAPI, router: Router) -> None:
-    @app.post(
-        "/v1/chat/completions",
-        openapi_extra=body_of(ChatCompletionRequest),
-        response_class=JsonResponse,
-        summary="Answer a conversation",
-    )
+    @json_post(app, "/v1/chat/completions", "Answer a conversation", ChatCompletionRequest)
     async def chat_completions(request: Request) -> Response:
         received = time.monotonic()
         router.admit(1)
@@ -31,11 +25,8 @@ def add_openai_routes(app: FastAPI, router: Router) -> None:
         parsed = await router.parser.chat(body, request.scope["pdserve.request_id"])
         return router.respond(request, parsed, received)
 
-    @app.post(
-        "/v1/chat/completions/batch",
-        openapi_extra=body_of(BatchChatRequest),
-        response_class=JsonResponse,
-        summary="Answer several conversations at once",
+    @json_post(
+        app, "/v1/chat/completions/batch", "Answer several conversations at once", BatchChatRequest
     )
     async def batch(request: Request) -> Response:
         received = time.monotonic()
@@ -45,12 +36,7 @@ def add_openai_routes(app: FastAPI, router: Router) -> None:
         parsed = await router.parser.batch(body, request.scope["pdserve.request_id"])
         return router.respond(request, parsed, received)
 
-    @app.post(
-        "/v1/completions",
-        openapi_extra=body_of(CompletionRequest),
-        response_class=JsonResponse,
-        summary="Continue a text",
-    )
+    @json_post(app, "/v1/completions", "Continue a text", CompletionRequest)
     async def completions(request: Request) -> Response:
         received = time.monotonic()
         router.admit(1)
@@ -61,11 +47,12 @@ def add_openai_routes(app: FastAPI, router: Router) -> None:
         parsed = await router.parser.completion(body, request.scope["pdserve.request_id"])
         return router.respond(request, parsed, received)
 
-    @app.post(
+    @json_post(
+        app,
         "/invocations",
-        openapi_extra=body_of(ChatCompletionRequest, CompletionRequest),
-        response_class=JsonResponse,
-        summary="Either of both, by what the body holds (SageMaker)",
+        "Either of both, by what the body holds (SageMaker)",
+        ChatCompletionRequest,
+        CompletionRequest,
     )
     async def invocations(request: Request) -> Response:
         received = time.monotonic()

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
+from starlette.responses import Response
 
 from pdserve.router.bodies import BODIES
 from pdserve.router.examples import example_of
+from pdserve.router.http import JsonResponse
 
 Json = dict[str, Any]
+Route = TypeVar("Route", bound=Callable[..., Awaitable[Response]])
 
 _REFERENCE = "#/components/schemas/{model}"
 _BY_NAME = {body.__name__: body for body in BODIES}
@@ -47,6 +52,15 @@ def body_of(*kinds: type[Any]) -> Json:
     references = [{"$ref": _REFERENCE.format(model=kind.__name__)} for kind in kinds]
     schema = references[0] if len(references) == 1 else {"anyOf": references}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def json_post(
+    app: FastAPI, path: str, summary: str, *kinds: type[BaseModel]
+) -> Callable[[Route], Route]:
+    """Registers what answers POST with JSON, for any of these bodies."""
+    return app.post(
+        path, openapi_extra=body_of(*kinds), response_class=JsonResponse, summary=summary
+    )
 
 
 def document(app: FastAPI, model: str) -> Json:

@@ -19,7 +19,7 @@ from pdserve.router.front import Front
 from pdserve.router.http import JsonResponse
 from pdserve.router.messages import as_chat
 from pdserve.router.openai import encode_json
-from pdserve.router.openapi import body_of
+from pdserve.router.openapi import json_post
 from pdserve.router.render import rendered
 from pdserve.router.responses import chat_of, in_own_words
 from pdserve.router.schemas import (
@@ -58,33 +58,33 @@ def add_render_routes(app: FastAPI, front: Front) -> None:
 def _add_conversation_routes(app: FastAPI, front: Front) -> None:
     check = partial(check_scale_out, front.settings)
 
-    @app.post(
+    @json_post(
+        app,
         "/v1/chat/completions/render",
-        openapi_extra=body_of(ChatCompletionRequest),
-        response_class=JsonResponse,
-        summary="A conversation as a request for /inference/v1/generate",
+        "A conversation as a request for /inference/v1/generate",
+        ChatCompletionRequest,
     )
     async def render_chat(request: Request) -> Response:
         check()
         body = parse(ChatCompletionRequest, await front.read(request))
         return await render(request, body, body.return_token_offsets)
 
-    @app.post(
+    @json_post(
+        app,
         "/v1/messages/render",
-        openapi_extra=body_of(MessagesRequest),
-        response_class=JsonResponse,
-        summary="A conversation (Anthropic) as a request for /inference/v1/generate",
+        "A conversation (Anthropic) as a request for /inference/v1/generate",
+        MessagesRequest,
     )
     async def render_messages(request: Request) -> Response:
         check()
         body = as_chat(parse(MessagesRequest, await front.read(request)))
         return await render(request, body, None)
 
-    @app.post(
+    @json_post(
+        app,
         "/v1/responses/render",
-        openapi_extra=body_of(ResponsesRequest),
-        response_class=JsonResponse,
-        summary="A conversation (OpenAI's Responses) as a request for /inference/v1/generate",
+        "A conversation (OpenAI's Responses) as a request for /inference/v1/generate",
+        ResponsesRequest,
     )
     async def render_responses(request: Request) -> Response:
         check()
@@ -106,11 +106,11 @@ def _add_conversation_routes(app: FastAPI, front: Front) -> None:
 
 
 def _add_completion_route(app: FastAPI, front: Front) -> None:
-    @app.post(
+    @json_post(
+        app,
         "/v1/completions/render",
-        openapi_extra=body_of(CompletionRequest),
-        response_class=JsonResponse,
-        summary="Prompts as requests for /inference/v1/generate",
+        "Prompts as requests for /inference/v1/generate",
+        CompletionRequest,
     )
     async def render_completions(request: Request) -> Response:
         check_scale_out(front.settings)
@@ -134,33 +134,33 @@ def _add_derender_routes(app: FastAPI, front: Front) -> None:
     check = partial(check_scale_out, front.settings)
     derendering = Derendering(front)
 
-    @app.post(
+    @json_post(
+        app,
         "/v1/chat/completions/derender",
-        openapi_extra=body_of(DerenderChatRequest),
-        response_class=JsonResponse,
-        summary="What /inference/v1/generate said, as an answer of chat",
+        "What /inference/v1/generate said, as an answer of chat",
+        DerenderChatRequest,
     )
     async def derender_chat(request: Request) -> Response:
         check()
         body = parse(DerenderChatRequest, await front.read(request))
         return JsonResponse(encode_json(await derendering.chat(body)))
 
-    @app.post(
+    @json_post(
+        app,
         "/v1/completions/derender",
-        openapi_extra=body_of(DerenderCompletionRequest),
-        response_class=JsonResponse,
-        summary="What /inference/v1/generate said, as an answer of completions",
+        "What /inference/v1/generate said, as an answer of completions",
+        DerenderCompletionRequest,
     )
     async def derender_completions(request: Request) -> Response:
         check()
         body = parse(DerenderCompletionRequest, await front.read(request))
         return JsonResponse(encode_json(await derendering.completion(body)))
 
-    @app.post(
+    @json_post(
+        app,
         "/v1/responses/derender",
-        openapi_extra=body_of(DerenderResponsesRequest),
-        response_class=JsonResponse,
-        summary="What /inference/v1/generate said, as a response",
+        "What /inference/v1/generate said, as a response",
+        DerenderResponsesRequest,
     )
     async def derender_responses(request: Request) -> Response:
         check()

@@ -16,7 +16,7 @@ from pdserve.router.errors import BadRequest
 from pdserve.router.front import Front
 from pdserve.router.http import JsonResponse
 from pdserve.router.openai import encode_json
-from pdserve.router.openapi import body_of
+from pdserve.router.openapi import json_post
 from pdserve.router.response_items import complete, items_of
 from pdserve.router.responses import as_chat, in_own_words
 from pdserve.router.responses_desk import ResponsesDesk
@@ -77,12 +77,7 @@ def add_responses_routes(app: FastAPI, router: Router) -> None:
 
 
 def _add_create_route(app: FastAPI, router: Router, desk: ResponsesDesk) -> None:
-    @app.post(
-        PATH,
-        openapi_extra=body_of(ResponsesRequest),
-        response_class=JsonResponse,
-        summary="Answer a conversation (OpenAI's Responses)",
-    )
+    @json_post(app, PATH, "Answer a conversation (OpenAI's Responses)", ResponsesRequest)
     async def create(request: Request) -> Response:
         received = time.monotonic()
         router.admit(1)
@@ -114,11 +109,11 @@ def _add_create_route(app: FastAPI, router: Router, desk: ResponsesDesk) -> None
 
 
 def add_item_counting(app: FastAPI, front: Front, desk: ResponsesDesk) -> None:
-    @app.post(
+    @json_post(
+        app,
         f"{PATH}/input_tokens",
-        openapi_extra=body_of(InputTokensRequest),
-        response_class=JsonResponse,
-        summary="Length of a conversation in tokens (OpenAI's Responses)",
+        "Length of a conversation in tokens (OpenAI's Responses)",
+        InputTokensRequest,
     )
     async def input_tokens(request: Request) -> Response:
         body = parse(InputTokensRequest, await front.read(request))

@@ -12,8 +12,7 @@ from fastapi import FastAPI, Request
 from starlette.responses import Response
 
 from pdserve.router.errors import BadRequest
-from pdserve.router.http import JsonResponse
-from pdserve.router.openapi import body_of
+from pdserve.router.openapi import body_of, json_post
 from pdserve.router.render_api import check_scale_out
 from pdserve.router.router import Router
 from pdserve.router.schemas import parse
@@ -24,12 +23,7 @@ from pdserve.router.tokens_writer import TokensWriter
 def add_scale_out_routes(app: FastAPI, router: Router) -> None:
     check = partial(check_scale_out, router.settings)
 
-    @app.post(
-        "/inference/v1/generate",
-        openapi_extra=body_of(GenerateTokensRequest),
-        response_class=JsonResponse,
-        summary="Continue token ids",
-    )
+    @json_post(app, "/inference/v1/generate", "Continue token ids", GenerateTokensRequest)
     async def generate(request: Request) -> Response:
         received = time.monotonic()
         check()

@@ -9,7 +9,7 @@ from pdserve.router.fields import refuse
 from pdserve.router.front import Front
 from pdserve.router.http import JsonResponse
 from pdserve.router.openai import encode_json
-from pdserve.router.openapi import body_of
+from pdserve.router.openapi import json_post
 from pdserve.router.schemas import parse
 from pdserve.router.token_schemas import (
     DetokenizeRequest,
@@ -19,11 +19,12 @@ from pdserve.router.token_schemas import (
 
 
 def add_text_routes(app: FastAPI, front: Front) -> None:
-    @app.post(
+    @json_post(
+        app,
         "/tokenize",
-        openapi_extra=body_of(TokenizeTextRequest, TokenizeChatRequest),
-        response_class=JsonResponse,
-        summary="Text or a conversation to token ids",
+        "Text or a conversation to token ids",
+        TokenizeTextRequest,
+        TokenizeChatRequest,
     )
     async def tokenize(request: Request) -> Response:
         content = await front.read(request)
@@ -53,12 +54,7 @@ def add_text_routes(app: FastAPI, front: Front) -> None:
             )
         )
 
-    @app.post(
-        "/detokenize",
-        openapi_extra=body_of(DetokenizeRequest),
-        response_class=JsonResponse,
-        summary="Token ids to text",
-    )
+    @json_post(app, "/detokenize", "Token ids to text", DetokenizeRequest)
     async def detokenize(request: Request) -> Response:
         body = parse(DetokenizeRequest, await front.read(request))
         front.model.check_name(body.model)
