@@ -13,7 +13,7 @@ BESIDE := tests/engine tests/kernels tests/unit
 PORT ?= 8000
 ARGS ?=
 
-.PHONY: help install clients serve demo test test-slow check format demo-model bench clean distclean
+.PHONY: help install clients serve demo test test-slow check format demo-model bench bench-split clean distclean
 
 help:
 	@echo "make install     make $(VENV) with everything in it (the other targets do this first)"
@@ -23,6 +23,7 @@ help:
 	@echo "make clients     make $(CLIENTS): LangChain, LiteLLM and the Agents SDK for the slow tests"
 	@echo "make check       ruff, mypy, and who may import whom;  make format: ruff's fixes"
 	@echo "make bench       disaggregated against colocated: who wins, and why (reports in build/bench)"
+	@echo "make bench-split where a prefill and a decode worker win and where they lose, and predictions"
 	@echo "make demo-model  train the demo model again (under 30 minutes on 2 cores)"
 	@echo "make clean       remove caches and build outputs;  make distclean: the environments, too"
 
@@ -95,6 +96,18 @@ bench: install build/mid
 	  --rungs 3 --out build/bench/demo $(ARGS)
 	@$(BIN)/pdserve bench compare --model build/mid --vocab 10:10000 --requests 40 --rungs 3 \
 	  --max-model-len 1024 --out build/bench/mid $(ARGS)
+
+# 1P+1D wins where prompts are long and answers must not stutter, and loses where answers are long.
+SPLIT := $(BIN)/pdserve bench compare --model build/mid --vocab 10:10000 --kv-total 4096 --rounds 1
+
+bench-split: install build/mid
+	@echo "==> a workload on which a prefill and a decode worker win, and one on which they lose"
+	@$(SPLIT) --requests 60 --rates "1 1.5 2 2.5 3 3.5" --input-len 768 --output-len 16 \
+	  --slo-ttft-ms 2500 --slo-itl-ms 12 --out build/bench/split-wins $(ARGS)
+	@$(SPLIT) --requests 100 --rates "4 6 8 10 12 14" --input-len 64 --output-len 128 \
+	  --slo-ttft-ms 500 --slo-itl-ms 12 --out build/bench/split-loses $(ARGS)
+	@$(BIN)/pdserve simulate --against build/bench/split-wins --out build/bench/split-wins-predicted
+	@$(BIN)/pdserve simulate --against build/bench/split-loses --out build/bench/split-loses-predicted
 
 build/mid:
 	@echo "==> making a random model (mid)"
