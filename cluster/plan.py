@@ -74,10 +74,11 @@ def plan_cluster(
     common: dict[str, Any] = {"redis": redis, "secret": secret}
     # Several launchers may share a Redis of the user's; in a private one short names are unique.
     suffix = f"-{socket.gethostname()}-{os.getpid()}" if settings.redis else ""
+    own = {Role.PREFILL: settings.prefill_options, Role.DECODE: settings.decode_options}
     workers, counts = [], dict.fromkeys(Role, 0)
     for role, share in zip(roles_of(settings), shares, strict=True):
         worker = dataclasses.replace(
-            settings.worker,
+            dataclasses.replace(settings.worker, **dict(own.get(role, ()))),
             role=role,
             worker_id=f"{role}-{counts[role]}{suffix}",
             threads=share.threads,

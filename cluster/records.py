@@ -30,7 +30,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     vocab_size: int
     block_size: int
     fingerprint: str
-    """LayoutFingerprint.digest(): workers with different ones cannot exchange blocks."""
+    """LayoutFingerprint.family(): workers with different ones cannot exchange blocks."""
 
 
 class WorkerCondition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -65,6 +66,11 @@ class WorkerSettings(CommonSettings):
         "token, in half the bytes of bfloat16: off by at most 1/254 of a head's largest element, "
         "or 1/16 of each element, so answers may differ",
         choices=("auto", "int8", "fp8"),
+    )
+    kv_convert: bool = option(
+        False,
+        "KV blocks of workers with another --dtype are taken and converted, not exactly; give it to "
+        "all workers or none",
     )
     device: str = option(
         "auto",
@@ -194,6 +200,19 @@ class UpSettings:
         "Redis to use: redis://[:PASSWORD@]HOST:PORT[/DB]",
         shown="a private one that is started and stopped with the cluster",
     )
+    prefill_options: tuple[tuple[str, Any], ...] = option(
+        (),
+        "Options of the prefill workers alone, in one text: "
+        "--prefill-options='--block-size 32 --max-num-batched-tokens 8192'",
+        parse=lambda text: _role_options("--prefill-options", text),
+        shown="as all workers",
+    )
+    decode_options: tuple[tuple[str, Any], ...] = option(
+        (),
+        "The same for the decode workers",
+        parse=lambda text: _role_options("--decode-options", text),
+        shown="as all workers",
+    )
     start_timeout_s: float = option(
         1800.0,
         "Longest time until the cluster is ready, weights loaded",
@@ -257,6 +276,18 @@ def up_settings(argv: Sequence[str]) -> UpSettings:
     )
     _check_counts(settings)
     return settings
+
+
+def _role_options(name: str, text: str) -> tuple[tuple[str, Any], ...]:
+    """What workers of one role shall have otherwise. Ends the program with a sentence for what is
+    no option of a worker, or one that all processes of a cluster share."""
+    common = [field.name for field in dataclasses.fields(CommonSettings)]
+    table = options_of(WorkerSettings, [*_PER_PROCESS, *common])
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"must be options as on a command line: {error}") from None
+    return tuple(load(f"pdserve up {name}", "", table, words, environment={}).items())
 
 
 def up_table() -> Table:

@@ -27,10 +27,9 @@ from pdserve.kernels.wire import packed_nbytes
 from pdserve.kv_transfer.device import DeviceMemory
 from pdserve.kv_transfer.layout import Layout, LayoutError
 from pdserve.kv_transfer.memory import Pool, runs
-from pdserve.protocol.ticket import RESHAPED, LayoutFingerprint
+from pdserve.protocol.ticket import CONVERTIBLE, RESHAPED, LayoutFingerprint
 from pdserve.protocol.transfer import Parcels
 
-CONVERTIBLE = ("float32", "bfloat16", "float16")
 WIRES = ("int8", "fp8")
 MOST_TOKENS = 1024
 """Of a parcel: what a reader asks for must not exhaust the source's memory."""

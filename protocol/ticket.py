@@ -10,6 +10,8 @@ from pdserve.protocol import PROTOCOL_VERSION
 
 NBYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 """Of an element, by dtype."""
+CONVERTIBLE = ("float32", "bfloat16", "float16")
+"""Element types that can be converted into each other, and packed on the way."""
 RESHAPED = ("dtype", "block_size", "tp_rank", "tp_size")
 """Fields of a fingerprint in which two pools may differ if blocks travel as parcels."""
 
@@ -58,6 +60,16 @@ class LayoutFingerprint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     def digest(self) -> str:
         """A short text that is equal exactly when the fingerprints are."""
         return msgspec.json.encode(self).decode()
+
+    def family(self, *, reshapes: bool, converts: bool) -> str:
+        """A short text that is equal exactly for pools between which blocks can move. `reshapes`:
+        also as parcels, cut otherwise; `converts`: also out of another element type."""
+        layout = self
+        if reshapes:
+            layout = msgspec.structs.replace(layout, block_size=0, tp_rank=0, tp_size=1)
+        if reshapes and converts and self.dtype in CONVERTIBLE and not self.batch_invariant:
+            layout = msgspec.structs.replace(layout, dtype="")
+        return layout.digest()
 
 
 class KVTicket(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

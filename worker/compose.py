@@ -25,14 +25,14 @@ from pdserve.kv_transfer.transports import (
 )
 from pdserve.protocol.ticket import LayoutFingerprint
 from pdserve.worker.assembly import Assembly, Context
-from pdserve.worker.loading import load
+from pdserve.worker.loading import PARCEL_TRANSPORTS, load
 
 
 def _wire(settings: WorkerSettings, fingerprint: LayoutFingerprint) -> str:
     """The form in which to ask for blocks. Raises TransportSettingError for one that this worker
     cannot have."""
     wire = "" if settings.kv_wire_dtype == "auto" else settings.kv_wire_dtype
-    if wire and settings.transport not in ("auto", "shm", "tcp"):
+    if wire and settings.transport not in PARCEL_TRANSPORTS:
         raise TransportSettingError(
             f"--kv-wire-dtype {wire} packs blocks that travel over shm or tcp, not over "
             f"{settings.transport}; leave one of the two options out."
@@ -79,6 +79,7 @@ def compose(context: Context) -> Assembly:
         secret=settings.secret,
         transport=settings.transport,
         wire=wire,
+        converts=settings.kv_convert,
         halves=faulty_sink(taking, faults) if faults else taking,
     )
     engine = loaded.engine(context.sink, exporter=source, importer=sink)

@@ -20,6 +20,10 @@ from pdserve.engine.scheduler import Limits
 from pdserve.worker.assembly import Context
 
 
+PARCEL_TRANSPORTS = ("auto", "shm", "tcp")
+"""Settings of --transport under which blocks can also travel cut otherwise."""
+
+
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """A model in memory, warm, with its pool."""
@@ -28,6 +32,8 @@ class Loaded:
     grammars: Grammars
     pace: Pace
     """Of its engine; it has seen the warm-up."""
+    family: str
+    """Whose blocks this worker can take, and who can take its own (`LayoutFingerprint.family`)."""
 
     @property
     def info(self) -> ModelInfo:
@@ -38,7 +44,7 @@ class Loaded:
             max_model_len=config.max_model_len,
             vocab_size=model.vocab_size,
             block_size=config.block_size,
-            fingerprint=self.built.fingerprint.digest(),
+            fingerprint=self.family,
         )
 
     def engine(
@@ -93,4 +99,7 @@ def load(context: Context) -> Loaded:
     began = time.monotonic()
     tokens = built.runner.warm_up(built.config.max_model_len)
     pace.learn(tokens, time.monotonic() - began)
-    return Loaded(built, Grammars(folder, built.model.vocab_size), pace)
+    family = built.fingerprint.family(
+        reshapes=settings.transport in PARCEL_TRANSPORTS, converts=settings.kv_convert
+    )
+    return Loaded(built, Grammars(folder, built.model.vocab_size), pace, family)

@@ -39,7 +39,7 @@ def test_blocks_travel_packed(tmp_path: Path) -> None:
             answer = httpx.post(f"{cluster.url}/v1/completions", json=body, timeout=60).json()
             assert answer["usage"]["completion_tokens"] >= 1, answer
         cluster.wait_until_clean(5.0)
-        decode = cluster.worker("decode")
+        decode = cluster.until_routed("decode")
     blocks = sum(-(-length // SIZE) for length in LENGTHS)
     assert decode["routes"] == {"prefill-0": "tcp"}
     received = decode["status"]["bytes_in"]

@@ -125,6 +125,15 @@ class Cluster:
     def worker(self, role: str) -> dict[str, Any]:
         return next(record for record in self.workers() if record["role"] == role)
 
+    def until_routed(self, role: str, within_s: float = 10.0) -> dict[str, Any]:
+        """The worker's record, once it says from whom it has fetched: it is renewed a little
+        after."""
+        deadline = time.monotonic() + within_s
+        while not (record := self.worker(role))["routes"]:
+            assert time.monotonic() < deadline, f"the {role} worker has fetched nothing: {record}"
+            time.sleep(0.05)
+        return record
+
     def until_serving(self, within_s: float = 10.0) -> None:
         """The router has somebody to send requests to. It looks at Redis four times a second, so it
         learns of a worker that is ready a little after everybody else who looks."""
