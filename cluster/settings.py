@@ -69,8 +69,8 @@ class WorkerSettings(CommonSettings):
     )
     kv_convert: bool = option(
         False,
-        "KV blocks of workers with another --dtype are taken and converted, not exactly; give it to "
-        "all workers or none",
+        "KV blocks of workers with another --dtype are taken and converted, not exactly; for all "
+        "workers or none",
     )
     device: str = option(
         "auto",

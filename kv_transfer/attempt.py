@@ -60,8 +60,13 @@ class Attempts:
             return job.unpacking.nbytes
         return self._cuts.of(1).pool.block_nbytes // job.slices
 
-    def takes_parcels(self, name: str) -> bool:
-        return hasattr(self._cuts.of(1).halves[name], "unpacking")
+    def suits(self, name: str, job: Job) -> bool:
+        """Whether the transport can bring what the job wants from where it is."""
+        half = self._cuts.of(1).halves[name]
+        reaches = getattr(half, "reaches", None)
+        return (job.unpacking is None or hasattr(half, "unpacking")) and (
+            reaches is None or reaches(job.ticket.source)
+        )
 
     def make(self, job: Job, name: str) -> None:
         """Ask for everything due over one transport. Blocks whose checksum differs stay in

@@ -222,6 +222,10 @@ class FaultySink(FaultyReceiver):
         ask = getattr(self._inner, "detail", None)
         return ask(source, epoch) if ask else ""
 
+    def reaches(self, source: str) -> bool:
+        ask = getattr(self._inner, "reaches", None)
+        return ask is None or ask(source)
+
 
 class FaultyParcelSink(FaultySink):
     """One over which parcels can travel. What is spoiled are the blocks that they went into."""

@@ -85,10 +85,12 @@ class Routes:
         self._choices: dict[str, Choice] = {}
         self._used: dict[str, str] = {}
 
-    def plan(self, ticket: KVTicket, nbytes: int) -> list[str]:
-        """The transports to try for so many bytes, best first; those known to be unfit for this
-        source are out, unless nothing else is left."""
-        common = [name for name in self.names if name in ticket.transports]
+    def plan(
+        self, ticket: KVTicket, nbytes: int, suits: Callable[[str], bool] = lambda name: True
+    ) -> list[str]:
+        """The transports that suit, to be tried for so many bytes, best first; those known to be
+        unfit for this source are out, unless nothing else is left."""
+        common = [name for name in self.names if name in ticket.transports and suits(name)]
         now = self._clock()
         with self._lock:
             fit = [

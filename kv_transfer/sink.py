@@ -350,9 +350,8 @@ class TransferSink:
         """Ask for what is due until nothing is, or there is nothing left to try. What remains in
         `job.due` failed for `job.reason`."""
         self._reconcile(job)
-        names = self._routes.plan(job.ticket, len(job.due) * self._attempts.nbytes(job))
-        if job.unpacking is not None:
-            names = [name for name in names if self._attempts.takes_parcels(name)]
+        nbytes = len(job.due) * self._attempts.nbytes(job)
+        names = self._routes.plan(job.ticket, nbytes, lambda name: self._attempts.suits(name, job))
         if not names:
             raise Ended(
                 f"{job.ticket.source} offers the transports {', '.join(job.ticket.transports)}; "

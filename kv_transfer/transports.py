@@ -84,7 +84,7 @@ class Receiver(Protocol):
 
 class SinkHalf(Receiver, Sliceable, Protocol):
     """Shared by the sink's threads. One that has a method `detail(source, epoch) -> str` is asked
-    for `Fetch.detail`."""
+    for `Fetch.detail`, one that has `reaches(source) -> bool` whether to be tried at all."""
 
 
 class ParcelSource(Protocol):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pdserve.cluster.settings import WorkerSettings
 from pdserve.engine.loop import Engine
-from pdserve.kv_transfer import cuda_ipc
+from pdserve.kv_transfer import cuda_ipc, loopback
 from pdserve.kv_transfer.cuda_ipc import open_ipc
 from pdserve.kv_transfer.device import device_memory
 from pdserve.kv_transfer.faults import Dice, Faults, faulty_sink, faulty_source
@@ -53,8 +53,11 @@ def compose(context: Context) -> Assembly:
     memory = device_memory(pool.tensor) or pool
     nccl = open_nccl(memory, settings.transport)
     ipc = open_ipc(memory, settings.transport)
+    loop = loopback.Loop(settings.worker_id)
     giving = cuda_ipc.source_halves(ipc, source_halves(nccl, SOURCE_HALVES))
+    giving = loopback.source_halves(loop, giving)
     taking = cuda_ipc.sink_halves(ipc, sink_halves(nccl, SINK_HALVES))
+    taking = loopback.sink_halves(loop, taking)
     transports = offered_transports(memory, settings.transport, giving)
     wire = _wire(settings, fingerprint)
     engine: Engine

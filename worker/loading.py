@@ -19,7 +19,6 @@ from pdserve.engine.ports import Exporter, Importer
 from pdserve.engine.scheduler import Limits
 from pdserve.worker.assembly import Context
 
-
 PARCEL_TRANSPORTS = ("auto", "shm", "tcp")
 """Settings of --transport under which blocks can also travel cut otherwise."""
 

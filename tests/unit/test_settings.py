@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from pdserve.cluster import options
+from pdserve.cluster.cores import Share
 from pdserve.cluster.operate import DrainSettings, RoleSettings
+from pdserve.cluster.plan import plan_cluster
 from pdserve.cluster.records import Role
 from pdserve.cluster.settings import (
     RouterSettings,
@@ -249,3 +251,46 @@ def test_lists_can_be_json() -> None:
     found = options.load("test", "", table, given, environment)
     assert found["allowed_origins"] == ("https://a", "*")
     assert found["served_model_name"] == ("a", "[b", "c") and found["api_key"] == ("k",)
+
+
+def test_workers_of_a_role_may_have_options_of_their_own(tmp_path: Path) -> None:
+    argv = [
+        "--prefill", "1", "--decode", "1", "--colocated", "1", "--block-size", "16",
+        "--prefill-options=--block-size 32 --max-num-batched-tokens 8192",
+        "--decode-options", "--dtype bfloat16",
+    ]  # fmt: skip
+    settings = up_settings(argv)
+    shares = [Share(threads=1, cpus=())] * 3
+    plan = plan_cluster(
+        settings, shares, redis="r", secret="s", port=1, logs=tmp_path, environment={}
+    )
+    found = {}
+    for command in plan.workers:
+        role = command.name.partition("-")[0]
+        given = command.argv[command.argv.index("-m") + 2 :]
+        own = worker_settings([text for text in given if text != "--accept-prompts"], Role(role))
+        found[role] = (own.block_size, own.max_num_batched_tokens, own.dtype)
+    usual = WorkerSettings().max_num_batched_tokens
+    assert found == {
+        "prefill": (32, 8192, "auto"), "decode": (16, usual, "bfloat16"),
+        "colocated": (16, usual, "auto"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("--block-size none", "--block-size"),
+        ("--model other", "--model"),
+        ("--port 1", "--port"),
+        ("'", "No closing quotation"),
+    ],
+)
+def test_options_that_a_role_cannot_have(
+    text: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        up_settings([f"--decode-options={text}"])
+    assert ended.value.code == 2
+    shown = capsys.readouterr().err
+    assert "--decode-options" in shown and says in shown
