@@ -480,6 +480,7 @@ class Engine:
             steps=self._steps,
             preemptions=scheduler.preemptions,
             tickets=len(self._outgoing.blocks),
+            tickets_early=self._outgoing.num_early,
         )
 
     def check_integrity(self) -> None:

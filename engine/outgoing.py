@@ -39,6 +39,8 @@ class Outgoing:
         self._exporter = exporter
         self._token_nbytes = token_nbytes
         self._held: dict[str, Held] = {}
+        self.num_early = 0
+        """Tickets minted before their prompt was complete, since the start."""
 
     @property
     def blocks(self) -> list[list[int]]:
@@ -101,6 +103,7 @@ class Outgoing:
         assert self._exporter is not None
         minted = self._exporter.open(request.request_id, request.num_tokens, self._names(request))
         request.offered, request.num_offered = minted, 0
+        self.num_early += 1
         request.mark(OFFERED)
         return minted
 

@@ -65,6 +65,7 @@ class Line:
     """Frames and raw bytes on one socket, which it owns."""
 
     def __init__(self, sock: socket.socket) -> None:
+        """Raises OSError, having closed the socket, if the connection has ended already."""
         self._sock = sock
         self.peer = ""
         """The other side's name, once it has proved itself."""
@@ -73,9 +74,13 @@ class Line:
         self.kept: deque[Any] = deque()
         """Messages that came while another one was awaited; whoever serves the line takes them."""
         self.idle_since = 0.0
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if sock.getsockname()[0] == sock.getpeername()[0]:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LOCAL_SEND_BYTES)
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if sock.getsockname()[0] == sock.getpeername()[0]:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LOCAL_SEND_BYTES)
+        except OSError:  # the peer has left already
+            sock.close()
+            raise
 
     def send(self, message: Any, deadline: float) -> None:
         self._until(deadline)

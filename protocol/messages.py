@@ -163,6 +163,8 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     preemptions: int = 0
     tickets: int = 0
     """In the outbox: finished prefills that somebody must still fetch."""
+    tickets_early: int = 0
+    """Tickets that left while their prompt was still being computed, since the start."""
     draining: bool = False
     bytes_in: int = 0
     """KV bytes fetched from others since the start."""

@@ -18,13 +18,14 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from pdserve.cluster.records import WorkerRecord
 from pdserve.protocol.messages import WorkerStatus
 
-COUNTERS = {"steps", "preemptions", "bytes_in", "bytes_out", "bytes_early"}
+COUNTERS = {"steps", "preemptions", "tickets_early", "bytes_in", "bytes_out", "bytes_early"}
 HELP = {
     "blocks_total": "KV blocks of this worker.",
     "blocks_free": "KV blocks in the free list.",
     "blocks_cached": "KV blocks in the prefix cache that nobody uses.",
     "blocks_held": "KV blocks in the outbox, waiting to be fetched.",
     "tickets": "Finished prefills in the outbox, waiting to be fetched.",
+    "tickets_early": "Tickets that left while their prompt was still being computed.",
     "waiting": "Requests not yet started.",
     "running": "Requests in prefill or decode.",
     "fetching": "Requests whose KV blocks are on their way.",

@@ -106,7 +106,7 @@ def test_the_same_constrained_answers_on_both_topologies(pair: Cluster) -> None:
     split = asyncio.run(everything(pair.url))
     pair.wait_until_clean()
     prefill = pair.worker("prefill")
-    assert metrics(prefill["host"], prefill["http_port"])["bytes_early"] > 0
+    assert metrics(prefill["host"], prefill["http_port"])["tickets_early"] > 0
     with Cluster("--colocated", 1) as cluster:
         assert asyncio.run(everything(cluster.url)) == split
         cluster.wait_until_clean()

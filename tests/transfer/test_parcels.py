@@ -146,6 +146,7 @@ def test_packed_blocks_are_smaller_and_close(
     assert report.ok
     assert report.nbytes == 3 * packed_nbytes((LAYERS, 2, 4, HEADS, DIM))
     assert report.nbytes < 3 * Packing(same, ANY).block_nbytes
+    rig.returned.wait()
     assert world.sources[0][1].counters().bytes_out == report.nbytes
     for got, right in world.arrived([0, 1, 3], [4, 9, 2]):
         largest = right.float().abs().amax(-1, keepdim=True)

@@ -85,6 +85,7 @@ def test_the_next_transport_repairs_what_the_first_one_broke(rig: Rig) -> None:
     sink, source = rig.sink(ours, halves=halves), rig.source(theirs)
     report = rig.fetch(sink, rig.ticket(source, "r", [1, 2, 3]), range(3), [11, 12, 13]).only()
     assert report.ok and report.transport == "tcp"
+    rig.returned.wait()
     assert source.counters().bytes_out == 4 * theirs.block_nbytes
     assert all(ours.view(10 + index) == theirs.view(index) for index in (1, 2, 3))
 

@@ -362,3 +362,17 @@ def test_a_source_without_the_secret(rig: Rig) -> None:
     report = rig.fetch(rig.sink(ours), rig.ticket(source, "r", [1]), [0], [1]).only()
     assert report.failed == (0,)
     assert is_poison(ours, 1)
+
+
+def test_a_connection_that_has_ended_before_it_is_used_is_closed() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ours = socket.create_connection(listener.getsockname())
+        theirs, _ = listener.accept()
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        theirs.close()  # with a reset
+        until = time.monotonic() + 10
+        while ours.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0:
+            assert time.monotonic() < until
+        with pytest.raises(OSError, match="not connected"):
+            Line(ours)
+    assert ours.fileno() == -1
