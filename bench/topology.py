@@ -120,9 +120,13 @@ class Cluster:
 
 @contextlib.contextmanager
 def up(options: Sequence[str]) -> Iterator[Cluster]:
-    """Start a cluster, wait until it is ready, stop it at the end. Raises BenchError."""
+    """Start a cluster, wait until it is ready, stop it at the end. A topology is measured as it is
+    named: prompts are always handed over, unless the options say otherwise. Raises BenchError."""
+    words = ["--served-model-name", NAME, *options]
+    if not any(word.startswith("--disaggregate") for word in words):
+        words.append("--disaggregate=always")
     process = subprocess.Popen(
-        [*PDSERVE, "up", "--port", "0", "--served-model-name", NAME, *options],
+        [*PDSERVE, "up", "--port", "0", *words],
         stdout=subprocess.PIPE,
         text=True,
     )
