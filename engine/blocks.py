@@ -46,7 +46,7 @@ class BlockPool:
         self._name: dict[int, bytes] = {}
         self._pins: Counter[int] = Counter()
         self._evictable: OrderedDict[int, None] = OrderedDict()
-        self._route: dict[int, bytes] = {}
+        self._routes: dict[int, Sequence[bytes]] = {}
         self._news: dict[bytes, bool] = {}
         self.listening = False
         """Somebody wants to know which route hashes the cache holds; else none are kept."""
@@ -83,9 +83,7 @@ class BlockPool:
     def _evict(self) -> None:
         block, _ = self._evictable.popitem(last=False)
         del self._cached[self._name.pop(block)]
-        route = self._route.pop(block, None)
-        if route is not None:
-            self._news[route] = False
+        self._news.update(dict.fromkeys(self._routes.pop(block, ()), False))
         self._owner[block] = Owner.FREE
         self._free.append(block)
 
@@ -106,10 +104,10 @@ class BlockPool:
             self._pins[block] += 1
             self._evictable.pop(block, None)
 
-    def register(self, block: int, name: bytes, route: bytes = b"") -> bool:
+    def register(self, block: int, name: bytes, routes: Sequence[bytes] = ()) -> bool:
         """Give a request's full block to the cache; the request keeps a pin instead.
 
-        `route`: the route hash of the tokens up to its end, if there is one and somebody listens.
+        `routes`: the route hashes of all positions within the block, if somebody listens.
         False if the cache already has a block of that name: then the request keeps its own.
         """
         self._expect(block, Owner.REQUEST)
@@ -119,9 +117,9 @@ class BlockPool:
         self._cached[name] = block
         self._name[block] = name
         self._pins[block] = 1
-        if route:
-            self._route[block] = route
-            self._news[route] = True
+        if routes:
+            self._routes[block] = routes
+            self._news.update(dict.fromkeys(routes, True))
         return True
 
     def take_news(self) -> dict[bytes, bool]:
@@ -196,7 +194,7 @@ class BlockPool:
             and len(set(self._free)) == len(self._free)
             and cached == len(self._evictable) + len(self._pins)
             and len(self._name) == cached
-            and self._route.keys() <= self._name.keys()
+            and self._routes.keys() <= self._name.keys()
         )
         if not sound:
             raise IntegrityError(

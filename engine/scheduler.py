@@ -11,14 +11,14 @@ computes its tokens again (its full blocks often still lie in the prefix cache).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from pdserve.engine.blocks import BlockPool
 from pdserve.engine.overlap import takes_early
 from pdserve.engine.ports import Chunk
 from pdserve.engine.request import Request, State
-from pdserve.protocol.blocks import block_hashes, is_route_position, route_hashes, route_index
+from pdserve.protocol.blocks import block_hashes, num_routes, route_hashes
 from pdserve.protocol.errors import PdserveError
 from pdserve.protocol.events import FETCH_STARTED, FETCHED, PREEMPTED, RECOMPUTED, SCHEDULED
 from pdserve.protocol.transfer import FetchReport
@@ -276,14 +276,14 @@ class Scheduler:
         )
         size = self.pool.block_size
         for index in range(request.num_registered, full):
-            route = b""
-            if self.pool.listening and is_route_position((index + 1) * size):
-                place = route_index((index + 1) * size)
-                if place >= len(request.routes):
+            routes: Sequence[bytes] = ()
+            if self.pool.listening:
+                first, end = num_routes(index * size), num_routes((index + 1) * size)
+                if end > len(request.routes):
                     known = request.token_ids[: full * size]
                     request.routes = route_hashes(known, request.salt, request.routes)
-                route = request.routes[place]
-            self.pool.register(request.block_table[index], request.hashes[index], route)
+                routes = request.routes[first:end]
+            self.pool.register(request.block_table[index], request.hashes[index], routes)
         request.num_registered = full
 
     def free(self, request: Request) -> None:

@@ -75,9 +75,14 @@ def is_route_position(num_tokens: int) -> bool:
 
 def route_index(num_tokens: int) -> int:
     """The inverse of `route_position`."""
+    return num_routes(num_tokens) - 1
+
+
+def num_routes(num_tokens: int) -> int:
+    """Route positions within the first `num_tokens` tokens."""
     units = num_tokens // ROUTE_UNIT
     doublings = max(0, units.bit_length() - 4)
-    return 8 * doublings + (units >> doublings) - 1
+    return 8 * doublings + (units >> doublings)
 
 
 def pack_tokens(token_ids: Sequence[int]) -> bytes:

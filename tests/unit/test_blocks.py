@@ -11,6 +11,7 @@ from pdserve.engine.blocks import BlockPool, IntegrityError
 from pdserve.protocol.blocks import (
     block_hashes,
     is_route_position,
+    num_routes,
     pack_tokens,
     root_hash,
     route_hashes,
@@ -164,6 +165,8 @@ def test_route_positions() -> None:
     assert positions[:18] == [16 * n for n in (*range(1, 17), 18, 20)]
     assert positions == [n for n in range(positions[-1] + 1) if is_route_position(n)]
     assert [route_index(position) for position in positions] == list(range(80))
+    for length in range(2000):
+        assert num_routes(length) == sum(position <= length for position in positions)
 
 
 def test_packed_tokens_have_the_same_route_hashes() -> None:
@@ -200,9 +203,9 @@ ANY = _Any()
 def test_news_say_what_came_and_went() -> None:
     pool = BlockPool(2, 16)
     [first], [second] = pool.allocate(1) or [], pool.allocate(1) or []
-    assert pool.register(first, b"a", b"A") and pool.register(second, b"b")
-    assert pool.take_news() == {b"A": True} and pool.take_news() == {}
+    assert pool.register(first, b"a", [b"A", b"B"]) and pool.register(second, b"b")
+    assert pool.take_news() == {b"A": True, b"B": True} and pool.take_news() == {}
     pool.release([first])
     assert pool.take_news() == {}
     pool.allocate(1)
-    assert pool.take_news() == {b"A": False}
+    assert pool.take_news() == {b"A": False, b"B": False}

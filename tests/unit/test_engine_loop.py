@@ -11,6 +11,7 @@ from fake_engine import Bench, continuation, pair, prompt, run_prefill
 
 from pdserve.engine.pace import Pace
 from pdserve.engine.ports import Chunk, ChunkResult, Watcher
+from pdserve.protocol.blocks import route_hashes
 from pdserve.protocol.errors import ErrorCode
 from pdserve.protocol.messages import FinishReason
 
@@ -405,3 +406,16 @@ def test_an_engine_whose_step_does_not_end_is_stuck_until_it_does(
     assert finished.wait(10) and bench.engine.alive
     bench.engine.stop()
     assert bench.tokens("a") == continuation(prompt(5), 1)
+
+
+@pytest.mark.parametrize("size", [4, 16, 24, 32, 64])
+def test_every_position_within_the_cached_blocks_is_told(size: int) -> None:
+    """Routers look for the longest by bisection: none before it may be missing."""
+    bench = Bench(num_blocks=64, block_size=size, budget=256)
+    bench.engine.listen()
+    bench.submit("a", prompt(130), max_tokens=1)
+    bench.run()
+    news = {name for outcome in bench.outcomes for name, there in outcome.news.items() if there}
+    cached = 130 // size * size
+    assert news == set(route_hashes(prompt(130)[:cached]))
+    bench.assert_clean()
