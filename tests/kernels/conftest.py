@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -34,6 +35,25 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     dispatch.forget()
     yield
     dispatch.forget()
+
+
+@pytest.fixture
+def rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products in the interpreter whose rows know nothing of each other, as a GPU's do. Numpy's are
+    its BLAS', which on some processors rounds a row by its place in the matrix."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    library = interpreter.InterpreterBuilder.create_dot
+
+    def dot(builder: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
+        if 8 in (a.dtype.primitive_bitwidth, b.dtype.primitive_bitwidth):
+            return library(builder, a, b, d, *rest)
+        left, right = (part.data.astype(d.data.dtype) for part in (a, b))
+        total = np.zeros_like(d.data)
+        for k in range(left.shape[-1]):
+            total += left[..., :, k : k + 1] * right[..., k : k + 1, :]
+        return interpreter.TensorHandle(total + d.data, d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
 
 
 @pytest.fixture(params=["reference", "triton"])

@@ -99,6 +99,7 @@ def test_a_mixture_is_the_weighted_sum_of_its_experts(
     assert error < TOLERANCE[dtype]
 
 
+@pytest.mark.usefixtures("rows_alone")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_a_token_has_the_same_bits_in_any_batch(dtype: torch.dtype, implementation: str) -> None:
     """Whatever the others make of their experts: none, or one for all."""

@@ -20,6 +20,7 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     """The C kernels where they serve, torch alone, and Triton in its interpreter."""
     if request.param == "triton":
         request.getfixturevalue("interpreted")
+        request.getfixturevalue("rows_alone")
         if request.getfixturevalue("dtype") == torch.bfloat16:
             pytest.skip("the interpreter computes bfloat16 products wrongly")
     if request.param == "c":

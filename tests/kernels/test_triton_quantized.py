@@ -134,6 +134,7 @@ def test_differences_of_four_bits_are_exact(dtype: Any) -> None:
 
 
 @halves
+@pytest.mark.usefixtures("rows_alone")
 @pytest.mark.parametrize("kind", ["int8", "awq", "gptq"])
 def test_a_row_has_the_same_bits_in_any_batch(kind: str, dtype: torch.dtype) -> None:
     weight, _ = random_weight(kind, 40, 384, 64)
