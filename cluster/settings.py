@@ -12,7 +12,7 @@ import dataclasses
 import os
 import shlex
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -152,6 +152,25 @@ class WorkerSettings(CommonSettings):
     )
 
 
+PARCEL_TRANSPORTS = ("auto", "shm", "tcp")
+"""Settings of --transport under which blocks can also travel cut otherwise, or packed."""
+_OF_BLOCKS: dict[str, Callable[[WorkerSettings, WorkerSettings], bool]] = {
+    "kv_convert": lambda prefill, decode: False,
+    "batch_invariant": lambda prefill, decode: False,
+    "kv_cache_dtype": lambda prefill, decode: False,
+    "quantization": lambda prefill, decode: False,
+    "dtype": lambda prefill, decode: prefill.kv_convert and decode.kv_convert,
+    "block_size": lambda prefill, decode: (
+        {prefill.transport, decode.transport} <= set(PARCEL_TRANSPORTS)
+    ),
+}
+"""What both ends of a hand-over must have alike, and when they need not."""
+_REMEDIES = {
+    "dtype": "; --kv-convert would let them.",
+    "block_size": f"; --transport {', '.join(PARCEL_TRANSPORTS)} would let them.",
+}
+
+
 _PER_PROCESS = (
     "worker_id", "host", "port", "http_port", "transfer_port", "threads", "cpus", "drain_timeout",
 )  # fmt: skip
@@ -275,6 +294,7 @@ def up_settings(argv: Sequence[str]) -> UpSettings:
         worker=WorkerSettings(**_only(values, worker_fields)),
     )
     _check_counts(settings)
+    _check_roles(settings)
     return settings
 
 
@@ -332,6 +352,27 @@ def _need_secret(program: str, secret: str) -> None:
             f"{ENVIRONMENT_PREFIX}SECRET is not set; give every process of the cluster the same "
             "long random text in this environment variable.",
         )
+
+
+def _check_roles(settings: UpSettings) -> None:
+    """Options of one role must be somebody's, and must leave both roles able to exchange blocks."""
+    roles = {"prefill": settings.prefill_options, "decode": settings.decode_options}
+    for role, given in roles.items():
+        if given and not getattr(settings, role):
+            fail("pdserve up", f"--{role}-options without --{role}: there are no such workers.")
+    if not settings.prefill or not settings.decode:
+        return
+    prefill, decode = (
+        dataclasses.replace(settings.worker, **dict(given)) for given in roles.values()
+    )
+    for name, converted in _OF_BLOCKS.items():
+        mine, theirs = getattr(prefill, name), getattr(decode, name)
+        if mine != theirs and "auto" not in (mine, theirs) and not converted(prefill, decode):
+            fail(
+                "pdserve up",
+                f"{flag(name)} is {mine} for prefill workers and {theirs} for decode workers, who "
+                f"could not exchange KV blocks then{_REMEDIES.get(name, '.')}",
+            )
 
 
 def _check_counts(settings: UpSettings) -> None:

@@ -8,7 +8,8 @@
                  └──────────────────────────────────────────────────────────┘
 
 All state below is touched by the engine thread alone; others talk to it through `_post`. The sink
-is called once per step, from this thread, and must not wait.
+is called once per step (and in the middle of one, where a large prompt's ticket goes out), from
+this thread, and must not wait.
 """
 
 from __future__ import annotations
@@ -374,7 +375,7 @@ class Engine:
             if chunk.samples:
                 self._accept_or_fail(chunk.request, result)
             elif chunk.request.hand_off:
-                self._offer_early(chunk.request)
+                self._offer_early(chunk)
 
     def _watcher(self, chunks: Sequence[Chunk]) -> Watcher | None:
         """Who offers what of the chunks is computed while the step goes on."""
@@ -384,17 +385,17 @@ class Engine:
 
         def tell(slices: int, computed: Callable[[], None] | None) -> None:
             for chunk in leaving:
-                request, ticket = chunk.request, self._outgoing.advance(chunk, slices, computed)
-                if ticket is not None:
-                    output = Output(request_id=request.request_id, ticket=ticket)
-                    self._bag.put(request.client, output)
+                ticket = self._outgoing.advance(chunk, slices, computed)
+                self._put_ticket(chunk.request, ticket)
             if self._bag.outputs:
                 self._flush()
 
         return Watcher(self._outgoing.slices, tell)
 
-    def _offer_early(self, request: Request) -> None:
-        ticket = self._outgoing.grow(request)
+    def _offer_early(self, chunk: Chunk) -> None:
+        self._put_ticket(chunk.request, self._outgoing.grow(chunk))
+
+    def _put_ticket(self, request: Request, ticket: KVTicket | None) -> None:
         if ticket is not None:
             self._bag.put(request.client, Output(request_id=request.request_id, ticket=ticket))
 

@@ -51,12 +51,13 @@ class Outgoing:
     def num_blocks(self) -> int:
         return sum(len(held.blocks) for held in self._held.values())
 
-    def grow(self, request: Request) -> KVTicket | None:
+    def grow(self, chunk: Chunk) -> KVTicket | None:
         """A chunk of a prompt that is not complete has been computed: its full blocks may travel.
         Returns the ticket when it has just been minted."""
+        request = chunk.request
         minted: KVTicket | None = None
         if request.offered is None:
-            minted = self._open(request, request.num_computed)
+            minted = self._open(request, request.num_computed, self._is_large(chunk))
         if request.offered is not None:
             self._extend(request, request.num_computed)
         return minted
@@ -64,12 +65,11 @@ class Outgoing:
     def goes_by_layers(self, chunk: Chunk) -> bool:
         """Whether the chunk's KV may leave while later layers are still being computed."""
         request = chunk.request
-        return (
-            request.hand_off
-            and self.slices > 1
-            and chunk.length * self._token_nbytes >= BY_LAYERS_BYTES
-            and (request.offered is not None or _may_be_early(request))
-        )
+        may = _may_be_early(request) if request.offered is None else request.offered.slices > 1
+        return request.hand_off and self._is_large(chunk) and may
+
+    def _is_large(self, chunk: Chunk) -> bool:
+        return self.slices > 1 and chunk.length * self._token_nbytes >= BY_LAYERS_BYTES
 
     @property
     def slices(self) -> int:
@@ -83,7 +83,8 @@ class Outgoing:
         request, size = chunk.request, self._pool.block_size
         minted: KVTicket | None = None
         if request.offered is None:
-            minted = self._open(request, chunk.start + chunk.length * slices // self.slices)
+            so_far = chunk.start + chunk.length * slices // self.slices
+            minted = self._open(request, so_far, sliced=True)
             if minted is None:
                 return None
             self._extend(request, chunk.start)
@@ -95,13 +96,15 @@ class Outgoing:
             self._exporter.advance(request.offered.ticket_id, blocks, slices, computed)
         return minted
 
-    def _open(self, request: Request, computed: int) -> KVTicket | None:
+    def _open(self, request: Request, computed: int, sliced: bool) -> KVTicket | None:
         """Mint a growing ticket if it is time for it: about `computed` tokens are there."""
         early = offers_early(computed, request.num_tokens, self._pool.block_size)
         if not early or not _may_be_early(request):
             return None
         assert self._exporter is not None
-        minted = self._exporter.open(request.request_id, request.num_tokens, self._names(request))
+        minted = self._exporter.open(
+            request.request_id, request.num_tokens, self._names(request), sliced=sliced
+        )
         request.offered, request.num_offered = minted, 0
         self.num_early += 1
         request.mark(OFFERED)

@@ -60,7 +60,8 @@ class Runner(Protocol):
 
     def execute(self, chunks: Sequence[Chunk], watcher: Watcher | None = None) -> list[ChunkResult]:
         """Run one step; the result has one entry per chunk, in order. When it returns, the KV of
-        chunks whose request is to be handed over is in memory, not merely on its way there."""
+        chunks whose request is to be handed over is in memory, not merely on its way there. When
+        it tells the watcher, that of all earlier steps is."""
 
 
 class Exporter(Protocol):
@@ -84,8 +85,16 @@ class Exporter(Protocol):
         """End the offer now, if there is one: the request was aborted. Still reported returned,
         once nobody reads the blocks any more."""
 
-    def open(self, request_id: str, num_tokens: int, block_hashes: Sequence[bytes]) -> KVTicket:
+    def open(
+        self,
+        request_id: str,
+        num_tokens: int,
+        block_hashes: Sequence[bytes],
+        *,
+        sliced: bool = False,
+    ) -> KVTicket:
         """Mint a growing ticket: the blocks follow, and stay the request's until `seal` or `cut`.
+        `sliced`: slices of them will be offered by themselves (`advance`).
         Exactly one of the two ends every opened ticket."""
 
     def extend(self, request_id: str, block_ids: Sequence[int]) -> None:

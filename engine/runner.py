@@ -176,4 +176,6 @@ class ModelRunner:
         return entries
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        """Not to be made `non_blocking`: with this copy the host waits for all earlier steps, whose
+        blocks a watcher then offers."""
         return torch.from_numpy(array).to(self._device)

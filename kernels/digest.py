@@ -53,7 +53,7 @@ def copy_blocks(
 ) -> list[int]:
     """Copy block source_ids[i] to block target_ids[i]; returns xxh3-64 of each, as it lies there.
 
-    source, target: [N · nbytes] uint8, contiguous, not overlapping; target writable. `streamed`:
+    source, target: [N · nbytes] uint8, contiguous, no block of both; target writable. `streamed`:
     the copy goes past the caches, which is faster for more than they hold. Raises IndexError for a
     block outside, before anything is copied.
     """

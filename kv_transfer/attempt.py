@@ -62,11 +62,11 @@ class Attempts:
 
     def suits(self, name: str, job: Job) -> bool:
         """Whether the transport can bring what the job wants from where it is."""
-        half = self._cuts.of(1).halves[name]
+        half = self._cuts.of(job.slices).halves.get(name)
+        if half is None or (job.unpacking is not None and not hasattr(half, "unpacking")):
+            return False
         reaches = getattr(half, "reaches", None)
-        return (job.unpacking is None or hasattr(half, "unpacking")) and (
-            reaches is None or reaches(job.ticket.source)
-        )
+        return reaches is None or bool(reaches(job.ticket.source))
 
     def make(self, job: Job, name: str) -> None:
         """Ask for everything due over one transport. Blocks whose checksum differs stay in

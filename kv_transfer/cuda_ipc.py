@@ -172,8 +172,10 @@ class _End:
         self._words = pool.blocks.view(torch.int64)
         self._local = threading.local()
 
-    def sliced(self, slices: int) -> Self:
-        """With the same mappings. Raises TransportUnfit as the constructor does."""
+    def sliced(self, slices: int) -> Self | None:
+        """With the same mappings; None if slices are no whole number of words."""
+        if self._pool.block_nbytes // slices % WORD:
+            return None
         other = copy.copy(self)
         _End.__init__(other, self._pool.sliced(slices), self._runtime)
         return other
@@ -235,11 +237,12 @@ class IpcSource(_End):
         self._nonce = secrets.token_bytes(NONCE_BYTES)
         self._host_id = host_id()
 
-    def sliced(self, slices: int) -> Self:
+    def sliced(self, slices: int) -> Self | None:
         other = super().sliced(slices)
-        other._shared = msgspec.structs.replace(
-            self._shared, num_blocks=self._shared.num_blocks * slices
-        )
+        if other is not None:
+            other._shared = msgspec.structs.replace(
+                self._shared, num_blocks=self._shared.num_blocks * slices
+            )
         return other
 
     def objection(self, fetch: Fetch) -> str:
@@ -268,11 +271,10 @@ class _Mapping:
     def __init__(self, runtime: Runtime, shared: DevicePool, words: int) -> None:
         address = runtime.open(shared.handle)
         self._closer = weakref.finalize(self, _close, runtime, address)
-        end = shared.offset + shared.num_blocks * words * WORD
-        if end > runtime.extent(address):
+        end, extent = shared.offset + shared.num_blocks * words * WORD, runtime.extent(address)
+        if shared.num_blocks < 1 or end > extent:
             raise TransportUnfit(
-                f"The source's KV pool would end at byte {end} of an allocation of "
-                f"{runtime.extent(address)}."
+                f"The source's KV pool would end at byte {end} of an allocation of {extent}."
             )
         self.words = runtime.words(address + shared.offset, (shared.num_blocks, words))
 
@@ -306,9 +308,10 @@ class IpcSink(_End):
         shared, blocks = header.pool_device, header.pool_blocks
         if shared is None or len(blocks) != len(targets):
             raise TransportUnfit("The source did not say where all the wanted blocks lie.")
-        if any(not 0 <= block < shared.num_blocks for block in blocks):
-            raise TransportUnfit(f"The source named a block outside its {shared.num_blocks}.")
         mapping = self._map(line, header, shared, wait)
+        count = mapping.words.numel() // self._words.shape[1]  # not what this header says
+        if blocks and not 0 <= min(blocks) <= max(blocks) < count:
+            raise TransportUnfit(f"The source named a block outside its {count}.")
         chunk = max(1, CHUNK_BYTES // self._pool.block_nbytes)
         for start in range(0, len(targets), chunk):
             wait()

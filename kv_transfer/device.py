@@ -5,8 +5,8 @@
 
 Each transfer thread has its own buffer and its own stream, so that copies neither wait for the
 engine's kernels nor hold them up. Whoever calls makes sure that the blocks are not being computed:
-the engine offers blocks after the step that wrote them has given its tokens, and reads fetched ones
-only after the report.
+the engine offers blocks after the step that wrote them has given its tokens, or slices of them once
+an event behind their layers has come, and reads fetched ones only after the report.
 """
 
 from __future__ import annotations

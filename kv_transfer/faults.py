@@ -115,8 +115,9 @@ class FaultySource:
         self._inner, self._dice = inner, dice
         self.sums_itself = getattr(inner, "sums_itself", False)
 
-    def sliced(self, slices: int) -> Self:
-        return type(self)(self._inner.sliced(slices), self._dice)
+    def sliced(self, slices: int) -> Self | None:
+        inner = self._inner.sliced(slices)
+        return None if inner is None else type(self)(inner, self._dice)
 
     def objection(self, fetch: Fetch) -> str:
         return self._inner.objection(fetch)
@@ -215,8 +216,9 @@ class FaultySink(FaultyReceiver):
 
     _inner: SinkHalf
 
-    def sliced(self, slices: int) -> Self:
-        return type(self)(self._inner.sliced(slices), self._pool.sliced(slices), self._dice)
+    def sliced(self, slices: int) -> Self | None:
+        inner = self._inner.sliced(slices)
+        return None if inner is None else type(self)(inner, self._pool.sliced(slices), self._dice)
 
     def detail(self, source: str, epoch: int) -> str:
         ask = getattr(self._inner, "detail", None)

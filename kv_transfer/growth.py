@@ -48,7 +48,7 @@ def _follows(answer: Grown, job: Job) -> bool:
     within = 0 <= ready.blocks <= ready.blocks + ready.ahead <= ticket.num_blocks
     return (
         within
-        and 0 <= ready.slices < max(2, ticket.slices)
+        and 0 <= ready.slices < max(1, ticket.slices)
         and not job.ready.beyond(ready)
         and (not answer.sealed or ready.blocks == ticket.num_blocks)
     )

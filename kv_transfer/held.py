@@ -52,8 +52,6 @@ class Held:
     ahead: tuple[int, ...] = ()
     """Blocks after these whose first slices are ready: as many as `slices` says."""
     slices: int = 0
-    sliced: bool = False
-    """Slices of it were fetched by themselves."""
     readers: int = 0
     ending: Ending | None = None
     checksums: dict[int, int] = field(default_factory=dict)
@@ -91,15 +89,15 @@ class Read:
         """Whether to stop early: nobody wants the blocks any more and the pool wants them back."""
         return self.held.ending in (Ending.WITHDRAWN, Ending.FENCED, Ending.CLOSED)
 
-    def checksums(self, compute: Callable[[int], int]) -> tuple[int, ...]:
-        """Of the wanted blocks, in order; `compute(block number)` only for blocks not yet asked.
+    def checksums(self, compute: Callable[[Sequence[int]], Sequence[int]]) -> tuple[int, ...]:
+        """Of the wanted blocks, in order; `compute(block numbers)` only for blocks not yet asked.
         Two readers may compute the same one at once: they get the same number. Slices are asked
         for once as a rule, so theirs are not kept."""
         known: dict[int, int] = {} if self.sliced else self.held.checksums
-        if not known.keys() >= set(self.wanted):
-            for index, block in zip(self.wanted, self.block_ids, strict=True):
-                if index not in known:
-                    known[index] = compute(block)
+        pairs = zip(self.wanted, self.block_ids, strict=True)
+        if fresh := [(index, block) for index, block in pairs if index not in known]:
+            sums = compute([block for _, block in fresh])
+            known.update(zip((index for index, _ in fresh), sums, strict=True))
         return tuple(map(known.__getitem__, self.wanted))
 
 
@@ -142,7 +140,8 @@ def check_wanted(fetch: Fetch, held: Held) -> None:
         return
     for index in fetch.wanted:
         if not ready.has(index, fetch.slices):
-            raise Refusal(f"Block {index} is still to be computed; {ready.blocks} are ready.")
+            block = index // fetch.slices
+            raise Refusal(f"Block {block} is still to be computed; {ready.blocks} are ready.")
 
 
 def _shown(numbers: Sequence[int]) -> str:

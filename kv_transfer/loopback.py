@@ -40,6 +40,8 @@ class Loop:
 class LoopbackSource:
     """Says which blocks they are."""
 
+    seldom = True
+
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
 
@@ -80,8 +82,8 @@ class LoopbackSink:
         self, line: Line, header: FetchHeader, targets: Sequence[int], wait: Wait
     ) -> Iterator[list[int]]:
         blocks = header.pool_blocks
-        if len(blocks) != len(targets):
-            raise TransportUnfit("The source named another number of blocks than were wanted.")
+        if len(blocks) != len(targets) or not set(blocks) <= set(range(self._pool.num_blocks)):
+            raise TransportUnfit("The source did not say where all the wanted blocks lie.")
         pool, chunk = self._pool, max(1, COPIED_BYTES // self._pool.block_nbytes)
         for start in range(0, len(targets), chunk):
             wait()

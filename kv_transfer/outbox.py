@@ -119,9 +119,18 @@ class Outbox:
             self._held_blocks += len(held.block_ids)
         return ticket
 
-    def open(self, request_id: str, num_tokens: int, block_hashes: Sequence[bytes]) -> KVTicket:
-        """Mint the ticket of a prompt that is still being computed. Raises as `offer` does."""
-        ticket = self._mint(request_id, num_tokens, block_hashes, growing=True)
+    def open(
+        self,
+        request_id: str,
+        num_tokens: int,
+        block_hashes: Sequence[bytes],
+        *,
+        sliced: bool = False,
+    ) -> KVTicket:
+        """Mint the ticket of a prompt that is still being computed; `sliced`: its blocks will
+        `advance`. Raises as `offer` does."""
+        slices = self._slices if sliced else 1
+        ticket = self._mint(request_id, num_tokens, block_hashes, growing=True, slices=slices)
         with self._lock:
             self._add(Held(ticket, (), float("inf"), growing=True))
         return ticket
@@ -192,7 +201,12 @@ class Outbox:
         raise Refusal(f"The ticket {ticket_id} is unknown, released or expired.")
 
     def _mint(
-        self, request_id: str, num_tokens: int, block_hashes: Sequence[bytes], growing: bool
+        self,
+        request_id: str,
+        num_tokens: int,
+        block_hashes: Sequence[bytes],
+        growing: bool,
+        slices: int = 1,
     ) -> KVTicket:
         host, port = self._endpoint
         size = self._fingerprint.block_size
@@ -217,7 +231,7 @@ class Outbox:
             block_hashes=tuple(block_hashes),
             lease_s=self._lease_s,
             growing=growing,
-            slices=self._slices if growing else 1,
+            slices=slices,
         )
 
     def withdraw(self, request_id: str) -> None:
@@ -246,7 +260,6 @@ class Outbox:
             if held is not None:
                 check_wanted(fetch, held)
                 held.readers += 1
-                held.sliced = held.sliced or fetch.slices > 1
                 return _reading(held, fetch)
         if lapsed is not None:
             self._report(lapsed)
@@ -257,10 +270,10 @@ class Outbox:
         reader comes (who then computes what is missing). For a thread with time to spare."""
         with self._lock:
             held = self._held.get(ticket_id)
-        if held is None:
+        if held is None or held.ticket.slices > 1:  # slices' checksums are wanted, not blocks'
             return
         for index, block in enumerate(held.block_ids):
-            if held.ending is not None or held.readers or held.sliced:
+            if held.ending is not None or held.readers:
                 return
             if index in held.checksums:
                 continue

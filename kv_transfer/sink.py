@@ -367,7 +367,7 @@ class TransferSink:
                 self._routes.measured(
                     job.ticket.source, name, job.nbytes - moved, job.moving_s - moving_s
                 )
-                if len(job.due) == due:
+                if tries == 1 and len(job.due) == due > 1:
                     self._routes.avoid(job.ticket, name)  # it changes whatever it brings
             except TransportUnfit as error:
                 tries -= 1

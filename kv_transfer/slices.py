@@ -25,8 +25,8 @@ USUAL = 4
 
 
 class Sliceable(Protocol):
-    def sliced(self, slices: int) -> Self:
-        """The same over a pool of slices. Raises TransportUnfit if it cannot work on such."""
+    def sliced(self, slices: int) -> Self | None:
+        """The same over a pool of slices; None if it cannot work on such."""
 
 
 Half = TypeVar("Half", bound=Sliceable)
@@ -53,11 +53,12 @@ class Cuts(Generic[Half]):
         return 1 <= slices <= MOST and self._whole.pool.block_nbytes % slices == 0
 
     def of(self, slices: int) -> Cut[Half]:
-        """Raises TransportUnfit if not all halves can work on such slices."""
+        """With those halves that can work on such slices."""
         with self._lock:
             cut = self._cuts.get(slices)
             if cut is None:
-                halves = {name: half.sliced(slices) for name, half in self._whole.halves.items()}
+                made = {name: half.sliced(slices) for name, half in self._whole.halves.items()}
+                halves = {name: half for name, half in made.items() if half is not None}
                 cut = self._cuts[slices] = Cut(self._whole.pool.sliced(slices), halves)
         return cut
 

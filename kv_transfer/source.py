@@ -63,6 +63,8 @@ log = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 3.0
 
+SUMMED_BYTES = 4 * 2**20
+"""Summed at once for a reader, who may be told to stop in between."""
 SUMMING_NICENESS = 5
 """Of the thread that computes checksums ahead: what the engine computes comes first."""
 
@@ -129,6 +131,9 @@ class TransferSource:
         self._pool = as_pool(memory)
         self._cuts = Cuts(self._pool, {name: halves[name](self._pool) for name in transports})
         self._slices = slices
+        usual = [half for half in self._cuts.of(1).halves.values() if not _is_seldom(half)]
+        self._sums_ahead = bool(usual) and not _sums_itself(usual[0])
+        """Whether readers will take the checksums that are computed here."""
         if not self._cuts.can(slices):
             raise ValueError(
                 f"A block of {self._pool.block_nbytes} bytes has no {slices} equal slices."
@@ -186,9 +191,16 @@ class TransferSource:
         self._sum_soon(ticket.ticket_id)
         return ticket
 
-    def open(self, request_id: str, num_tokens: int, block_hashes: Sequence[bytes]) -> KVTicket:
+    def open(
+        self,
+        request_id: str,
+        num_tokens: int,
+        block_hashes: Sequence[bytes],
+        *,
+        sliced: bool = False,
+    ) -> KVTicket:
         """See `Outbox.open`."""
-        return self.outbox.open(request_id, num_tokens, block_hashes)
+        return self.outbox.open(request_id, num_tokens, block_hashes, sliced=sliced)
 
     def extend(self, request_id: str, block_ids: Sequence[int]) -> None:
         """See `Outbox.extend`. Raises ValueError also for blocks outside the pool."""
@@ -232,8 +244,7 @@ class TransferSource:
         return self.outbox.cut(request_id)
 
     def _sum_soon(self, ticket_id: str) -> None:
-        halves = self._cuts.of(1).halves
-        if not _sums_itself(next(iter(halves.values()))):  # what readers will take
+        if self._sums_ahead:
             self._fresh.put(ticket_id)
 
     def _check(self, block_ids: Sequence[int]) -> None:
@@ -383,20 +394,16 @@ class TransferSource:
         else:
             self._say(line, Grown(ticket_id=watch.ticket_id, ready=ready, sealed=sealed))
 
-    def _half(self, fetch: Fetch) -> SourceHalf | None:
-        """Raises TransportUnfit."""
-        if not self._cuts.can(fetch.slices):
-            raise TransportUnfit(f"A block has no {fetch.slices} equal slices.")
-        return self._cuts.of(fetch.slices).halves.get(fetch.transport)
-
     def _send(self, line: Line, fetch: Fetch) -> None:
-        half: SourceHalf | None = None
-        objection = f"{self._worker_id} does not offer the transport {fetch.transport!r}."
-        try:
-            if half := self._half(fetch):
-                objection = half.objection(fetch)
-        except TransportUnfit as error:
-            objection = str(error)
+        if fetch.slices not in (1, self._slices):
+            self._refuse(line, fetch, f"Blocks have {self._slices} slices, not {fetch.slices}.")
+            return
+        half = self._cuts.of(fetch.slices).halves.get(fetch.transport)
+        objection = (
+            half.objection(fetch)
+            if half
+            else f"{self._worker_id} does not offer the transport {fetch.transport!r}."
+        )
         if not objection and fetch.parcels is not None and not hasattr(half, "send_parcels"):
             objection = f"Parcels do not travel over {fetch.transport}."
         if half is None or objection:
@@ -428,7 +435,7 @@ class TransferSource:
         blocks, pool = read.block_ids, self._cuts.of(fetch.slices).pool
         checksums: tuple[int, ...] = ()
         if not _sums_itself(half):
-            checksums = read.checksums(lambda block: self._checksum(read, pool, block))
+            checksums = read.checksums(lambda blocks: self._checksums(read, pool, blocks))
         header = self._header(fetch, pool.block_nbytes, checksums)
         try:
             header = half.describe(header, blocks)
@@ -467,9 +474,13 @@ class TransferSource:
             raise _Stopped("The ticket was withdrawn.")
         return time.monotonic() + self._stall_s
 
-    def _checksum(self, read: Read, pool: Pool, block: int) -> int:
-        self._patience(read)
-        return pool.digests([block])[0]
+    def _checksums(self, read: Read, pool: Pool, blocks: Sequence[int]) -> list[int]:
+        sums: list[int] = []
+        group = max(1, SUMMED_BYTES // pool.block_nbytes)
+        for start in range(0, len(blocks), group):
+            self._patience(read)
+            sums += pool.digests(blocks[start : start + group])
+        return sums
 
     def _sum(self, block: int) -> int:
         return self._pool.digests([block])[0]
@@ -493,6 +504,10 @@ class TransferSource:
 
 def _sums_itself(half: SourceHalf) -> bool:
     return getattr(half, "sums_itself", False)
+
+
+def _is_seldom(half: SourceHalf) -> bool:
+    return getattr(half, "seldom", False)
 
 
 def _listen(host: str, port: int) -> socket.socket:

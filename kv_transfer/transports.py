@@ -54,8 +54,8 @@ class TransportSettingError(PdserveError, ValueError):
 
 class SourceHalf(Sliceable, Protocol):
     """Stateless but for the pool, so that any number of threads may use it at once. One that has
-    `sums_itself` puts checksums of its own kind into the header, which its other half understands.
-    """
+    `sums_itself` puts checksums of its own kind into the header, which its other half understands;
+    for one that is `seldom` taken nothing is computed ahead."""
 
     def objection(self, fetch: Fetch) -> str:
         """Why this reader cannot be served over this transport; "" if it can."""

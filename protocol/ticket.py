@@ -61,13 +61,11 @@ class LayoutFingerprint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
         """A short text that is equal exactly when the fingerprints are."""
         return msgspec.json.encode(self).decode()
 
-    def family(self, *, reshapes: bool, converts: bool) -> str:
-        """A short text that is equal exactly for pools between which blocks can move. `reshapes`:
-        also as parcels, cut otherwise; `converts`: also out of another element type."""
-        layout = self
-        if reshapes:
-            layout = msgspec.structs.replace(layout, block_size=0, tp_rank=0, tp_size=1)
-        if reshapes and converts and self.dtype in CONVERTIBLE and not self.batch_invariant:
+    def family(self, *, converts: bool) -> str:
+        """A short text that is equal exactly for pools between which blocks can move, be it as
+        parcels. `converts`: also out of another element type."""
+        layout = msgspec.structs.replace(self, block_size=0, tp_rank=0, tp_size=1)
+        if converts and self.dtype in CONVERTIBLE and not self.batch_invariant:
             layout = msgspec.structs.replace(layout, dtype="")
         return layout.digest()
 

@@ -5,7 +5,7 @@ A role says which legs routers give it, not what it can do: so it may change at 
 
 from __future__ import annotations
 
-from pdserve.cluster.settings import WorkerSettings
+from pdserve.cluster.settings import PARCEL_TRANSPORTS, WorkerSettings
 from pdserve.engine.loop import Engine
 from pdserve.kv_transfer import cuda_ipc, loopback
 from pdserve.kv_transfer.cuda_ipc import open_ipc
@@ -25,7 +25,7 @@ from pdserve.kv_transfer.transports import (
 )
 from pdserve.protocol.ticket import LayoutFingerprint
 from pdserve.worker.assembly import Assembly, Context
-from pdserve.worker.loading import PARCEL_TRANSPORTS, load
+from pdserve.worker.loading import load
 
 
 def _wire(settings: WorkerSettings, fingerprint: LayoutFingerprint) -> str:

@@ -19,9 +19,6 @@ from pdserve.engine.ports import Exporter, Importer
 from pdserve.engine.scheduler import Limits
 from pdserve.worker.assembly import Context
 
-PARCEL_TRANSPORTS = ("auto", "shm", "tcp")
-"""Settings of --transport under which blocks can also travel cut otherwise."""
-
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
@@ -98,7 +95,5 @@ def load(context: Context) -> Loaded:
     began = time.monotonic()
     tokens = built.runner.warm_up(built.config.max_model_len)
     pace.learn(tokens, time.monotonic() - began)
-    family = built.fingerprint.family(
-        reshapes=settings.transport in PARCEL_TRANSPORTS, converts=settings.kv_convert
-    )
+    family = built.fingerprint.family(converts=settings.kv_convert)
     return Loaded(built, Grammars(folder, built.model.vocab_size), pace, family)

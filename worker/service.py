@@ -125,7 +125,7 @@ class RouterService:
         return Remains(requests, status.tickets if status else 0)
 
     def sink(self, outcome: StepOutcome) -> None:
-        """Called by the engine thread once per step; one wake-up, whatever the step brought."""
+        """Called by the engine thread once per step, or twice; one wake-up, whatever it brought."""
         self._loop.call_soon_threadsafe(self._deliver, outcome)
 
     async def on_channel(self, channel: Channel) -> None:

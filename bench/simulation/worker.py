@@ -141,7 +141,14 @@ class Outbox:
     ) -> KVTicket:
         return self._mint(request_id, num_tokens, block_hashes, growing=False).ticket
 
-    def open(self, request_id: str, num_tokens: int, block_hashes: Sequence[bytes]) -> KVTicket:
+    def open(
+        self,
+        request_id: str,
+        num_tokens: int,
+        block_hashes: Sequence[bytes],
+        *,
+        sliced: bool = False,
+    ) -> KVTicket:
         return self._mint(request_id, num_tokens, block_hashes, growing=True).ticket
 
     def extend(self, request_id: str, block_ids: Sequence[int]) -> None:
@@ -351,7 +358,7 @@ class Worker:
             if chunk.samples:
                 self._accept(request, found)
             elif request.hand_off:
-                ticket = self.outgoing.grow(request)
+                ticket = self.outgoing.grow(chunk)
                 if ticket is not None:
                     found.append(Happened(request, ticket=ticket))
         self._steps, self.ends_at = 0, FOREVER

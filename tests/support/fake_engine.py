@@ -119,9 +119,17 @@ class FakeOutbox:
         assert len(block_ids) == ticket.num_blocks
         return ticket
 
-    def open(self, request_id: str, num_tokens: int, block_hashes: Sequence[bytes]) -> KVTicket:
+    def open(
+        self,
+        request_id: str,
+        num_tokens: int,
+        block_hashes: Sequence[bytes],
+        *,
+        sliced: bool = False,
+    ) -> KVTicket:
         assert request_id not in self.growing
         ticket = self._mint(request_id, num_tokens, block_hashes, True)
+        ticket = msgspec.structs.replace(ticket, slices=self.slices if sliced else 1)
         self.tickets[ticket.ticket_id] = (ticket, [])
         self.growing[request_id] = ticket.ticket_id
         return ticket

@@ -99,7 +99,9 @@ class _Source:
         self.sums_itself = getattr(inner, "sums_itself", False)
 
     def sliced(self, slices: int) -> _Source:
-        return _Source(self._inner.sliced(slices), self._meddler)
+        inner = self._inner.sliced(slices)
+        assert inner is not None
+        return _Source(inner, self._meddler)
 
     def objection(self, fetch: Fetch) -> str:
         return self._inner.objection(fetch)
@@ -118,7 +120,9 @@ class _Sink:
         self._inner, self._meddler = inner, meddler
 
     def sliced(self, slices: int) -> _Sink:
-        return _Sink(self._inner.sliced(slices), self._meddler)
+        inner = self._inner.sliced(slices)
+        assert inner is not None
+        return _Sink(inner, self._meddler)
 
     def receive(
         self, line: Line, header: FetchHeader, targets: Sequence[int], wait: Wait

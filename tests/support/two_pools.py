@@ -274,7 +274,7 @@ class TwoPools:
         if not prompt.growing:
             prompt.growing = True
             prompt.ticket = self.source.open(
-                prompt.request_id, SIZE * prompt.full + 1, prompt.names
+                prompt.request_id, SIZE * prompt.full + 1, prompt.names, sliced=True
             )
         assert prompt.ticket is not None
         before = self.meddler.reads(prompt.ticket.ticket_id)

@@ -34,7 +34,7 @@ def test_blocks_are_copied_within_the_pool(rig: Rig, place: str, slices: int) ->
     transports = ("loopback", "tcp")
     source = rig.source(pool, halves=giving, transports=transports, slices=slices)
     sink = rig.sink(pool, halves={name: taking[name] for name in transports})
-    ticket = source.open("r", SIZE * 4, [b"h"] * 4)
+    ticket = source.open("r", SIZE * 4, [b"h"] * 4, sliced=True)
     source.extend("r", [9, 3])
     if slices > 1:
         source.advance(ticket.ticket_id, [60, 1], 2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 import pytest
@@ -247,9 +247,9 @@ def test_checksums_are_computed_once(outbox: Outbox) -> None:
     ticket = offer(outbox)
     computed: list[int] = []
 
-    def compute(block: int) -> int:
-        computed.append(block)
-        return block * 2
+    def compute(blocks: Sequence[int]) -> list[int]:
+        computed.extend(blocks)
+        return [block * 2 for block in blocks]
 
     assert outbox.begin(ask(ticket, 0, 2)).checksums(compute) == (20, 24)
     assert outbox.begin(ask(ticket, 0, 1, 2)).checksums(compute) == (20, 22, 24)
@@ -297,7 +297,7 @@ def test_sums_of_a_block_that_went_back_meanwhile_are_not_kept(outbox: Outbox) -
 
     outbox.sum_ahead(ticket.ticket_id, withdrawn_meanwhile)
     (read,) = reads  # and no further block was looked at
-    assert read.checksums(lambda block: 2) == (2,)
+    assert read.checksums(lambda blocks: [2 for _ in blocks]) == (2,)
     outbox.end(read)
 
 
@@ -361,7 +361,7 @@ def test_progress_is_told_at_once_or_after_the_wait(outbox: Outbox) -> None:
 
 
 def test_slices_of_blocks_that_are_being_computed(outbox: Outbox) -> None:
-    ticket = outbox.open("r", 40, [b"h", b"h"])
+    ticket = outbox.open("r", 40, [b"h", b"h"], sliced=True)
     outbox.extend("r", [4])
     outbox.advance(ticket.ticket_id, [5, 6], 2)
     ready = Progress(blocks=1, ahead=2, slices=2)
@@ -387,7 +387,7 @@ def test_slices_of_blocks_that_are_being_computed(outbox: Outbox) -> None:
 
 def test_slices_that_cannot_be_are_refused(outbox: Outbox) -> None:
     outbox.advance("nobody's", [1], 2)
-    ticket = outbox.open("r", 40, [b"h", b"h"])
+    ticket = outbox.open("r", 40, [b"h", b"h"], sliced=True)
     for blocks, slices, says in (
         ([1], 4, "4 slices of 4"),
         ([1], 0, "0 slices of 4"),

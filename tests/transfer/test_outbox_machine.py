@@ -92,7 +92,7 @@ class OutboxMachine(RuleBasedStateMachine):
     @rule(target=tickets, blocks=st.integers(1, 4))
     def open(self, blocks: int) -> KVTicket:
         self.made += 1
-        ticket = self.outbox.open(f"r{self.made}", blocks, [b""] * blocks)
+        ticket = self.outbox.open(f"r{self.made}", blocks, [b""] * blocks, sliced=True)
         self.shown[ticket.ticket_id] = Progress()
         self.offered.add(ticket.ticket_id)
         return ticket

@@ -22,6 +22,7 @@ from transfer_rig import (
 )
 
 from pdserve.kv_transfer import attempt as attempt_module
+from pdserve.kv_transfer.faults import Dice, Faults, faulty_sink
 from pdserve.kv_transfer.memory import HostMemory
 from pdserve.kv_transfer.transports import COPIED_BYTES, SINK_HALVES, SinkHalf
 
@@ -92,14 +93,23 @@ def test_the_next_transport_repairs_what_the_first_one_broke(rig: Rig) -> None:
 
 def test_a_transport_that_changes_whatever_it_brings_is_left_alone(rig: Rig) -> None:
     theirs, ours = rig.memory(), rig.memory()
-    flipping = Flipping("shm", target=12, times=99)
-    halves = {"shm": flipping, "tcp": SINK_HALVES["tcp"]}
+    dice = Dice(Faults(reorder=1.0))
+    halves = {"shm": faulty_sink(SINK_HALVES, dice)["shm"], "tcp": SINK_HALVES["tcp"]}
     sink, source = rig.sink(ours, halves=halves), rig.source(theirs)
+    scramble(theirs)
     for number in range(3):
-        ticket = rig.ticket(source, f"r{number}", [1])
-        report = rig.fetch(sink, ticket, [0], [12]).only()
+        ticket = rig.ticket(source, f"r{number}", [1, 2])
+        report = rig.fetch(sink, ticket, [0, 1], [12, 13]).only()
         assert report.ok and report.transport == "tcp"
-    assert flipping.times == 98
+    assert dice.count["reorder"] == 1, "asked once"
+
+
+def test_one_block_that_is_wrong_condemns_no_transport(rig: Rig, transport: str) -> None:
+    ours = rig.memory()
+    sink = rig.sink(ours, transport="auto", halves={transport: Flipping(transport, 12, times=1)})
+    source = rig.source()
+    assert rig.fetch(sink, rig.ticket(source, "r", [1]), [0], [12]).only().ok
+    assert not sink._routes._unfit
 
 
 # Transports that do not work here.

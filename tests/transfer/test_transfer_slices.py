@@ -54,7 +54,7 @@ class Prompt:
         self.rig = rig
 
     def open(self, request_id: str = "r") -> KVTicket:
-        return self.source.open(request_id, SIZE * 4 - 3, [b"h"] * 3)
+        return self.source.open(request_id, SIZE * 4 - 3, [b"h"] * 3, sliced=True)
 
     def compute(self, index: int, first: int = 0, end: int = SLICES) -> None:
         """Slices first .. end - 1 of block `index`."""
@@ -178,7 +178,7 @@ def test_a_block_that_is_wrong_in_one_slice_is_named(rig: Rig) -> None:
                 zip(block_ids, digests(block_ids), strict=True)]  # fmt: skip
 
     cut.pool.digests = wrongly  # type: ignore[method-assign,assignment]
-    ticket = source.open("r", SIZE * 3, [b"h"] * 3)
+    ticket = source.open("r", SIZE * 3, [b"h"] * 3, sliced=True)
     source.extend("r", [4, 5, 6])
     reports = rig.fetch(rig.sink(ours), ticket, range(3), range(3))
     source.seal("r", [])
@@ -192,7 +192,7 @@ def test_a_reader_may_take_whole_blocks_all_the_same(rig: Rig) -> None:
     theirs, ours = rig.memory(8, 2 * 2 * 2 * 16 * 8 * 4), rig.memory(16, 2 * 2 * 2 * 8 * 8 * 4)
     source = rig.source(theirs, slices=2)
     halves = msgspec.structs.replace(FINGERPRINT, block_size=8)
-    ticket = source.open("r", SIZE * 2, [b"h"] * 2)
+    ticket = source.open("r", SIZE * 2, [b"h"] * 2, sliced=True)
     source.extend("r", [1])
     source.advance(ticket.ticket_id, [2], 1)
     reports = rig.fetch(rig.sink(ours, fingerprint=halves), ticket, range(4), range(4))

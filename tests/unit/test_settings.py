@@ -294,3 +294,30 @@ def test_options_that_a_role_cannot_have(
     assert ended.value.code == 2
     shown = capsys.readouterr().err
     assert "--decode-options" in shown and says in shown
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--colocated", "1", "--prefill-options=--block-size 32"], "without --prefill"),
+        (["--prefill-options=--dtype bfloat16", "--dtype", "float32"], "--kv-convert would"),
+        (["--prefill-options=--kv-convert"], "--kv-convert is True"),
+        (["--decode-options=--batch-invariant"], "--batch-invariant is False"),
+        (["--transport", "nccl", "--decode-options=--block-size 32"], "--transport auto, shm"),
+    ],
+)
+def test_roles_that_could_not_exchange_blocks(
+    argv: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert says in refusal(lambda: up_settings(argv), capsys)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--decode-options=--block-size 32", "--transport", "tcp"],
+        ["--prefill-options=--dtype bfloat16", "--dtype", "float32", "--kv-convert"],
+    ],
+)
+def test_roles_whose_blocks_are_cut_or_converted(argv: list[str]) -> None:
+    assert up_settings(argv).prefill == 1
