@@ -26,7 +26,7 @@ from typing import Self
 
 from pdserve.cluster.channel import Channel, connect
 from pdserve.cluster.membership import Membership, RedisUnavailable
-from pdserve.cluster.records import WorkerRecord, WorkerState
+from pdserve.cluster.records import Role, WorkerRecord, WorkerState
 from pdserve.protocol.errors import ProtocolError
 from pdserve.protocol.messages import (
     ToRouter,
@@ -72,6 +72,8 @@ class WorkerPool:
         """Of this router."""
         self._refresh_s = refresh_s
         self._silence_s = silence_s
+        self._lonely: set[tuple[str, int]] = set()
+        """Prefill workers, by name and epoch, from whom nobody can fetch."""
         self._records: dict[str, WorkerRecord] = {}
         self._links: dict[str, WorkerLink] = {}
         self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
@@ -231,6 +233,7 @@ class WorkerPool:
             self._breakers = {id_: one for id_, one in self._breakers.items() if id_ in records}
         if self._records != before:
             self._change()
+            self._name_lonely()
         for link in self.links:
             record = self._records.get(link.worker_id)
             if record is None or record.epoch != link.epoch:
@@ -247,6 +250,24 @@ class WorkerPool:
         elif not self.on_demand:
             for record in self._records.values():
                 self._attend_to(record)
+
+    def _name_lonely(self) -> None:
+        """Say of each prefill worker, once, that nobody here can fetch what it holds."""
+        ready = [one for one in self._records.values() if one.state is WorkerState.READY]
+        takers = {r.model.fingerprint for r in ready if r.model and r.role is not Role.PREFILL}
+        lonely = {
+            (one.worker_id, one.epoch)
+            for one in ready
+            if one.role is Role.PREFILL and one.model and one.model.fingerprint not in takers
+        }
+        for worker_id, _ in lonely - self._lonely if takers else ():
+            log.warning(
+                "No decode worker can fetch KV blocks from %s: model, weights or cache layout "
+                "differ (--dtype, --kv-cache-dtype, --batch-invariant, --kv-convert). It gets "
+                "no prompts.",
+                worker_id,
+            )
+        self._lonely = lonely if takers else set()
 
     def _attend_to(self, record: WorkerRecord) -> None:
         key = (record.worker_id, record.epoch)

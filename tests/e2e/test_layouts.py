@@ -70,3 +70,16 @@ def test_other_dtypes_are_converted_where_that_is_asked_for(folder: Path) -> Non
         cluster.wait_until_clean()
         worker = cluster.until_routed("decode")
     assert worker["status"]["bytes_in"] > 0
+
+
+def test_a_prefill_worker_that_nobody_can_fetch_from_is_named(
+    folder: Path, expected: list[list[int]]
+) -> None:
+    options = [*OPTIONS, "--prefill", 1, "--decode", 1, "--disaggregate", "auto"]
+    options[options.index("float32")] = "auto"  # as the checkpoint, which is what cannot be told
+    options.append("--prefill-options=--dtype bfloat16")
+    with Cluster("--model", folder, *options) as cluster:
+        assert answers(cluster) == expected
+        cluster.wait_until_clean()
+        log = (cluster.log_dir / "router.log").read_text()
+    assert "No decode worker can fetch KV blocks from prefill-0" in log

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import msgspec
 import pytest
@@ -19,6 +19,7 @@ from pdserve.kv_transfer.device import DeviceMemory
 from pdserve.kv_transfer.sink import TransferSink
 from pdserve.kv_transfer.source import TransferSource
 from pdserve.kv_transfer.transports import SINK_HALVES, SOURCE_HALVES, TransportSettingError
+from pdserve.protocol.transfer import FetchHeader
 
 BLOCKS, NBYTES = 16, 1000
 STALL_S = 0.3
@@ -242,3 +243,27 @@ def test_without_a_gpu_it_says_so() -> None:
         open_ipc(memory, "ipc")
     with pytest.raises(TransportSettingError, match="pool is on none"):
         open_ipc(object(), "ipc")
+
+
+def test_a_later_header_cannot_widen_the_mapping(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends.fetch("ipc")
+    half = ends.source._cuts.of(1).halves["ipc"]
+    describe = half.describe
+
+    def lying(header: FetchHeader, block_ids: Sequence[int]) -> FetchHeader:
+        header = describe(header, block_ids)
+        assert header.pool_device is not None
+        more = msgspec.structs.replace(header.pool_device, num_blocks=10**6)
+        beyond = tuple(block + 1000 for block in header.pool_blocks)
+        return msgspec.structs.replace(header, pool_device=more, pool_blocks=beyond)
+
+    monkeypatch.setattr(half, "describe", lying)
+    ends.sink = ends.new_sink("ipc")
+    assert "of an allocation of" in ends.begin().only().reason
+    monkeypatch.setattr(half, "describe", describe)
+    ends.sink = ends.new_sink("ipc")
+    assert ends.begin().only().ok
+    monkeypatch.setattr(half, "describe", lying)
+    assert "outside its" in ends.begin().only().reason
