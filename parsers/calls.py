@@ -1,8 +1,11 @@
 """Calls of tools as models write them: one table of formats, one parser for all.
 
 A format says where calls stand in the text and how the text between the marks is decoded. What
-cannot be decoded was no call: it comes out as text, never as an error. A call comes out whole, when
-it is complete, so what is streamed, joined, is what is not streamed.
+cannot be decoded was no call: it comes out as text, never as an error.
+
+Calls come out whole, when they are complete, or in pieces while they are written, where the format
+has them as JSON. Joined, the pieces are the whole calls. Only what is cut off or turns out to be no
+call differs: its beginning cannot be taken back.
 """
 
 from __future__ import annotations
@@ -11,10 +14,11 @@ import ast
 import json
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pdserve.parsers.json_text import ObjectText
 from pdserve.parsers.scan import Scanner
 
 Json = dict[str, Any]
@@ -22,7 +26,8 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call; `arguments` is the text of a JSON object."""
+    """One call; `arguments` is the text of a JSON object. Of a call that comes in pieces, the first
+    has the name and no arguments, and the others have no name."""
 
     name: str
     arguments: str
@@ -44,6 +49,9 @@ class CallFormat:
     """Further marks that may be special tokens of the vocabulary."""
     short_ids: bool = False
     """Ids of calls have nine letters and digits."""
+    head: re.Pattern[str] | None = None
+    """Up to the brace of a call's arguments, from the begin or from the arguments before; its last
+    group is the name. None: arguments do not stand there as JSON."""
 
     @property
     def marks(self) -> tuple[str, ...]:
@@ -53,14 +61,20 @@ class CallFormat:
 class CallParser:
     """Reads one answer. Events are texts and calls, in order."""
 
-    def __init__(self, calls: CallFormat, schemas: Mapping[str, Json]) -> None:
-        """`schemas`: the parameters of each tool, by name."""
+    def __init__(
+        self, calls: CallFormat, schemas: Mapping[str, Json], pieces: bool = False
+    ) -> None:
+        """`schemas`: the parameters of each tool, by name; `pieces`: tell of calls while they are
+        written."""
         self._format = calls
         self._schemas = schemas
+        self._pieces = pieces
         self._scanner = Scanner(calls.begin)
         self._inside: str | None = None
         """The mark that began the calls that are being read."""
         self._body = ""
+        self._written = Written(calls.head, schemas)
+        """What has been told of the body, with `pieces`."""
         self._blank = True
         """Nothing but white space has come since the beginning or the last call."""
         self._held = ""
@@ -74,17 +88,24 @@ class CallParser:
             if self._undecided:
                 return events
         if self._inside is not None and not self._format.begin:
-            self._body += text
+            self._grow(text, events)
             return events
         self._scan(text, events)
         return events
+
+    def _grow(self, text: str, events: list[str | Call]) -> None:
+        """More of the body that is being read."""
+        self._body += text
+        if self._pieces:
+            events += self._written.feed(text)
 
     def _decide(self, text: str) -> str:
         """Whether the answer is a call, by its first characters; "" while that is open."""
         self._body += text
         start, opens = self._body.lstrip(), self._format.opens
         if any(start.startswith(one) for one in opens):
-            self._undecided, self._inside, rest = False, "", ""
+            self._undecided, self._inside = False, ""
+            rest, self._body = self._body, ""
         elif any(one.startswith(start) for one in opens):
             rest = ""
         else:
@@ -98,13 +119,14 @@ class CallParser:
             if self._inside is None:
                 self._say(before, events)
             else:
-                self._body += before
+                self._grow(before, events)
             if mark is None:
                 return
             if self._inside is not None:
                 self._close(mark, events)
             if mark in self._format.begin:
                 self._inside, self._body = mark, ""
+                self._written = Written(self._format.head, self._schemas)
                 end = self._format.end
                 self._scanner.marks = (end,) if end else self._format.begin
 
@@ -114,18 +136,21 @@ class CallParser:
         raw, body = f"{self._inside}{self._body}{end}", self._body
         self._inside, self._body = None, ""
         self._scanner.marks = self._format.begin
-        found = self._decode(body)
-        if found is None:
+        found, told = self._decode(body), self._written.begun if self._pieces else 0
+        if found is None and not told:
             self._say(raw, events)
-        else:
-            events += found
-            self._blank, self._held = True, ""
+            return
+        events += (found or [])[told:]
+        self._blank, self._held = True, ""
 
     def _decode(self, body: str) -> list[Call] | None:
         try:
-            return self._format.decode(body, self._schemas) or None
+            found = self._format.decode(body, self._schemas) or None
         except (ValueError, TypeError, KeyError, SyntaxError, RecursionError, MemoryError):
             return None
+        written = Written(self._format.head, self._schemas)
+        pieces = written.feed(body)
+        return None if found is None or written.cut else as_written(found, pieces)
 
     def _say(self, text: str, events: list[str | Call]) -> None:
         if self._blank:
@@ -142,12 +167,78 @@ class CallParser:
         rest = self._scanner.flush()
         if self._inside is None:
             self._say(self._body + rest, events)
-        elif self._format.end:
-            self._say(f"{self._inside}{self._body}{rest}", events)  # cut off: no call
-        else:
-            self._body += rest
+        elif not self._format.end:
+            self._grow(rest, events)
             self._close("", events)
+        elif not (self._pieces and self._written.begun):
+            self._say(f"{self._inside}{self._body}{rest}", events)  # cut off: no call
         return events
+
+
+class Written:
+    """Calls in pieces, from what stands between begin and end. It goes silent at what it cannot
+    tell: calls of unknown tools, arguments that are not JSON or stand before the name."""
+
+    def __init__(self, head: re.Pattern[str] | None, known: Container[str]) -> None:
+        self.begun = 0
+        """Calls that have been told of."""
+        self._head = head
+        self._known = known
+        self._text = ""
+        self._arguments: ObjectText | None = None
+        self._silent = head is None
+
+    @property
+    def cut(self) -> bool:
+        """The last call that has been told of is not complete."""
+        return self._arguments is not None
+
+    def feed(self, text: str) -> list[Call]:
+        found: list[Call] = []
+        while text and not self._silent:
+            if self._arguments is None:
+                text = self._begin(text, found)
+                continue
+            piece, text = self._arguments.feed(text)
+            if piece:
+                found.append(Call("", piece))
+            self._silent = self._arguments.broken
+            if self._arguments.complete:
+                self._arguments = None
+        return found
+
+    def _begin(self, text: str, found: list[Call]) -> str:
+        """Look for the next call; the text of its arguments so far."""
+        self._text += text
+        head = self._head.match(self._text) if self._head else None
+        if head is None or head.end() > LONGEST_HEAD:
+            self._silent = len(self._text) > LONGEST_HEAD
+            return ""
+        name = head[head.lastindex or 0].strip()
+        self._silent = name not in self._known
+        if self._silent:
+            return ""
+        found.append(Call(name, ""))
+        self.begun += 1
+        self._arguments = ObjectText()
+        rest, self._text = self._text[head.end() :], ""
+        return rest
+
+
+LONGEST_HEAD = 2000
+"""In characters."""
+
+
+def as_written(calls: Sequence[Call], pieces: Sequence[Call]) -> list[Call]:
+    """The calls with their arguments as the model wrote them, as far as the pieces go."""
+    texts: list[str] = []
+    for piece in pieces:
+        if piece.name:
+            texts.append("")
+        else:
+            texts[-1] += piece.arguments
+    kept = zip(calls, texts, strict=False)
+    return [Call(call.name, text) for call, text in kept] + list(calls[len(texts) :])
 
 
 # How each format is decoded. They raise what they like for what is no call.
@@ -311,10 +402,22 @@ def _key(node: ast.expr | None) -> str:
     return node.value
 
 
+_OBJECT = (
+    r'\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*"([^"\\]+)"\s*,'
+    r'\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
+)
+"""A call as JSON, up to the brace of its arguments."""
+
 CALLS = {
     found.name: found
     for found in (
-        CallFormat("hermes", _hermes, ("<tool_call>",), "</tool_call>"),
+        CallFormat(
+            "hermes",
+            _hermes,
+            ("<tool_call>",),
+            "</tool_call>",
+            head=re.compile(r"\s*" + _OBJECT),
+        ),
         CallFormat("qwen3_coder", _qwen_coder, ("<tool_call>",), "</tool_call>"),
         CallFormat(
             "deepseek_v3",
@@ -322,10 +425,24 @@ CALLS = {
             ("<｜tool▁calls▁begin｜>",),
             "<｜tool▁calls▁end｜>",
             tokens=("<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"),
+            head=re.compile(
+                r"(?:\s*```\s*<｜tool▁call▁end｜>)?\s*<｜tool▁call▁begin｜>function"
+                r"<｜tool▁sep｜>([^\n<]+)\n```json\n\s*(?=\{)"
+            ),
         ),
-        CallFormat("mistral", _mistral, ("[TOOL_CALLS]",), short_ids=True),
         CallFormat(
-            "llama3_json", _llama, opens=("<|python_tag|>", "{"), tokens=("<|python_tag|>",)
+            "mistral",
+            _mistral,
+            ("[TOOL_CALLS]",),
+            short_ids=True,
+            head=re.compile(rf"\s*(?:(?:\[|\}}\s*,)\s*{_OBJECT}|([^\s{{}}\[\],]+)\s*(?=\{{))"),
+        ),
+        CallFormat(
+            "llama3_json",
+            _llama,
+            opens=("<|python_tag|>", "{"),
+            tokens=("<|python_tag|>",),
+            head=re.compile(rf"\s*(?:<\|python_tag\|>|\}}[; \n\t]*)?\s*{_OBJECT}"),
         ),
         CallFormat(
             "pythonic",

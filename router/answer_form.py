@@ -91,6 +91,7 @@ class AnswerForms:
             calls=speech.calls if use.parse else None,
             schemas=use.schemas,
             one_call=body.parallel_tool_calls is False,
+            pieces=bool(body.stream),
             reasoning=speech.reasoning if thinks else None,
             show_thoughts=body.include_reasoning is not False,
             kept=speech.kept,

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from pdserve.protocol.messages import FinishReason, Output, PositionLogprobs
 from pdserve.router.errors import BadRequest
-from pdserve.router.openai import ChunkForms, LogprobWriter, whole_call
+from pdserve.router.openai import ChunkForms, LogprobWriter, call_delta
 from pdserve.router.openai_writer import OpenAIWriter
 from pdserve.router.output import AnswerText, Delta
 from pdserve.router.repetition import REASON
@@ -218,9 +218,7 @@ class Derender:
             role = {"role": self._request.role} if first else {}
             choice["delta"] = role | choice["delta"]
             if delta.calls:
-                choice["delta"]["tool_calls"] = [
-                    {"index": call.index, **whole_call(call)} for call in delta.calls
-                ]
+                choice["delta"]["tool_calls"] = [call_delta(call) for call in delta.calls]
             if echo:
                 choice["delta"]["content"] = echo + delta.text
         elif echo:

@@ -54,7 +54,7 @@ class Derendering:
         speech, asked = self._model.speech, body.chat_request
         if asked is not None:
             parsed = await self._front.parser.chat(asked, "")
-            return _with_prompts(parsed, [_prompt_ids(body)])
+            return _read_in_pieces(_with_prompts(parsed, [_prompt_ids(body)]), bool(body.stream))
         if speech.calls is not None or speech.reasoning is not None:
             raise BadRequest(
                 "chat_request is required when a tool or reasoning parser is configured: it says "
@@ -267,6 +267,16 @@ def _per_prompt(body: DerenderCompletionRequest) -> tuple[list[int], list[list[i
     for token_ids, length in zip(listed, lengths, strict=True):
         _check_length(token_ids, length)
     return lengths, listed
+
+
+def _read_in_pieces(parsed: GenerateRequest, pieces: bool) -> GenerateRequest:
+    """The request with its calls of tools read while they are written, or whole: the request that
+    is answered may have been a stream when its derendering is none."""
+    texts = [
+        replace(text, reading=text.reading and replace(text.reading, pieces=pieces))
+        for text in parsed.texts
+    ]
+    return replace(parsed, texts=tuple(texts))
 
 
 def _with_prompts(parsed: GenerateRequest, listed: Sequence[list[int] | None]) -> GenerateRequest:

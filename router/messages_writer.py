@@ -107,7 +107,7 @@ class MessagesWriter:
             return []
         if delta.finish_reason is not None:
             self._end = delta
-        frames = []
+        frames = [self._more(call) for call in delta.continued]
         if delta.thoughts:
             self._signature.update(delta.thoughts.encode())
             frames += self._open("thinking", {"thinking": ""})
@@ -115,11 +115,15 @@ class MessagesWriter:
         if delta.text:
             frames += self._open("text", {"text": ""})
             frames.append(self._text(delta.text))
-        for call in delta.calls:
-            frames += self._open("tool_use", {**_tool_use(call), "input": {}})
-            frames.append(self._delta("input_json_delta", partial_json=call.arguments))
+        for call in delta.begun:
             frames += self._close()
+            frames += self._open("tool_use", {**_tool_use(call), "input": {}})
+            if call.arguments:
+                frames.append(self._more(call))
         return frames
+
+    def _more(self, call: ToolCall) -> bytes:
+        return self._delta("input_json_delta", partial_json=call.arguments)
 
     def _text(self, text: str) -> bytes:
         if self._blocks == 1:

@@ -228,16 +228,19 @@ class ChunkForms:
 
 
 def pieces_of(delta: Delta) -> list[Delta]:
-    """A delta with calls of tools as one per chunk: thoughts and text, then each call's name, its
-    arguments, and the end. Tokens go with the first."""
+    """A delta with calls of tools as one per chunk: what belongs to a call that had begun, thoughts
+    and text, then each call's name, its arguments, and the end. Tokens go with the first."""
     if not delta.calls:
         return [delta]
-    first = Delta(delta.text, delta.thoughts, [], delta.token_ids, delta.logprobs, delta.offsets)
-    pieces = [first] if first.text or first.thoughts else []
-    for call in delta.calls:
-        pieces += [Delta(calls=[replace(call, arguments="")]), Delta(calls=[replace(call, id="")])]
-    if not (first.text or first.thoughts):
-        pieces[0].token_ids, pieces[0].logprobs = delta.token_ids, delta.logprobs
+    pieces = [Delta(calls=[call]) for call in delta.continued]
+    if delta.text or delta.thoughts:
+        pieces.append(Delta(delta.text, delta.thoughts))
+    for call in delta.begun:
+        pieces.append(Delta(calls=[replace(call, arguments="")]))
+        if call.arguments:
+            pieces.append(Delta(calls=[replace(call, id="")]))
+    first = pieces[0]
+    first.token_ids, first.logprobs, first.offsets = delta.token_ids, delta.logprobs, delta.offsets
     if delta.finish_reason is not None:
         end = Delta(finish_reason=delta.finish_reason, stop_reason=delta.stop_reason)
         pieces.append(end)
@@ -256,9 +259,15 @@ def chat_delta(delta: Delta) -> Json:
             head = {"id": call.id, "type": "function", "index": call.index}
             found |= {"content": None, "tool_calls": [{**head, "function": {"name": call.name}}]}
         else:
-            arguments = {"arguments": call.arguments}
-            found["tool_calls"] = [{"index": call.index, "function": arguments}]
+            found["tool_calls"] = [call_delta(call)]
     return found
+
+
+def call_delta(call: ToolCall) -> Json:
+    """One of `delta.tool_calls` with all that is known of it."""
+    if call.id:
+        return {"index": call.index, **whole_call(call)}
+    return {"index": call.index, "function": {"arguments": call.arguments}}
 
 
 def whole_call(call: ToolCall) -> Json:

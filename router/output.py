@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import string
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pdserve.protocol.messages import FinishReason, Output, PositionLogprobs
 from pdserve.protocol.sampling import SamplingParams
@@ -23,10 +23,11 @@ _LETTERS = string.ascii_letters + string.digits
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A call of a tool, as the client hears of it."""
+    """A call of a tool, as the client hears of it, or more of one."""
 
     index: int
     id: str
+    """"": only arguments are new."""
     name: str
     arguments: str
     """JSON text."""
@@ -46,6 +47,16 @@ class Delta:
     """Characters of the answer before each token, if logprobs were asked for."""
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+
+    @property
+    def continued(self) -> list[ToolCall]:
+        """The rest of a call that had begun before everything else in this delta."""
+        return [call for call in self.calls if not call.id]
+
+    @property
+    def begun(self) -> list[ToolCall]:
+        """Calls that begin in this delta, behind its text."""
+        return [call for call in self.calls if call.id]
 
 
 def call_id(short: bool) -> str:
@@ -159,10 +170,15 @@ class AnswerText:
         delta.text += read.text
         delta.thoughts += read.thoughts
         for call in read.calls:
-            delta.calls.append(
-                ToolCall(self._called, call_id(self._short_ids), call.name, call.arguments)
-            )
-            self._called += 1
+            if call.name:
+                found = call_id(self._short_ids)
+                delta.calls.append(ToolCall(self._called, found, call.name, call.arguments))
+                self._called += 1
+            elif delta.calls:
+                last = delta.calls[-1]
+                delta.calls[-1] = replace(last, arguments=last.arguments + call.arguments)
+            else:
+                delta.calls.append(ToolCall(self._called - 1, "", "", call.arguments))
 
     def _end(self, reason: str, stop_reason: int | str | None) -> None:
         self.finished = True

@@ -17,6 +17,7 @@ class Read:
     text: str = ""
     thoughts: str = ""
     calls: list[Call] = field(default_factory=list)
+    """Whole ones, or pieces."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +29,8 @@ class Reading:
     """Parameters of the tools, by name."""
     one_call: bool = False
     """Only the first call counts."""
+    pieces: bool = False
+    """Calls are wanted while they are written."""
     reasoning: ReasoningFormat | None = None
     """Answers begin with thoughts."""
     show_thoughts: bool = True
@@ -45,7 +48,9 @@ class Reader:
     def __init__(self, reading: Reading) -> None:
         self._reading = reading
         self._thoughts = ReasoningParser(reading.reasoning) if reading.reasoning else None
-        self._calls = CallParser(reading.calls, reading.schemas) if reading.calls else None
+        self._calls = (
+            CallParser(reading.calls, reading.schemas, reading.pieces) if reading.calls else None
+        )
         self.called = 0
         """Calls so far."""
 
@@ -82,6 +87,6 @@ class Reader:
             if isinstance(event, str):
                 read.text += event
                 continue
-            self.called += 1
+            self.called += bool(event.name)
             if self.called == 1 or not self._reading.one_call:
                 read.calls.append(event)

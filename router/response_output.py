@@ -32,21 +32,24 @@ class ResponseOutput:
         """`logprobs`: of the delta's tokens that are no thoughts."""
         self._waiting += logprobs
         events: Events = []
+        for call in delta.continued:
+            events += self._arguments(call.arguments)
         if delta.thoughts:
             events += self._begin("reasoning")
             self._texts.append(delta.thoughts)
             events.append(("response.reasoning_text.delta", self._at(delta=delta.thoughts)))
         if delta.text:
             events += self._speak(delta.text)
-        for call in delta.calls:
-            events += self.close()
-            events += self._call(call)
+        for call in delta.begun:
+            events += [*self._begin_call(call), *self._arguments(call.arguments)]
         return events
 
-    def finish(self) -> Events:
-        """Close what is open; an answer without anything is an empty message."""
+    def finish(self, cut: bool = False) -> Events:
+        """Close what is open; an answer without anything is an empty message. `cut`: there was no
+        room for the rest of the answer."""
         begun = [] if self.items else self._begin("message")
-        return [*begun, *self.close()]
+        unfinished = cut and self._open == "function_call"
+        return [*begun, *self.close("incomplete" if unfinished else "completed")]
 
     def _at(self, **members: Any) -> Json:
         """Members of an event about the content of the last item."""
@@ -89,12 +92,16 @@ class ResponseOutput:
         members = self._at(delta=text, logprobs=logprobs)
         return [*events, ("response.output_text.delta", members)]
 
-    def close(self) -> Events:
+    def close(self, status: str = "completed") -> Events:
         """End the item that is open."""
         kind, text = self._open, "".join(self._texts)
         if not kind:
             return []
         self._open, self._texts = "", []
+        if kind == "function_call":
+            self.items[-1] |= {"arguments": text, "status": status}
+            said = {**self._place(), "arguments": text, "name": self.items[-1]["name"]}
+            return [("response.function_call_arguments.done", said), self._done()]
         if kind == "reasoning":
             part: Json = {"text": text, "type": "reasoning_text"}
             done = ("response.reasoning_text.done", self._at(text=text))
@@ -104,10 +111,19 @@ class ResponseOutput:
             shown = logprobs if self._with_logprobs else None
             part = {"annotations": [], "text": text, "type": "output_text", "logprobs": shown}
             done = ("response.output_text.done", self._at(text=text, logprobs=logprobs))
-        self.items[-1] |= {"content": [part], "status": "completed"}
+        self.items[-1] |= {"content": [part], "status": status}
         return [done, ("response.content_part.done", self._at(part=part)), self._done()]
 
-    def _call(self, call: ToolCall) -> Events:
+    def _arguments(self, text: str) -> Events:
+        """More of the call that is open."""
+        if not text:
+            return []
+        self._texts.append(text)
+        return [("response.function_call_arguments.delta", {**self._place(), "delta": text})]
+
+    def _begin_call(self, call: ToolCall) -> Events:
+        events = self.close()
+        self._open = "function_call"
         item: Json = {
             "arguments": "",
             "call_id": call.id,
@@ -119,13 +135,4 @@ class ResponseOutput:
             "namespace": None,
             "status": "in_progress",
         }
-        added = self._add(item)
-        item |= {"arguments": call.arguments, "status": "completed"}
-        place, name = self._place(), "response.function_call_arguments"
-        said = {**place, "arguments": call.arguments, "name": call.name}
-        return [
-            added,
-            (f"{name}.delta", {**place, "delta": call.arguments}),
-            (f"{name}.done", said),
-            self._done(),
-        ]
+        return [*events, self._add(item)]

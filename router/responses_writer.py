@@ -198,9 +198,12 @@ class ResponsesWriter:
         )
         return self._reply.final
 
+    def _finish(self) -> Events:
+        return self._output.finish(ENDS.get(self._reason) == "incomplete")
+
     def body(self) -> Json:
         self._take()
-        self._output.finish()
+        self._finish()
         return self._final() | self._progress.extras()
 
     def _frames(self, events: Events) -> list[bytes]:
@@ -218,7 +221,7 @@ class ResponsesWriter:
         return self._frames(self._take())
 
     def closing(self) -> list[bytes]:
-        events = self._output.finish()
+        events = self._finish()
         final = {"response": self._final(), **self._progress.extras()}
         return self._frames([*events, ("response.completed", final)])
 

@@ -158,10 +158,13 @@ def test_a_chat_in_parts(scaled: RouterHarness, case: int, size: int) -> None:
         assert [delta.get("role") for delta in deltas] == ["assistant"] + [None] * (len(deltas) - 1)
         content = "".join(delta.get("content") or "" for delta in deltas)
         assert content == (whole["message"]["content"] or "")
-        calls = [call for delta in deltas for call in delta.get("tool_calls", ())]
-        assert [call["function"] for call in calls] == [
-            call["function"] for call in whole["message"].get("tool_calls", ())
-        ]
+        calls: list[dict[str, str]] = []
+        for call in (call for delta in deltas for call in delta.get("tool_calls", ())):
+            if "id" in call:
+                calls.append(dict(call["function"]))
+            else:
+                calls[call["index"]]["arguments"] += call["function"]["arguments"]
+        assert calls == [call["function"] for call in whole["message"].get("tool_calls", ())]
         assert [part["finish_reason"] for part in parts][:-1] == [None] * (len(parts) - 1)
         assert parts[-1]["finish_reason"] == whole["finish_reason"]
         assert parts[-1]["stop_reason"] == whole["stop_reason"]

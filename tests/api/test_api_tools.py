@@ -142,6 +142,44 @@ def test_an_answer_cut_in_a_call_is_text(say: Callable[[str], OpenAI]) -> None:
         assert joined(client, tools=TOOLS, max_tokens=12)["content"] == choice["message"]["content"]
 
 
+def test_arguments_come_while_they_are_written(
+    router: RouterHarness, say: Callable[[str], OpenAI]
+) -> None:
+    """In all three APIs; cut off in its arguments, a call stays one."""
+    wanted = json.loads(ARGUMENTS)
+    for worker in router.workers:
+        worker.step_s = 0.003
+    with say(CALL) as client:
+        chat = client.chat.completions.create(
+            model="demo", messages=MESSAGES, tools=TOOLS, stream=True
+        )
+        calls = [call for chunk in chat for call in chunk.choices[0].delta.tool_calls or ()]
+        texts = [call.function.arguments for call in calls[1:] if call.function]
+        assert len(texts) > 1 and json.loads("".join(map(str, texts))) == wanted
+        flat = [{"type": "function", **tool["function"]} for tool in TOOLS]
+        events = client.responses.create(model="demo", input="Hi", tools=flat, stream=True)
+        told = [event.delta for event in events if event.type.endswith("arguments.delta")]
+        assert len(told) > 1 and json.loads("".join(told)) == wanted
+        cut = joined(client, tools=TOOLS, max_tokens=36)
+        assert cut["finish_reason"] == "length" and not cut["content"]
+        assert ARGUMENTS.startswith(cut["calls"][0]["arguments"]) and cut["calls"][0]["arguments"]
+        flat_cut = client.responses.create(
+            model="demo", input="Hi", tools=flat, stream=True, max_output_tokens=36
+        )
+        (call,) = list(flat_cut)[-1].response.output
+        assert call.status == "incomplete" and call.arguments == cut["calls"][0]["arguments"]
+    body: Any = {"model": "demo", "max_tokens": 200, "messages": MESSAGES, "tools": ANTHROPIC_TOOLS}
+    with Anthropic(base_url=router.url, api_key="none", max_retries=0) as anthropic:
+        pieces = [
+            event.delta.partial_json
+            for event in anthropic.messages.create(**body, stream=True)
+            if event.type == "content_block_delta" and event.delta.type == "input_json_delta"
+        ]
+    assert len(pieces) > 1 and json.loads("".join(pieces)) == wanted
+    for worker in router.workers:
+        worker.step_s = 0.0
+
+
 def test_no_tools_is_no_parsing(say: Callable[[str], OpenAI]) -> None:
     with say(CALL) as client:
         assert whole(client, tools=TOOLS, tool_choice="none")["message"]["content"] == CALL

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -99,6 +100,96 @@ PARTS = [text for _, text, _, _ in CASES] + ["<tool", "[TOOL", "</tool_call>", "
 def test_pieces_do_not_matter(name: str, parts: list[str], places: list[int]) -> None:
     text = "".join(parts)
     assert read(name, cut(text, places)) == read(name, [text])
+
+
+def read_pieces(name: str, pieces: list[str]) -> tuple[str, list[Call]]:
+    """As `read`, from calls that come while they are written."""
+    parser = CallParser(CALLS[name], SCHEMAS, pieces=True)
+    events = [event for piece in pieces for event in parser.feed(piece)] + parser.finish()
+    calls: list[Call] = []
+    for event in events:
+        if isinstance(event, Call) and event.name:
+            calls.append(event)
+        elif isinstance(event, Call):
+            calls[-1] = Call(calls[-1].name, calls[-1].arguments + event.arguments)
+    return "".join(event for event in events if isinstance(event, str)), calls
+
+
+@pytest.mark.parametrize("name", CALLS)
+@settings(max_examples=60, deadline=None)
+@given(
+    parts=st.lists(st.sampled_from(PARTS) | st.text(max_size=5), max_size=4),
+    places=st.lists(st.integers(0, 500), max_size=12),
+)
+def test_pieces_do_not_matter_while_calls_are_written(
+    name: str, parts: list[str], places: list[int]
+) -> None:
+    text = "".join(parts)
+    assert read_pieces(name, cut(text, places)) == read_pieces(name, [text])
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=["Cs"]), max_size=6),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text("ab\n\"é", max_size=2), inner, max_size=2),
+    max_leaves=6,
+)  # fmt: skip
+OBJECTS = st.dictionaries(st.sampled_from(["a", "s", "o"]), VALUES, max_size=3)
+WRITTEN = {
+    "hermes": lambda calls: "\n".join(
+        '<tool_call>\n{"name": "%s", "arguments": %s}\n</tool_call>' % call for call in calls
+    ),
+    "llama3_json": lambda calls: "; ".join('{"name": "%s", "parameters": %s}' % call for call in calls),
+    "mistral": lambda calls: "[TOOL_CALLS] [%s]"
+    % ", ".join('{"name": "%s", "arguments": %s}' % call for call in calls),
+    "deepseek_v3": lambda calls: DS("\n".join(DC(*call) for call in calls)),
+}
+SHAPES: tuple[dict[str, Any], ...] = ({}, {"ensure_ascii": False}, {"indent": 1})
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+@settings(max_examples=60, deadline=None)
+@given(
+    arguments=st.lists(OBJECTS, min_size=1, max_size=3),
+    shape=st.sampled_from(SHAPES),
+    places=st.lists(st.integers(0, 500), max_size=12),
+)
+def test_calls_in_pieces_are_the_whole_calls(
+    name: str, arguments: list[dict[str, Any]], shape: dict[str, Any], places: list[int]
+) -> None:
+    calls = [Call("fg"[place % 2], json.dumps(one, **shape)) for place, one in enumerate(arguments)]
+    text = WRITTEN[name]([(call.name, call.arguments) for call in calls])
+    assert read(name, [text]) == read_pieces(name, cut(text, places)) == ("", calls)
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_call_comes_while_it_is_written(name: str) -> None:
+    text = WRITTEN[name]([("f", '{"s": "one, two"}')])
+    place = text.index(" two")
+    parser = CallParser(CALLS[name], SCHEMAS, pieces=True)
+    assert parser.feed(text[:place]) == [Call("f", ""), Call("", '{"s": "one,')]
+    assert parser.feed(text[place : place + 2]) == [Call("", " t")]
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ('<tool_call>{"name": "f", "arguments": {"a": [1, 2', '{"a": [1, '),
+        ('<tool_call>{"name": "f", "arguments": {"a": NaN}}</tool_call>', '{"a": '),
+        ('<tool_call>{"name": "f", "arguments": {"s": "\\ud800"}}</tool_call>', '{"s": "'),
+        ('<tool_call>{"name": "f", "arguments": {"s": "a\nb"}}</tool_call>', '{"s": "a\\nb"}'),
+        ('<tool_call>{"name": "f", "arguments": {"a": 1}, "x": 2}</tool_call>', '{"a": 1}'),
+    ],
+)
+def test_what_has_been_told_of_a_call_stays(text: str, wanted: str) -> None:
+    assert read_pieces("hermes", [text]) == ("", [Call("f", wanted)])
+
+
+def test_what_cannot_be_told_while_it_is_written_comes_at_the_end() -> None:
+    unknown = '<tool_call>{"name": "h", "arguments": {"a": 1}}</tool_call>'
+    assert read_pieces("hermes", [unknown]) == ("", [Call("h", '{"a": 1}')])
+    turned = '<tool_call>{"arguments": {"a":1}, "name": "f"}</tool_call>'
+    assert read_pieces("hermes", [turned]) == ("", [Call("f", '{"a": 1}')])
 
 
 THOUGHTS = {
