@@ -39,8 +39,9 @@ class ObjectText:
 
     def feed(self, text: str) -> tuple[str, str]:
         """(what belongs to the object, what stands behind it or where it broke)."""
-        text, place, found = self._held + text, 0, []
-        self._held = ""
+        text, self._held = self._held + text, ""
+        found: list[str] = []
+        place = 0
         while place < len(text) and not (self.complete or self.broken):
             step = self._in_string if self._string else self._between
             piece, end = step(text, place)

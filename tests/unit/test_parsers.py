@@ -139,9 +139,12 @@ WRITTEN = {
     "hermes": lambda calls: "\n".join(
         '<tool_call>\n{"name": "%s", "arguments": %s}\n</tool_call>' % call for call in calls
     ),
-    "llama3_json": lambda calls: "; ".join('{"name": "%s", "parameters": %s}' % call for call in calls),
-    "mistral": lambda calls: "[TOOL_CALLS] [%s]"
-    % ", ".join('{"name": "%s", "arguments": %s}' % call for call in calls),
+    "llama3_json": lambda calls: "; ".join(
+        '{"name": "%s", "parameters": %s}' % call for call in calls
+    ),
+    "mistral": lambda calls: (
+        "[TOOL_CALLS] [%s]" % ", ".join('{"name": "%s", "arguments": %s}' % call for call in calls)
+    ),
     "deepseek_v3": lambda calls: DS("\n".join(DC(*call) for call in calls)),
 }
 SHAPES: tuple[dict[str, Any], ...] = ({}, {"ensure_ascii": False}, {"indent": 1})
