@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from pdserve.cluster.journal import (
     Record,
 )
 from pdserve.cluster.options import EXIT_USAGE, load, options_of
+from pdserve.cluster.requests import RequestRecord, RequestRecords
 from pdserve.cluster.status import StatusSettings
 from pdserve.cluster.target import find_target
 from pdserve.protocol import events
@@ -31,6 +33,7 @@ _STORY = (
 )
 PREFIXES = ("", "chatcmpl-", "cmpl-", "generate-tokens-")
 """Tried before an id that is not known as it is."""
+RUNNING = "running"
 WIDTH = 40
 """Characters of the bar picture."""
 
@@ -88,18 +91,50 @@ def _printable(line: str) -> str:
 async def _find(name: str, settings: StatusSettings) -> Record:
     place = find_target(settings)
     journal = Journal(place.redis, place.cluster)
+    records = RequestRecords(place.redis, place.cluster)
+    ids = [prefix + name for prefix in PREFIXES]
     try:
-        for prefix in PREFIXES:
-            record = await journal.find(prefix + name)
+        for one in ids:
+            record = await journal.find(one)
             if record is not None:
-                return record
+                running = record.state == RUNNING
+                carried = await records.find(record.id) if running else None
+                return msgspec.structs.replace(record, carried=carried)
+        carried = await records.find(*ids)
     finally:
         await journal.close()
+        await records.close()
+    if carried is not None:
+        return _untold(carried)
     raise PdserveError(
         f"No request {name!r} is known to the cluster {place.cluster}. Requests are remembered for "
         f"{KEEP_S // 60} minutes, from half a second after they began; give the id of the answer "
         "or the header x-request-id of the response."
     )
+
+
+def _untold(carried: RequestRecord) -> Record:
+    """Of a request whose story was dropped, or has not been written yet."""
+    return Record(
+        id=carried.id,
+        request_id=carried.request_id,
+        router=carried.router,
+        state=RUNNING,
+        received=carried.received,
+        elapsed_s=max(0.0, time.time() - carried.received),
+        tokenized_s=0.0,
+        prompt_tokens=carried.prompt_tokens,
+        carried=carried,
+    )
+
+
+def _whereabouts(carried: RequestRecord | None) -> str:
+    """Where a running request is now, as a line."""
+    if carried is None:
+        return "now: no router carries it; it has just ended, or its router died"
+    places = ", ".join(f"{one.kind} on {one.worker} (epoch {one.epoch})" for one in carried.holders)
+    left_s = max(0.0, carried.deadline - time.time())
+    return f"now: {carried.tokens} tokens, {places or 'on no worker'}; ends within {left_s:.0f} s"
 
 
 def as_text(record: Record) -> Iterator[str]:
@@ -108,6 +143,8 @@ def as_text(record: Record) -> Iterator[str]:
     yield f"x-request-id {record.request_id}, {record.router}, {record.prompt_tokens} prompt tokens"
     if record.error:
         yield f"error: {record.error}"
+    if record.state == RUNNING:
+        yield _whereabouts(record.carried)
     for index, answer in enumerate(record.answers):
         yield ""
         end = f", {answer.finish_reason}" if answer.finish_reason else ""

@@ -16,6 +16,7 @@ import msgspec
 from redis.exceptions import RedisError
 
 from pdserve.cluster.membership import client_of, unavailable
+from pdserve.cluster.requests import RequestRecord
 from pdserve.protocol.messages import LifeEvent
 
 KEEP_S = 900
@@ -108,6 +109,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     answers: list[AnswerStory] = []
     more_answers: int = 0
     """Answers that are not told of."""
+    carried: RequestRecord | None = None
+    """What its router said last of it, if it runs: younger than the rest. Not kept here."""
 
 
 class Note(NamedTuple):

@@ -12,6 +12,7 @@ import msgspec
 from pdserve.cluster.membership import Membership, masked
 from pdserve.cluster.options import EXIT_USAGE, load, option, options_of
 from pdserve.cluster.records import WorkerRecord, WorkerState
+from pdserve.cluster.requests import RequestRecords
 from pdserve.cluster.target import TargetSettings, find_target
 from pdserve.protocol.errors import PdserveError
 
@@ -39,6 +40,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """Of the router, if `pdserve up` runs on this machine."""
     redis: str
     workers: list[WorkerRecord]
+    routers: dict[str, int] = {}
+    """How many requests each carries."""
 
 
 def status(argv: Sequence[str]) -> int:
@@ -60,17 +63,24 @@ def status(argv: Sequence[str]) -> int:
 async def _ask(settings: StatusSettings) -> Snapshot:
     target = find_target(settings)
     membership = Membership(target.redis, target.cluster)
+    records = RequestRecords(target.redis, target.cluster)
     try:
         workers = await membership.workers()
+        routers = await records.routers()
     finally:
         await membership.close()
+        await records.close()
     return Snapshot(
-        cluster=target.cluster, url=target.url, redis=masked(target.redis), workers=workers
+        cluster=target.cluster,
+        url=target.url,
+        redis=masked(target.redis),
+        workers=workers,
+        routers=dict(routers),
     )
 
 
 def as_table(snapshot: Snapshot) -> str:
-    """One line per worker under the headings, blocks in KV blocks."""
+    """One line per worker under the headings, blocks in KV blocks; then the routers."""
     rows = [HEADINGS, *map(_row, snapshot.workers)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
     lines = [
@@ -78,7 +88,8 @@ def as_table(snapshot: Snapshot) -> str:
         for row in rows
     ]
     title = f"cluster {snapshot.cluster} at {snapshot.url or snapshot.redis}"
-    return "\n".join([title, *(lines if snapshot.workers else ["no workers"])])
+    carried = [f"{name}: {count} requests" for name, count in sorted(snapshot.routers.items())]
+    return "\n".join([title, *(lines if snapshot.workers else ["no workers"]), *carried])
 
 
 def _transports(record: WorkerRecord) -> str:

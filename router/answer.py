@@ -118,6 +118,12 @@ class Answer:
         self.legs: list[AnswerLeg] = []
         """Every leg there was, for those who ask for timings."""
 
+    @property
+    def held_by(self) -> list[AnswerLeg]:
+        """The legs that workers have now."""
+        early = self._early.leg if self._early is not None else None
+        return [leg for leg in (self._held, self._running, early) if leg is not None]
+
     # from the request
 
     def start(self) -> None:

@@ -36,6 +36,8 @@ class Flight:
     mailbox: Mailbox
     open: int
     """Answers that have not ended."""
+    deadline: float
+    """Monotonic time at which they end in any case."""
     timer: asyncio.TimerHandle
     release: Callable[[], None]
     gone: bool = field(default=False)
@@ -113,7 +115,8 @@ class Dispatcher:
         self.in_flight += len(answers)
         for answer, spec in zip(answers, specs, strict=True):
             self.unheard.add(answer, len(spec.prompt_token_ids))
-        flight = Flight(answers, mailbox, len(answers), timer, lambda: self._land(len(answers)))
+        count = len(answers)
+        flight = Flight(answers, mailbox, count, deadline, timer, lambda: self._land(count))
         try:
             for answer in answers:
                 answer.start()

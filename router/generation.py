@@ -18,6 +18,7 @@ from typing import Self
 from starlette.types import Message, Receive, Send
 
 from pdserve.cluster.journal import Record
+from pdserve.cluster.requests import Holder, RequestRecord
 from pdserve.protocol.events import QUEUED, SCHEDULED
 from pdserve.protocol.messages import FinishReason, Output
 from pdserve.router.dispatch import Dispatcher, Flight
@@ -375,6 +376,25 @@ class Generation:
                 for answer, text in told
             ],
             more_answers=len(self._answers) - len(told),
+        )
+
+    def request_record(self, router: str) -> RequestRecord:
+        """Where the request is now, for whoever looks in Redis."""
+        now, moment = time.time(), time.monotonic()
+        answers = self._flight.answers
+        return RequestRecord(
+            id=self.request.response_id,
+            request_id=self._inquiry.request_id,
+            router=router,
+            received=now - (moment - self._clock.received),
+            deadline=now + (self._flight.deadline - moment),
+            prompt_tokens=sum(len(prompt.token_ids) for prompt in self.request.prompts),
+            tokens=sum(text.count for text in self._answers),
+            holders=[
+                Holder(leg.link.worker_id, leg.link.epoch, leg.kind)
+                for answer in answers
+                for leg in answer.held_by
+            ],
         )
 
     def _count(self) -> None:

@@ -7,7 +7,7 @@ import os
 import random
 import secrets
 import socket
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 from pdserve.cluster.journal import Journal
 from pdserve.cluster.membership import Membership
 from pdserve.cluster.placement import Placement
+from pdserve.cluster.requests import RequestRecords
 from pdserve.cluster.router_settings import RouterSettings
 from pdserve.protocol.errors import ErrorCode, PdserveError
 from pdserve.router import load_report
@@ -36,6 +37,7 @@ from pdserve.router.generation import (
     until_gone,
 )
 from pdserve.router.http import JsonResponse, error_response
+from pdserve.router.ledger import Ledger
 from pdserve.router.openai import encode_json
 from pdserve.router.openai_writer import OpenAIWriter
 from pdserve.router.placement import Disaggregate, Policy
@@ -111,11 +113,10 @@ class Router:
         self.recorder = Recorder(
             Journal(settings.redis, settings.cluster), self.metrics.story_dropped
         )
+        self.ledger = Ledger(RequestRecords(settings.redis, settings.cluster), self.pool.name)
         self.responses = ResponsesDesk(settings)
         self._dispatcher: Dispatcher | None = None
         self._admission: Admission | None = None
-        self._running: dict[str, list[Generation]] = {}
-        """Requests in flight by the ids of their answers, which clients may choose alike."""
 
     @property
     def model(self) -> ServedModel:
@@ -154,9 +155,11 @@ class Router:
         self.metrics.follow(self.pool, self._dispatcher, self._admission)
         self.pool.start()
         self.recorder.start()
+        self.ledger.start()
 
     async def close(self) -> None:
         await self.responses.close()
+        await self.ledger.close()
         await self.recorder.close()
         self.admission.close()
         await self.pool.close()
@@ -213,26 +216,16 @@ class Router:
 
         @contextmanager
         def launch() -> Iterator[Generation]:
-            with Generation(
-                parsed, self.model, self.dispatcher, self.metrics, self.recorder, received,
-                inquiry, write,
-            ) as generation:  # fmt: skip
-                same_id = self._running.setdefault(parsed.response_id, [])
-                same_id.append(generation)
-                try:
-                    yield generation
-                finally:
-                    same_id.remove(generation)
-                    if not same_id:
-                        del self._running[parsed.response_id]
+            with (
+                Generation(
+                    parsed, self.model, self.dispatcher, self.metrics, self.recorder, received,
+                    inquiry, write,
+                ) as generation,
+                self.ledger.carrying(parsed.response_id, generation),
+            ):  # fmt: skip
+                yield generation
 
         wait = functools.partial(self.admission.wait, demand, self.settings.request_timeout_s)
         wanted = request.headers.get(load_report.WANTED, "")
         load = functools.partial(load_report.load_headers, wanted, self.pool)
         return GenerationResponse(wait, launch, parsed.stream, load)
-
-    def abort(self, response_ids: Iterable[str]) -> None:
-        """End requests as they are; ids that are not in flight here are ignored."""
-        for response_id in response_ids:
-            for generation in self._running.get(response_id, ()):
-                generation.abort()

@@ -11,7 +11,8 @@ from functools import partial
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
-from pdserve.router.errors import BadRequest
+from pdserve.cluster.membership import RedisUnavailable
+from pdserve.router.errors import BadRequest, Unavailable
 from pdserve.router.openapi import body_of, json_post
 from pdserve.router.render_api import check_scale_out
 from pdserve.router.router import Router
@@ -37,12 +38,17 @@ def add_scale_out_routes(app: FastAPI, router: Router) -> None:
     @app.post(
         "/inference/v1/abort_requests",
         openapi_extra=body_of(AbortRequests),
-        summary="End requests of this router by the ids of their answers",
+        summary="End requests, whichever router carries them, by the ids of their answers",
     )
     async def abort_requests(request: Request) -> Response:
         check()
         content = await router.read(request)
         if not isinstance(content, dict) or content.get("request_ids") is None:
             raise BadRequest("Missing 'request_ids' in request body", param="request_ids")
-        router.abort(parse(AbortRequests, content).request_ids)
+        try:
+            await router.ledger.abort(parse(AbortRequests, content).request_ids)
+        except RedisUnavailable as error:
+            raise Unavailable(
+                f"Requests that this router carries were ended; others could not be told: {error}"
+            ) from None
         return Response(status_code=200)

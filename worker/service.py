@@ -9,6 +9,7 @@ from collections.abc import Callable
 import msgspec
 
 from pdserve.cluster.channel import Channel
+from pdserve.cluster.requests import ROUTER_LEASE_S
 from pdserve.engine.grammar import Matcher
 from pdserve.engine.loop import Engine, StepOutcome
 from pdserve.protocol.errors import ErrorCode, ProtocolError, WorkerError
@@ -33,9 +34,6 @@ STATUS_INTERVAL_S = 0.1
 """Routers that got nothing in a step hear of the load at most this often."""
 HEARTBEAT_S = 0.5
 """And at least this often even if nothing has changed: so they know that the worker lives."""
-ROUTER_LEASE_S = 10.0
-"""A router from which nothing comes for so long is gone: frozen, or its host is. They say each
-second that they live."""
 
 OnOrder = Callable[[Order, Callable[[OrderDone], None]], None]
 """Carries an order out; the second argument takes the answer, now or later."""

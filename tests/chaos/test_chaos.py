@@ -69,7 +69,7 @@ async def through(cluster: Cluster, streams: Streams, storm: Storm, count: int) 
 
 
 def check_redis(note: RunNote, records: list[dict[str, Any]], within_s: float) -> None:
-    """Redis knows the living incarnations and nobody else."""
+    """Redis knows the living incarnations, the living routers, and no request."""
     client = Redis.from_url(note.redis, decode_responses=True)
     epochs = {record["worker_id"]: record["epoch"] for record in records}
     blocks = {f"{{{note.cluster}}}:blocks:{name}#{epoch}" for name, epoch in epochs.items()}
@@ -81,10 +81,14 @@ def check_redis(note: RunNote, records: list[dict[str, Any]], within_s: float) -
                 "leases": set(client.zrange(f"{{{note.cluster}}}:leases", 0, -1)),
                 "loads": set(client.hkeys(f"{{{note.cluster}}}:loads")),
             }
+            routers = client.zcard(f"{{{note.cluster}}}:routers")
             stray = set(client.scan_iter(f"{{{note.cluster}}}:blocks:*")) - blocks
-            if not stray and all(names == set(epochs) for names in found.values()):
+            for kind in ("requests", "aborts"):
+                stray |= set(client.scan_iter(f"{{{note.cluster}}}:{kind}:*"))
+            same = all(names == set(epochs) for names in found.values())
+            if not stray and same and routers == ROUTERS:
                 return
-            assert time.monotonic() < end, (found, stray, epochs)
+            assert time.monotonic() < end, (found, stray, epochs, routers)
             time.sleep(0.1)
     finally:
         client.close()

@@ -96,13 +96,14 @@ class RedisProcess:
 
 
 class RouterHarness:
-    """One router; every harness is a cluster of its own within the Redis."""
+    """One router; every harness is a cluster of its own within the Redis, unless it is told one."""
 
     _numbers = itertools.count()
 
     def __init__(self, redis_url: str, **settings: Any) -> None:
+        """`cluster`: that of another harness, for several routers of one cluster."""
         self._redis_url = redis_url
-        self.cluster = f"test-{next(self._numbers)}"
+        self.cluster = settings.pop("cluster", f"test-{next(self._numbers)}")
         self.settings = RouterSettings(
             redis=redis_url,
             cluster=self.cluster,
