@@ -1,9 +1,10 @@
 """Whether the engine's loop still comes around.
 
-A turn of the loop computes one step at most. What a step may take depends on model and machine, so
-it is measured, and on how much it computes: a chunk of a long prompt is no stuck engine, a single
-token that takes as long is one. A turn is stuck that takes FACTOR times as long as the slowest ones
-so far would let expect.
+A turn of the loop computes one step at most. Within a step each layer that is done is a sign of
+progress, so that what counts is the time from one sign to the next. What that may take depends on
+model and machine, so it is measured, and on how much is computed: a layer of a long chunk is no
+stuck engine, a single token that takes as long is one. An engine is stuck that gives no sign for
+FACTOR times as long as the slowest stretches so far would let expect.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-FACTOR = 20.0
+FACTOR = 10.0
 STEP_TOKENS = 64
 """What a step costs whatever it computes, in tokens of a prompt."""
 FORGETTING = 0.999
 """Weight of the slowest turn against the next one: what was slow once counts for some hundreds."""
-LEAST_S, MOST_S = 3.0, 120.0
-"""No turn is called stuck earlier, none later. Before anything was measured, MOST_S is allowed."""
+LEAST_S, MOST_S = 2.4, 120.0
+"""No stretch is called stuck earlier, none later. Before anything was measured, MOST_S is allowed.
+With the first, a worker is out within 3 s: it gives up its lease at once."""
 LEAST_ON_CUDA_S = 10.0
 """There a kernel may be compiled in the middle of serving."""
 
@@ -31,31 +33,39 @@ class Pace:
         self._least_s = least_s
         self._clock = clock
         self._began = clock()
+        """When the present stretch did."""
         self._tokens = 0
+        self._longest_s = 0.0
+        """Of this turn's stretches."""
         self._slowest_s = 0.0
-        """Per token, STEP_TOKENS included."""
+        """Of a stretch, per token of its step, STEP_TOKENS included."""
 
     def turn(self) -> None:
         """A turn ends, another one begins."""
-        now = self._clock()
-        took = now - self._began
-        if self._tokens and took <= self.allowed_s:
-            # Else it was stuck, or the process frozen: no measure of steps.
-            self.learn(self._tokens, took)
-        self._tokens, self._began = 0, now
+        self.advance()
+        if self._tokens:
+            self._learn()
+        self._tokens, self._longest_s = 0, 0.0
 
     def compute(self, tokens: int) -> None:
         """This turn computes so many tokens."""
         self._tokens = tokens
 
-    def learn(self, tokens: int, took_s: float) -> None:
-        """A step of so many tokens has taken so long."""
+    def advance(self) -> None:
+        """A part of the turn's work is done."""
+        now = self._clock()
+        took = now - self._began
+        if took <= self.allowed_s:  # else it was stuck, or the process frozen: no measure
+            self._longest_s = max(self._longest_s, took)
+        self._began = now
+
+    def _learn(self) -> None:
         slowest = FORGETTING * self._slowest_s
-        self._slowest_s = max(slowest, took_s / (STEP_TOKENS + tokens))
+        self._slowest_s = max(slowest, self._longest_s / (STEP_TOKENS + self._tokens))
 
     @property
     def allowed_s(self) -> float:
-        """Seconds for this turn."""
+        """Seconds for this stretch."""
         if not self._slowest_s:
             return MOST_S
         expected = self._slowest_s * (STEP_TOKENS + self._tokens)
@@ -63,5 +73,5 @@ class Pace:
 
     @property
     def stuck(self) -> bool:
-        """The turn that has begun takes too long."""
+        """The stretch that has begun takes too long."""
         return self._clock() - self._began > self.allowed_s

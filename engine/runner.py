@@ -33,6 +33,8 @@ class ModelRunner:
         self._num_blocks = pool.num_blocks
         self._device = device
         self._graphs: DecodeGraphs | None = None
+        self.progress: Callable[[], None] = lambda: None
+        """Called within a step whenever a part of it is done, unless it is computed in one call."""
 
     @torch.inference_mode()
     def execute(self, chunks: Sequence[Chunk], watcher: Watcher | None = None) -> list[ChunkResult]:
@@ -47,8 +49,7 @@ class ModelRunner:
         if self._graphs is not None and self._graphs.fits(batch):
             hidden = self._graphs.forward(batch)
         else:
-            after = None if watcher is None else self._telling(watcher)
-            hidden = self._decoder.forward(batch, self._caches, after)
+            hidden = self._decoder.forward(batch, self._caches, self._after_layers(watcher))
         drawn = self._draw(ordered, ends, hidden)
         if self._device.startswith("cuda") and any(chunk.request.hand_off for chunk in chunks):
             torch.cuda.current_stream(self._device).synchronize()  # others read it from here on
@@ -58,11 +59,15 @@ class ModelRunner:
             results[index] = ChunkResult(*draw, prompt)
         return results
 
-    def _telling(self, watcher: Watcher) -> Callable[[int], None]:
-        """What tells the watcher after each slice of layers but the last."""
+    def _after_layers(self, watcher: Watcher | None) -> Callable[[int], None]:
+        """What shows progress after each layer, and tells the watcher after each slice of them but
+        the last."""
+        if watcher is None:
+            return lambda count: self.progress()
         layers = self._decoder.config.num_layers // watcher.slices
 
         def after(count: int) -> None:
+            self.progress()
             done, rest = divmod(count, layers)
             if not rest and done < watcher.slices:
                 watcher.tell(done, self._computed())
@@ -172,6 +177,7 @@ class ModelRunner:
             end = min(first + step, last)
             logits = self._decoder.logits(hidden[first - chunk.start : end - chunk.start])
             token_ids = request.token_ids[first + 1 : end + 1]
+            self.progress()
             entries += sampler.position_logprobs(logits, token_ids, [top] * len(token_ids))
         return entries
 

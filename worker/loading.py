@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -92,8 +91,11 @@ def load(context: Context) -> Loaded:
     built = build_runner(folder, config, lambda share: context.progress(share, "loading weights"))
     context.progress(1.0, "warming up")
     pace = Pace(LEAST_ON_CUDA_S if built.config.device == "cuda" else LEAST_S)
-    began = time.monotonic()
     tokens = built.runner.warm_up(built.config.max_model_len)
-    pace.learn(tokens, time.monotonic() - began)
+    pace.turn()
+    pace.compute(tokens)
+    built.runner.warm_up(built.config.max_model_len)  # the first one set up libraries: no measure
+    pace.turn()
+    built.runner.progress = pace.advance
     family = built.fingerprint.family(converts=settings.kv_convert)
     return Loaded(built, Grammars(folder, built.model.vocab_size), pace, family)

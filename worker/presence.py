@@ -1,7 +1,8 @@
 """A worker's own record in Redis: published, renewed, and taken back at the end.
 
-renewed each RENEW_S ──frozen or stuck until the lease was over──► lapsed ──`begin`──► renewed
-         └──a newer incarnation has registered──► fenced: this process must end
+renewed each RENEW_S ──frozen until the lease was over─────────► lapsed ──`begin`──► renewed
+      │  └──────────────engine stuck: the record is taken out───────┘
+      └──a newer incarnation has registered──► fenced: this process must end
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ FROZEN_S = 1.0
 
 class Presence:
     """Keeps one record alive. Redis may go away for a while: the worker works on regardless, and
-    its lease is taken up again. But when the lease ran out because this process did not run, or its
-    engine made no progress, routers have moved its requests: it has `lapsed`, and is not renewed
-    until it begins anew."""
+    its lease is taken up again. But when the lease ran out because this process did not run,
+    routers have moved its requests: it has `lapsed`, and is not renewed until it begins anew. So it
+    has as soon as its engine makes no progress: then nobody has to wait for the lease's end."""
 
     def __init__(
         self, membership: Membership, record: WorkerRecord, proof_of_life: Callable[[], bool]
@@ -46,7 +47,9 @@ class Presence:
         self._renewed_at = self._seen_at = time.monotonic()
         """When a renewal that succeeded was asked for; when the event loop was last seen to run."""
         self._absent = False
-        """Since the last renewal it was frozen or stuck for a while."""
+        """Since the last renewal it was frozen for a while."""
+        self._given_up = False
+        """It has lapsed, and its record has been taken out."""
         self.record = record
         self.lapsed = False
         """The epoch is over; see `begin`."""
@@ -63,16 +66,17 @@ class Presence:
         self.record = msgspec.structs.replace(self.record, **changes)
 
     async def run(self) -> None:
-        """Publish and renew until cancelled. The lease is renewed only while the worker proves
-        that it makes progress."""
+        """Publish and renew until cancelled, or take the record out, while the worker does not
+        prove that it makes progress."""
         ticking = asyncio.create_task(self._tick())
         try:
             while not self.fenced.is_set() and not self._left:
                 self._look()
-                if self._proof_of_life() and not self.lapsed:
-                    async with self._writing:
-                        if not self._left:
-                            await self._publish()
+                async with self._writing:
+                    if self.lapsed:
+                        await self._give_up()
+                    elif not self._left and self._proof_of_life():
+                        await self._publish()
                 # asyncio.timeout, as Python 3.11's wait_for may swallow a cancellation.
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(RENEW_S):
@@ -93,11 +97,27 @@ class Presence:
         if self.record.state is WorkerState.LOADING:  # nobody has entrusted anything to it
             self._seen_at = self._renewed_at = now
             return
-        self._absent |= now - self._seen_at > FROZEN_S or not self._proof_of_life()
+        self._absent |= now - self._seen_at > FROZEN_S
         self._seen_at = now
-        if self._absent and not self.lapsed and now - self._renewed_at > LEASE_S:
+        if self.lapsed:
+            return
+        if not self._proof_of_life():
+            log.warning("The engine makes no progress; the lease is given up.")
+            self.lapsed = True
+            self._changed.set()
+        elif self._absent and now - self._renewed_at > LEASE_S:
             log.warning("The lease ran out %.1f s ago.", now - self._renewed_at - LEASE_S)
             self.lapsed = True
+
+    async def _give_up(self) -> None:
+        """Take the record of an epoch that is over out, once."""
+        if self._left or self._given_up:
+            return
+        try:
+            await self._membership.remove(self.record.worker_id, self.record.epoch)
+            self._given_up = True
+        except RedisUnavailable as error:
+            log.warning("%s The record will expire.", error)
 
     async def _publish(self) -> None:
         asked_at = time.monotonic()
@@ -134,7 +154,7 @@ class Presence:
     def begin(self, epoch: int) -> None:
         """Register again, as another incarnation."""
         self._renewed_at = self._seen_at = time.monotonic()
-        self._absent = False
+        self._absent = self._given_up = False
         self.lapsed = False
         self.update(epoch=epoch)
 

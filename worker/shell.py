@@ -40,6 +40,8 @@ from pdserve.worker.service import RouterService
 log = logging.getLogger(__name__)
 
 EXIT_FAULT, EXIT_FENCED = 1, 3
+NOBODY = 0
+"""The epoch that whoever comes meets while no incarnation is registered."""
 LOOK_S = 0.25
 """Between two looks at how things are; while it drains, a fifth of it."""
 
@@ -230,10 +232,14 @@ class WorkerProcess:
             presence.update(role=order.role)
             answer(OrderDone())
 
-    async def _begin_anew(self, parts: _Parts) -> None:
-        """The lease has lapsed: routers have moved what was here. End all of it, tickets included,
-        and register as another incarnation; until Redis gives out its number, try again."""
-        epoch = await parts.presence.next_epoch()
+    async def _lapse(self, parts: _Parts) -> None:
+        """The lease has lapsed: routers have moved what was here, or learn now, by the end of their
+        channels, that they must. If the engine makes progress again, end all of it, tickets
+        included, and register as another incarnation; until then, and until Redis gives out its
+        number, this is to be called again."""
+        if not self._alive():
+            await parts.server.begin(NOBODY)
+        epoch = await parts.presence.next_epoch() if self._alive() else None
         if epoch is None:
             await self._departure.news(LOOK_S)
             return
@@ -253,8 +259,8 @@ class WorkerProcess:
             if not assembly.engine.alive:
                 log.critical("The engine is dead: %r.", assembly.engine.failure)
                 return EXIT_FAULT
-            if presence.lapsed and self._alive() and not departure.begun:
-                await self._begin_anew(parts)
+            if presence.lapsed and not departure.begun:
+                await self._lapse(parts)
                 continue
             presence.note(status=service.status, routes=assembly.routes(), speeds=assembly.speeds())
             if not departure.begun:

@@ -382,7 +382,8 @@ def test_an_engine_whose_step_does_not_end_is_stuck_until_it_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pace = Pace(least_s=0.05)
-    pace.learn(100, 1e-4)
+    pace.compute(100)
+    pace.turn()
     bench = Bench(pace=pace)
     inside, go_on = threading.Event(), threading.Event()
     execute = bench.runner.execute

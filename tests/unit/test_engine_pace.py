@@ -68,7 +68,26 @@ def test_a_freeze_and_idle_turns_teach_nothing(pace: Pace, clock: Hand) -> None:
     assert pace.allowed_s == LEAST_S
 
 
-def test_a_warm_up_is_a_first_measure(pace: Pace) -> None:
-    pace.learn(STEP_TOKENS, 0.5)
-    pace.compute(STEP_TOKENS)
-    assert pace.allowed_s == FACTOR * 0.5
+def test_each_layer_is_progress(pace: Pace, clock: Hand) -> None:
+    """A step of many tokens may take long, but none of its layers may, unless they all do."""
+
+    def step(layers: int, took: float) -> None:
+        pace.compute(512)
+        for _ in range(layers):
+            clock.now += took
+            assert not pace.stuck
+            pace.advance()
+        pace.turn()
+
+    step(8, 0.15)
+    pace.compute(512)
+    assert pace.allowed_s == LEAST_S
+    clock.now += 0.15
+    pace.advance()
+    clock.now += LEAST_S + 0.1
+    assert pace.stuck
+    pace.advance()
+    pace.turn()
+    step(24, 1.0)  # 24 s in all
+    pace.compute(512)
+    assert pace.allowed_s == pytest.approx(FACTOR * 1.0)

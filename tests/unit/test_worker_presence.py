@@ -34,6 +34,7 @@ class FakeMembership:
 
     def __init__(self) -> None:
         self.published: list[WorkerRecord] = []
+        self.listed: WorkerRecord | None = None
         self.newest = 1
         self.away = False
         self.changed = asyncio.Event()
@@ -46,6 +47,7 @@ class FakeMembership:
             return False
         self.newest = record.epoch
         self.published.append(record)
+        self.listed = record
         return True
 
     async def next_epoch(self, worker_id: str, after: int = 0) -> int:
@@ -57,7 +59,7 @@ class FakeMembership:
         return self.newest
 
     async def remove(self, worker_id: str, epoch: int) -> None:
-        self.published.clear()
+        self.listed = None
 
     async def next_publish(self) -> None:
         self.changed.clear()
@@ -117,11 +119,18 @@ async def test_a_process_that_did_not_run_has_lapsed() -> None:
             assert redis.published[-1].epoch == epoch + 1 and not presence.lapsed
 
 
-async def test_an_engine_that_is_stuck_loses_the_lease() -> None:
+async def test_an_engine_that_is_stuck_gives_up_the_lease(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "LEASE_S", 600.0)  # nobody waits for its end
     redis, alive = FakeMembership(), True
     async with present(redis, lambda: alive) as presence:
         alive = False
-        await until(lambda: presence.lapsed)
+        await until(lambda: presence.lapsed and redis.listed is None)
+        known = len(redis.published)
+        presence.update(detail="whatever")
+        await asyncio.sleep(2 * module.RENEW_S)
+        assert len(redis.published) == known
         redis.away = True
         assert await presence.next_epoch() is None and not presence.fenced.is_set()
         redis.away, redis.newest = False, 7
@@ -145,5 +154,6 @@ async def test_who_has_left_is_not_published_again() -> None:
     async with present(redis) as presence:
         await presence.leave()
         presence.update(detail="late")
+        known = len(redis.published)
         await asyncio.sleep(2 * module.RENEW_S)
-        assert redis.published == []
+        assert redis.listed is None and len(redis.published) == known
