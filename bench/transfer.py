@@ -222,6 +222,8 @@ class Bench:
         self.num_blocks = size.num_blocks
         self._dice = Dice(Faults.parse(faults)) if faults else None
         self._given_up = 0
+        self._summed = 3e11 if size.device == "cuda" else 3e9
+        """Bytes per second that a source surely sums."""
         self.memory, self._other = size.make(1), size.make(7)
         if isinstance(self.memory, HostMemory) and isinstance(self._other, HostMemory):
             self._mine = Spans(self.memory).span(0, size.num_blocks)
@@ -271,7 +273,7 @@ class Bench:
         return time.perf_counter() - start
 
     def _offered(self, orders: Connection, first: int, count: int, at_once: int) -> list[KVTicket]:
-        rest = 0.0 if self._hurry else 0.002 + at_once * count * self.block_nbytes / 3e9
+        rest = 0.0 if self._hurry else 0.002 + at_once * count * self.block_nbytes / self._summed
         orders.send_bytes(msgspec.msgpack.encode(Order(first, count, at_once, rest)))
         offered = msgspec.msgpack.decode(orders.recv_bytes(), type=Offered)
         self._child_cpu = offered.cpu_s

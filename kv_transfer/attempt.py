@@ -18,7 +18,7 @@ from pdserve.kv_transfer.job import Ended, Job
 from pdserve.kv_transfer.line import Address, Line, LinePool
 from pdserve.kv_transfer.memory import host_id
 from pdserve.kv_transfer.slices import Cuts
-from pdserve.kv_transfer.transports import Receiver, SinkHalf, TransportUnfit
+from pdserve.kv_transfer.transports import PIECES, Receiver, SinkHalf, TransportUnfit
 from pdserve.protocol.errors import ProtocolError
 from pdserve.protocol.ticket import LayoutFingerprint
 from pdserve.protocol.transfer import Fetch, FetchHeader, Refused, ToReader
@@ -26,11 +26,6 @@ from pdserve.protocol.wire import MessageDecoder
 
 log = logging.getLogger(__name__)
 
-FIRST_PIECE_BYTES = 4 * 2**20
-LARGEST_PIECE_BYTES = 64 * 2**20
-"""Blocks are asked for in pieces, each four times the one before it: the first arrives soon, the
-source hashes one while the sink receives another (if it has not hashed them all since the offer),
-and there are few exchanges, each of which may cost the sink its core for a while."""
 ASKED_AHEAD = 2
 """Pieces of one fetch that may be on their way."""
 
@@ -80,7 +75,7 @@ class Attempts:
             self._line(job, job.wait(self._stall_s)) as line,
             self._credits.account(job.ticket.source) as account,
         ):
-            waiting = deque(_pieces(job.due, size))
+            waiting = deque(_pieces(job.due, size, *getattr(half, "pieces", PIECES)))
             asked: deque[list[int]] = deque()
             while waiting or asked:
                 ahead = len(asked) < ASKED_AHEAD and bool(waiting)
@@ -163,12 +158,12 @@ def _different(digests: Sequence[int], expected: Sequence[int]) -> set[int]:
     return {number for number, (digest, right) in enumerate(pairs) if digest != right}
 
 
-def _pieces(indices: list[int], block_nbytes: int) -> list[list[int]]:
-    """`indices` cut into growing pieces."""
-    pieces, start, nbytes = [], 0, FIRST_PIECE_BYTES
+def _pieces(indices: list[int], block_nbytes: int, first: int, largest: int) -> list[list[int]]:
+    """`indices` cut into growing pieces of `first` to `largest` bytes."""
+    pieces, start, nbytes = [], 0, first
     while start < len(indices):
         length = max(1, nbytes // block_nbytes)
         pieces.append(indices[start : start + length])
         start += length
-        nbytes = min(4 * nbytes, LARGEST_PIECE_BYTES)
+        nbytes = min(4 * nbytes, largest)
     return pieces

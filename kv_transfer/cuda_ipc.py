@@ -1,7 +1,7 @@
 """CUDA IPC: blocks from one GPU's pool into another's on the same host, device to device.
 
     sink                                      source
-      │ ── Fetch("ipc", detail = bus id) ───► │  sums the blocks on its GPU
+      │ ── Fetch("ipc", detail = bus id) ───► │  has summed the blocks on its GPU, or does it now
       │ ◄── FetchHeader(checksums, handle) ── │
       │ maps the pool once; copies and sums   │  (sees nothing of it, as with shared memory)
       │ in one kernel, compares               │
@@ -13,10 +13,6 @@ xxh3 would carry every byte to the host. What is summed is what the kernel has s
 A mapping belongs to the lines to one incarnation of a source (their `keeps`): it is closed when the
 last of them is, which happens when another epoch answers, the source dies, or nobody has used them
 for a while. Until then the driver keeps the source's memory, even if its process is gone.
-
-Waits are polls of an event under the fetch's deadlines. A kernel that was launched writes into the
-targets, so a fetch that is cancelled or late still waits for its end, a chunk's time, before it
-reports; only a device that does nothing for `LOST_S` is given up, and the worker with it.
 """
 
 from __future__ import annotations
@@ -26,7 +22,6 @@ import ctypes
 import logging
 import secrets
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, Self
@@ -35,8 +30,9 @@ import msgspec
 import torch
 import torch.utils.dlpack
 
-from pdserve.kernels import copy_blocks_summed, sum_blocks
+from pdserve.kernels import copy_blocks_summed
 from pdserve.kv_transfer.device import DeviceMemory
+from pdserve.kv_transfer.device_sums import KIND, WORD, DeviceSums, has_words
 from pdserve.kv_transfer.line import Line
 from pdserve.kv_transfer.memory import NONCE_BYTES, Pool, host_id
 from pdserve.kv_transfer.streams import CudaStreams, Streams, opened, with_first
@@ -50,16 +46,11 @@ from pdserve.protocol.transfer import DevicePool, Fetch, FetchHeader
 
 log = logging.getLogger(__name__)
 
-WORD = 8
-"""Bytes; blocks must be whole numbers of words."""
 HANDLE_BYTES = 64
 """Of CUDA's name for an allocation; its functions read that many."""
-CHUNK_BYTES = 64 * 2**20
-"""Copied by one launch."""
-SUM_S = 5.0
-"""The source's checksums take no longer than this."""
-LOST_S = 60.0
-POLL_S = 0.00005
+CHUNK_BYTES = 2**30
+"""Asked for at once and copied by one launch: it cannot be called back, and between two GPUs takes
+some 20 ms at most."""
 LOOK_S = 0.05
 """Who waits for a mapping that another thread opens looks this often whether it is still wanted."""
 
@@ -160,17 +151,16 @@ def _allocation(address: int) -> tuple[int, int]:
 
 
 class _End:
-    """What both ends do: launch on a stream of the thread's own and wait for what comes of it."""
+    """What both ends have: a pool whose blocks can be summed on the device."""
 
     def __init__(self, pool: DeviceMemory, runtime: Runtime) -> None:
         """Raises TransportUnfit for blocks that are no whole number of words."""
-        if pool.block_nbytes % WORD or pool.blocks.data_ptr() % WORD:
+        if not has_words(pool):
             raise TransportUnfit(
                 f"CUDA IPC needs blocks of a multiple of {WORD} bytes, not {pool.block_nbytes}."
             )
         self._pool, self._runtime = pool, runtime
-        self._words = pool.blocks.view(torch.int64)
-        self._local = threading.local()
+        self._sums = DeviceSums(pool, runtime.streams)
 
     def sliced(self, slices: int) -> Self | None:
         """With the same mappings; None if slices are no whole number of words."""
@@ -180,53 +170,15 @@ class _End:
         _End.__init__(other, self._pool.sliced(slices), self._runtime)
         return other
 
-    def _sums(self, launch: Callable[[], torch.Tensor], wait: Wait) -> list[int]:
-        """Launch what computes sums [n] int64 and wait for them. What `wait` raises is raised when
-        the device is done. Raises TransportUnfit."""
-        streams = self._runtime.streams
-        if not hasattr(self._local, "stream"):
-            streams.enter()
-            self._local.stream = streams.new()
-        stream = self._local.stream
-        try:
-            with streams.on(stream):
-                found = launch()
-                sums = torch.empty(found.shape, dtype=torch.int64, pin_memory=found.is_cuda)
-                sums.copy_(found, non_blocking=True)
-                mark = streams.mark(stream)
-        except RuntimeError as error:  # CUDA's, through torch
-            raise TransportUnfit(f"The device cannot sum or copy blocks: {error}") from error
-        _wait_until_done(mark, wait)
-        return [value & (2**64 - 1) for value in sums.tolist()]
-
-    def _index(self, blocks: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(blocks, dtype=torch.int64, device=self._words.device)
-
-
-def _wait_until_done(mark: Any, wait: Wait) -> None:
-    lost = time.monotonic() + LOST_S
-    deadline, ended = lost, None
-    while not mark.query():
-        now = time.monotonic()
-        if ended is None:
-            try:
-                deadline = min(deadline, wait())
-                if now >= deadline:
-                    raise TransportUnfit("A copy between devices did not end in time.")
-            except Exception as error:
-                ended = error
-        if now >= lost:
-            log.critical("The device has not finished a copy for %.0f s; it is lost.", LOST_S)
-            raise TransportUnfit(f"The device has not finished a copy for {LOST_S:g} s.")
-        time.sleep(POLL_S)
-    if ended is not None:
-        raise ended
+    def digests(self, block_ids: Sequence[int]) -> list[int]:
+        """The device's sums. Raises TransportUnfit."""
+        return self._sums.digests(block_ids)
 
 
 class IpcSource(_End):
     """Says where the blocks lie on the device; the reader copies them itself."""
 
-    sums_itself = True
+    sums_kind = KIND
 
     def __init__(self, pool: DeviceMemory, runtime: Runtime) -> None:
         super().__init__(pool, runtime)
@@ -251,11 +203,8 @@ class IpcSource(_End):
         return "" if fetch.detail else "CUDA IPC needs a reader whose KV pool is on a GPU."
 
     def describe(self, header: FetchHeader, block_ids: Sequence[int]) -> FetchHeader:
-        until = time.monotonic() + SUM_S
-        sums = self._sums(lambda: sum_blocks(self._words, self._index(block_ids)), lambda: until)
         return msgspec.structs.replace(
             header,
-            checksums=tuple(sums),
             pool_blocks=tuple(block_ids),
             pool_nonce=self._nonce,
             pool_device=self._shared,
@@ -290,6 +239,7 @@ class IpcSink(_End):
     """Maps each source's pool once."""
 
     borrows = True
+    pieces = (CHUNK_BYTES, CHUNK_BYTES)
 
     def __init__(self, pool: DeviceMemory, runtime: Runtime) -> None:
         super().__init__(pool, runtime)
@@ -309,7 +259,7 @@ class IpcSink(_End):
         if shared is None or len(blocks) != len(targets):
             raise TransportUnfit("The source did not say where all the wanted blocks lie.")
         mapping = self._map(line, header, shared, wait)
-        count = mapping.words.numel() // self._words.shape[1]  # not what this header says
+        count = mapping.words.numel() // self._sums.words.shape[1]  # not what this header says
         if blocks and not 0 <= min(blocks) <= max(blocks) < count:
             raise TransportUnfit(f"The source named a block outside its {count}.")
         chunk = max(1, CHUNK_BYTES // self._pool.block_nbytes)
@@ -321,12 +271,14 @@ class IpcSink(_End):
     def _copy(
         self, mapping: _Mapping, there: Sequence[int], here: Sequence[int], wait: Wait
     ) -> list[int]:
-        def launch() -> torch.Tensor:
-            theirs, mine = self._index(there), self._index(here)
-            pool = mapping.words.view(-1, self._words.shape[1])
-            return copy_blocks_summed(pool, theirs, self._words, mine)
+        own = self._sums.words
 
-        return self._sums(launch, wait)
+        def launch() -> torch.Tensor:
+            theirs, mine = self._sums.index(there, here)
+            pool = mapping.words.view(-1, own.shape[1])
+            return copy_blocks_summed(pool, theirs, own, mine)
+
+        return self._sums.compute(launch, wait)
 
     def _map(self, line: Line, header: FetchHeader, shared: DevicePool, wait: Wait) -> _Mapping:
         while not self._lock.acquire(timeout=LOOK_S):
@@ -349,7 +301,7 @@ class IpcSink(_End):
                 raise TransportUnfit(
                     f"The GPU {self._runtime.bus_id()} cannot read the memory of {shared.bus_id}."
                 )
-            return _Mapping(self._runtime, shared, self._words.shape[1])
+            return _Mapping(self._runtime, shared, self._sums.words.shape[1])
         except TransportUnfit:
             raise
         except Exception as error:  # CuPy's kinds

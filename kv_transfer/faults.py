@@ -29,7 +29,15 @@ from typing import Self
 from pdserve.kernels.digest import Bytes
 from pdserve.kv_transfer.line import Line
 from pdserve.kv_transfer.memory import Pool
-from pdserve.kv_transfer.transports import Receiver, SinkHalf, SourceHalf, Unpacking, Wait
+from pdserve.kv_transfer.transports import (
+    HOST_SUMS,
+    PIECES,
+    Receiver,
+    SinkHalf,
+    SourceHalf,
+    Unpacking,
+    Wait,
+)
 from pdserve.protocol.errors import PdserveError, ProtocolError
 from pdserve.protocol.transfer import Fetch, FetchHeader
 
@@ -113,7 +121,7 @@ class FaultySource:
 
     def __init__(self, inner: SourceHalf, dice: Dice) -> None:
         self._inner, self._dice = inner, dice
-        self.sums_itself = getattr(inner, "sums_itself", False)
+        self.sums_kind = getattr(inner, "sums_kind", HOST_SUMS)
 
     def sliced(self, slices: int) -> Self | None:
         inner = self._inner.sliced(slices)
@@ -121,6 +129,11 @@ class FaultySource:
 
     def objection(self, fetch: Fetch) -> str:
         return self._inner.objection(fetch)
+
+    def digests(self, block_ids: Sequence[int]) -> list[int]:
+        """If the inner one has its own."""
+        sums: list[int] = self._inner.digests(block_ids)  # type: ignore[attr-defined]
+        return sums
 
     def describe(self, header: FetchHeader, block_ids: Sequence[int]) -> FetchHeader:
         return self._inner.describe(header, block_ids)
@@ -164,7 +177,9 @@ class FaultyReceiver:
 
     def __init__(self, inner: Receiver, pool: Pool, dice: Dice) -> None:
         self.borrows = inner.borrows
+        self.pieces = getattr(inner, "pieces", PIECES)
         self._inner, self._pool, self._dice = inner, pool, dice
+        self._digests = getattr(inner, "digests", pool.digests)
 
     def receive(
         self, line: Line, header: FetchHeader, targets: Sequence[int], wait: Wait
@@ -186,7 +201,7 @@ class FaultyReceiver:
                 yield sums
         if spoils:
             self._spoil(drawn, targets)
-            yield self._pool.digests(targets)
+            yield self._digests(targets)
 
     def _spoil(self, drawn: set[str], targets: Sequence[int]) -> None:
         if "duplicate" in drawn:

@@ -54,7 +54,8 @@ class Held:
     slices: int = 0
     readers: int = 0
     ending: Ending | None = None
-    checksums: dict[int, int] = field(default_factory=dict)
+    checksums: dict[tuple[str, int], int] = field(default_factory=dict)
+    """(Kind of checksum, index of the block) → the number."""
 
     @property
     def progress(self) -> Progress:
@@ -89,16 +90,19 @@ class Read:
         """Whether to stop early: nobody wants the blocks any more and the pool wants them back."""
         return self.held.ending in (Ending.WITHDRAWN, Ending.FENCED, Ending.CLOSED)
 
-    def checksums(self, compute: Callable[[Sequence[int]], Sequence[int]]) -> tuple[int, ...]:
+    def checksums(
+        self, kind: str, compute: Callable[[Sequence[int]], Sequence[int]]
+    ) -> tuple[int, ...]:
         """Of the wanted blocks, in order; `compute(block numbers)` only for blocks not yet asked.
         Two readers may compute the same one at once: they get the same number. Slices are asked
         for once as a rule, so theirs are not kept."""
-        known: dict[int, int] = {} if self.sliced else self.held.checksums
-        pairs = zip(self.wanted, self.block_ids, strict=True)
-        if fresh := [(index, block) for index, block in pairs if index not in known]:
+        known: dict[tuple[str, int], int] = {} if self.sliced else self.held.checksums
+        keys = [(kind, index) for index in self.wanted]
+        pairs = zip(keys, self.block_ids, strict=True)
+        if fresh := [(key, block) for key, block in pairs if key not in known]:
             sums = compute([block for _, block in fresh])
-            known.update(zip((index for index, _ in fresh), sums, strict=True))
-        return tuple(map(known.__getitem__, self.wanted))
+            known.update(zip((key for key, _ in fresh), sums, strict=True))
+        return tuple(map(known.__getitem__, keys))
 
 
 def check_blocks(ticket: KVTicket, blocks: Sequence[int], whole: bool) -> None:

@@ -43,13 +43,22 @@ from typing import Any, Self
 
 import torch
 
-from pdserve.kernels import gather_blocks, scatter_blocks
+from pdserve.kernels import gather_blocks, scatter_blocks, sum_blocks
 from pdserve.kv_transfer.device import DeviceMemory
+from pdserve.kv_transfer.device_sums import (
+    KIND,
+    DeviceSums,
+    has_words,
+    index_of,
+    numbers,
+    to_host,
+)
 from pdserve.kv_transfer.line import REQUEST_LIMIT, Line
 from pdserve.kv_transfer.memory import Pool
 from pdserve.kv_transfer.nccl_owner import NcclTrouble, Owner, load_nccl
 from pdserve.kv_transfer.streams import CudaStreams, opened, with_first
 from pdserve.kv_transfer.transports import (
+    HOST_SUMS,
     SinkHalf,
     SourceHalf,
     TransportUnfit,
@@ -61,7 +70,7 @@ from pdserve.protocol.wire import MessageDecoder
 
 log = logging.getLogger(__name__)
 
-STAGING_BYTES = 8 * 2**20
+STAGING_BYTES = 32 * 2**20
 """One send: large enough to fill the link, small enough to be late by little. More if one block is
 larger."""
 IDLE_S = 600.0
@@ -107,6 +116,7 @@ class _End:
     def __init__(self, pool: DeviceMemory, owner: Owner, rank: int) -> None:
         self._pool, self._blocks, self._owner, self._rank = pool, pool.blocks, owner, rank
         self._room = max(1, STAGING_BYTES // pool.block_nbytes)
+        self._sums = DeviceSums(pool, owner.streams) if has_words(pool) else None
         self._lock = threading.Lock()
         self._places: dict[tuple[str, int], _Place] = {}
 
@@ -115,6 +125,8 @@ class _End:
         other = copy.copy(self)
         other._pool = self._pool.sliced(slices)
         other._blocks, other._room = other._pool.blocks, self._room * slices
+        fits = has_words(other._pool)
+        other._sums = DeviceSums(other._pool, self._owner.streams) if fits else None
         return other
 
     @contextlib.contextmanager
@@ -202,8 +214,18 @@ class _End:
                 raise NcclTrouble("An NCCL transfer did not end in time.")
             time.sleep(POLL_S)
 
+    @property
+    def sums_kind(self) -> str:
+        """The device's own if the blocks are whole words, which both ends know."""
+        return HOST_SUMS if self._sums is None else KIND
+
+    def digests(self, block_ids: Sequence[int]) -> list[int]:
+        """Of that kind. Raises TransportUnfit."""
+        sums = self._pool if self._sums is None else self._sums
+        return sums.digests(block_ids)
+
     def _index(self, blocks: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(blocks, dtype=torch.int64, device=self._blocks.device)
+        return index_of([blocks], self._blocks.device)[0]
 
     def _of(self, staging: torch.Tensor, count: int) -> tuple[torch.Tensor, int, int]:
         """(the first `count` blocks of a staging buffer, their address, their bytes)."""
@@ -268,10 +290,10 @@ class NcclSource(_End):
 
     def _send_chunk(self, pair: _Pair, block_ids: Sequence[int], wait: Wait) -> None:
         part, address, nbytes = self._of(pair.staging, len(block_ids))
-        index, kind = self._index(block_ids), self._owner.nccl.NCCL_UINT8
+        kind = self._owner.nccl.NCCL_UINT8
 
         def send(stream: int) -> None:
-            gather_blocks(self._blocks, index, out=part)
+            gather_blocks(self._blocks, self._index(block_ids), out=part)
             pair.communicator.send(address, nbytes, kind, SINK, stream)
 
         self._launch(pair, send, wait)
@@ -332,12 +354,12 @@ class NcclSink(_End):
                 place.pair = self._join(peer, ready.session)
             for start in range(0, len(targets), ready.blocks_per_send):
                 chunk = targets[start : start + ready.blocks_per_send]
-                self._receive_chunk(place.pair, chunk, wait)
-                yield self._pool.digests(chunk)
+                yield self._receive_chunk(place.pair, chunk, wait)
 
-    def _receive_chunk(self, pair: _Pair, targets: Sequence[int], wait: Wait) -> None:
+    def _receive_chunk(self, pair: _Pair, targets: Sequence[int], wait: Wait) -> list[int]:
+        """Returns the checksums of what lies in the pool then."""
         part, address, nbytes = self._of(pair.staging, len(targets))
-        index, kind = self._index(targets), self._owner.nccl.NCCL_UINT8
+        kind, sums = self._owner.nccl.NCCL_UINT8, list[torch.Tensor]()
         self._launch(
             pair,
             lambda stream: pair.communicator.recv(address, nbytes, kind, SOURCE, stream),
@@ -345,7 +367,15 @@ class NcclSink(_End):
         )
         # Not to be left half way: the targets would be somebody else's while it still writes.
         until = time.monotonic() + SCATTER_S
-        self._launch(pair, lambda stream: scatter_blocks(part, self._blocks, index), lambda: until)
+
+        def scatter(stream: int) -> None:
+            index = self._index(targets)
+            scatter_blocks(part, self._blocks, index)
+            if self._sums is not None:
+                sums.append(to_host(sum_blocks(self._sums.words, index)))
+
+        self._launch(pair, scatter, lambda: until)
+        return numbers(sums[0]) if sums else self._pool.digests(targets)
 
 
 def open_nccl(pool: object, transport: str) -> Owner | None:

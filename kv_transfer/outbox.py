@@ -265,22 +265,32 @@ class Outbox:
             self._report(lapsed)
         raise Refusal(f"The ticket {fetch.ticket_id} is unknown, released or expired.")
 
-    def sum_ahead(self, ticket_id: str, compute: Callable[[int], int]) -> None:
-        """Compute the ticket's checksums before anybody asks for them, until its lease ends or a
-        reader comes (who then computes what is missing). For a thread with time to spare."""
+    def sum_ahead(
+        self,
+        ticket_id: str,
+        kind: str,
+        compute: Callable[[Sequence[int]], Sequence[int]],
+        at_once: int = 1,
+    ) -> None:
+        """Compute the ticket's checksums, of so many blocks at once, before anybody asks for them,
+        until its lease ends or a reader comes (who then computes what is missing). For a thread
+        with time to spare."""
         with self._lock:
             held = self._held.get(ticket_id)
         if held is None or held.ticket.slices > 1:  # slices' checksums are wanted, not blocks'
             return
-        for index, block in enumerate(held.block_ids):
+        blocks = held.block_ids
+        fresh = [index for index in range(len(blocks)) if (kind, index) not in held.checksums]
+        for start in range(0, len(fresh), at_once):
             if held.ending is not None or held.readers:
                 return
-            if index in held.checksums:
-                continue
-            digest = compute(block)
+            some = fresh[start : start + at_once]
+            sums = compute([blocks[index] for index in some])
             with self._lock:
-                if held.ending is None:  # else the block may have been written to meanwhile
-                    held.checksums[index] = digest
+                if held.ending is None:  # else the blocks may have been written to meanwhile
+                    held.checksums.update(
+                        ((kind, index), digest) for index, digest in zip(some, sums, strict=True)
+                    )
 
     def end(self, read: Read) -> None:
         """The reader looks at the blocks no more. Call exactly once per `begin`."""

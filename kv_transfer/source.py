@@ -40,7 +40,12 @@ from pdserve.kv_transfer.outbox import Outbox, OutboxCounters
 from pdserve.kv_transfer.parcels import Packing, blocks_of, stream_of
 from pdserve.kv_transfer.parcels import objection as parcels_objection
 from pdserve.kv_transfer.slices import Cuts
-from pdserve.kv_transfer.transports import SOURCE_HALVES, SourceHalf, TransportUnfit
+from pdserve.kv_transfer.transports import (
+    HOST_SUMS,
+    SOURCE_HALVES,
+    SourceHalf,
+    TransportUnfit,
+)
 from pdserve.protocol.errors import ProtocolError
 from pdserve.protocol.ticket import KVTicket, LayoutFingerprint
 from pdserve.protocol.transfer import (
@@ -65,6 +70,8 @@ CLOSE_TIMEOUT_S = 3.0
 
 SUMMED_BYTES = 4 * 2**20
 """Summed at once for a reader, who may be told to stop in between."""
+SUMMED_AT_ONCE_BYTES = 2**30
+"""The same by a transport that does it on a device."""
 SUMMING_NICENESS = 5
 """Of the thread that computes checksums ahead: what the engine computes comes first."""
 
@@ -131,9 +138,11 @@ class TransferSource:
         self._pool = as_pool(memory)
         self._cuts = Cuts(self._pool, {name: halves[name](self._pool) for name in transports})
         self._slices = slices
-        usual = [half for half in self._cuts.of(1).halves.values() if not _is_seldom(half)]
-        self._sums_ahead = bool(usual) and not _sums_itself(usual[0])
-        """Whether readers will take the checksums that are computed here."""
+        halves_of = self._cuts.of(1).halves
+        self._ahead = next(
+            (summing(half, self._pool) for half in halves_of.values() if not _is_seldom(half)), None
+        )
+        """The checksums that most readers will take; None: who reads computes them."""
         if not self._cuts.can(slices):
             raise ValueError(
                 f"A block of {self._pool.block_nbytes} bytes has no {slices} equal slices."
@@ -244,7 +253,7 @@ class TransferSource:
         return self.outbox.cut(request_id)
 
     def _sum_soon(self, ticket_id: str) -> None:
-        if self._sums_ahead:
+        if self._ahead is not None:
             self._fresh.put(ticket_id)
 
     def _check(self, block_ids: Sequence[int]) -> None:
@@ -304,7 +313,8 @@ class TransferSource:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), SUMMING_NICENESS)
         while (ticket_id := self._fresh.get()) is not None:
             try:
-                self.outbox.sum_ahead(ticket_id, self._sum)
+                if (how := self._ahead) is not None:
+                    self.outbox.sum_ahead(ticket_id, how.kind, how.compute, how.ahead)
             except Exception:  # a device's: whoever reads finds out, too
                 log.exception("Computing the checksums of ticket %s failed.", ticket_id)
 
@@ -433,12 +443,10 @@ class TransferSource:
     def _send_blocks(self, line: Line, fetch: Fetch, half: SourceHalf, read: Read) -> int:
         """Returns the bytes that travelled."""
         blocks, pool = read.block_ids, self._cuts.of(fetch.slices).pool
-        checksums: tuple[int, ...] = ()
-        if not _sums_itself(half):
-            checksums = read.checksums(lambda blocks: self._checksums(read, pool, blocks))
-        header = self._header(fetch, pool.block_nbytes, checksums)
+        how = summing(half, pool)
         try:
-            header = half.describe(header, blocks)
+            sums = read.checksums(how.kind, lambda blocks: self._checksums(read, how, blocks))
+            header = half.describe(self._header(fetch, pool.block_nbytes, sums), blocks)
         except TransportUnfit as error:
             self._refuse(line, fetch, str(error), retry_other_transport=True)
             return 0
@@ -474,16 +482,12 @@ class TransferSource:
             raise _Stopped("The ticket was withdrawn.")
         return time.monotonic() + self._stall_s
 
-    def _checksums(self, read: Read, pool: Pool, blocks: Sequence[int]) -> list[int]:
+    def _checksums(self, read: Read, how: Summing, blocks: Sequence[int]) -> list[int]:
         sums: list[int] = []
-        group = max(1, SUMMED_BYTES // pool.block_nbytes)
-        for start in range(0, len(blocks), group):
+        for start in range(0, len(blocks), how.at_once):
             self._patience(read)
-            sums += pool.digests(blocks[start : start + group])
+            sums += how.compute(blocks[start : start + how.at_once])
         return sums
-
-    def _sum(self, block: int) -> int:
-        return self._pool.digests([block])[0]
 
     def _refuse(
         self, line: Line, fetch: Fetch, reason: str, retry_other_transport: bool = False
@@ -502,8 +506,25 @@ class TransferSource:
         line.send(message, time.monotonic() + self._stall_s)
 
 
-def _sums_itself(half: SourceHalf) -> bool:
-    return getattr(half, "sums_itself", False)
+@dataclass(frozen=True, slots=True)
+class Summing:
+    """How checksums of blocks are computed."""
+
+    kind: str
+    compute: Callable[[Sequence[int]], Sequence[int]]
+    at_once: int
+    """Blocks, for a reader, who may be told to stop in between."""
+    ahead: int
+    """Blocks, while nobody waits: when a reader comes, the rest is left to it."""
+
+
+def summing(half: SourceHalf, pool: Pool) -> Summing:
+    """The checksums that the other half expects."""
+    kind = getattr(half, "sums_kind", HOST_SUMS)
+    if kind != HOST_SUMS:
+        many = max(1, SUMMED_AT_ONCE_BYTES // pool.block_nbytes)
+        return Summing(kind, half.digests, many, many)  # type: ignore[attr-defined]
+    return Summing(kind, pool.digests, max(1, SUMMED_BYTES // pool.block_nbytes), 1)
 
 
 def _is_seldom(half: SourceHalf) -> bool:

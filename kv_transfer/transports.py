@@ -40,6 +40,14 @@ COPIED_BYTES = 16 * 2**20
 STREAMED_BYTES = 4 * 2**20
 """A piece that large goes past the caches: it would only drive out what the engine has in them."""
 
+PIECES = (4 * 2**20, 64 * 2**20)
+"""Bytes of the first and of the largest piece that is asked for at once, each four times the one
+before it: the first arrives soon, the source sums one while the sink receives another (if it has
+not summed them all since the offer), and there are few exchanges, each of which may cost the sink
+its core for a while."""
+HOST_SUMS = "xxh3"
+"""What the pools' own checksums are called."""
+
 Wait = Callable[[], float]
 """Gives the deadline (time.monotonic seconds) of the next wait; raises to stop the transfer."""
 
@@ -53,9 +61,10 @@ class TransportSettingError(PdserveError, ValueError):
 
 
 class SourceHalf(Sliceable, Protocol):
-    """Stateless but for the pool, so that any number of threads may use it at once. One that has
-    `sums_itself` puts checksums of its own kind into the header, which its other half understands;
-    for one that is `seldom` taken nothing is computed ahead."""
+    """Stateless but for the pool, so that any number of threads may use it at once. One whose
+    checksums are not the pool's, which its other half knows, has a name for them, `sums_kind`, and
+    a method `digests(block_ids)` that gives those of many blocks at once or raises TransportUnfit.
+    For one that is `seldom` taken nothing is computed ahead."""
 
     def objection(self, fetch: Fetch) -> str:
         """Why this reader cannot be served over this transport; "" if it can."""
@@ -72,7 +81,8 @@ class Receiver(Protocol):
 
     borrows: bool
     """Whether the copy is made from memory that the source could take back meanwhile: then it
-    counts only if the source confirms the lease afterwards."""
+    counts only if the source confirms the lease afterwards. Such a one may have `pieces` of its own
+    in place of PIECES."""
 
     def receive(
         self, line: Line, header: FetchHeader, targets: Sequence[int], wait: Wait
@@ -243,6 +253,7 @@ class ShmSink:
     """Maps each source's pool once; a mapping lives as long as a line to that source."""
 
     borrows = True
+    pieces = (COPIED_BYTES, 4 * COPIED_BYTES)
 
     def __init__(self, pool: Pool, copied_bytes: int = COPIED_BYTES) -> None:
         self._pool, self._copied_bytes = pool, copied_bytes

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from pdserve.kv_transfer.line import Line
 from pdserve.kv_transfer.memory import Pool
-from pdserve.kv_transfer.transports import SinkHalf, SourceHalf
+from pdserve.kv_transfer.transports import HOST_SUMS, SinkHalf, SourceHalf
 from pdserve.protocol.transfer import Fetch, FetchHeader
 
 OFTEN = 0.1
@@ -96,7 +96,7 @@ class Meddler:
 class _Source:
     def __init__(self, inner: SourceHalf, meddler: Meddler) -> None:
         self._inner, self._meddler = inner, meddler
-        self.sums_itself = getattr(inner, "sums_itself", False)
+        self.sums_kind = getattr(inner, "sums_kind", HOST_SUMS)
 
     def sliced(self, slices: int) -> _Source:
         inner = self._inner.sliced(slices)
@@ -105,6 +105,11 @@ class _Source:
 
     def objection(self, fetch: Fetch) -> str:
         return self._inner.objection(fetch)
+
+    def digests(self, block_ids: Sequence[int]) -> list[int]:
+        """If the inner one has its own."""
+        sums: list[int] = self._inner.digests(block_ids)  # type: ignore[attr-defined]
+        return sums
 
     def describe(self, header: FetchHeader, block_ids: Sequence[int]) -> FetchHeader:
         return self._inner.describe(header, block_ids)

@@ -12,8 +12,8 @@ import torch
 from fake_ipc import FakeDriver
 from transfer_rig import Reports, Rig
 
-from pdserve.kernels import copy_blocks_summed
-from pdserve.kv_transfer import cuda_ipc
+from pdserve.kernels import copy_blocks_summed, sum_blocks
+from pdserve.kv_transfer import cuda_ipc, device_sums
 from pdserve.kv_transfer.cuda_ipc import open_ipc
 from pdserve.kv_transfer.device import DeviceMemory
 from pdserve.kv_transfer.sink import TransferSink
@@ -132,7 +132,7 @@ def test_a_source_whose_device_fails_says_so(ends: Ends, monkeypatch: pytest.Mon
     def fail(*_: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("CUDA error: out of memory")
 
-    monkeypatch.setattr(cuda_ipc, "sum_blocks", fail)
+    monkeypatch.setattr(device_sums, "sum_blocks", fail)
     ends.fetch("tcp")
     ends.sink = ends.new_sink("ipc")
     report = ends.begin().only()
@@ -210,22 +210,32 @@ def test_a_cancelled_copy_is_waited_for(ends: Ends) -> None:
 
 
 def test_a_lost_device_is_given_up(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_ipc, "LOST_S", 0.5)
+    monkeypatch.setattr(device_sums, "LOST_S", 0.5)
     ends.sink = ends.new_sink("ipc")
     report = ends.begin_stuck().only()
     assert report.failed and "has not finished a copy for 0.5 s" in report.reason
 
 
-def test_the_host_sums_nothing_ahead(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The readers' checksums are the device's."""
-    summed: list[int] = []
-    monkeypatch.setattr(ends.source, "_sum", lambda block: summed.append(block) or 0)
-    ends.source.open("g", 32, [b"h"] * 2)
-    ends.source.extend("g", [3])
-    ends.source.seal("g", [4])
-    ends.rig.ticket(ends.source, "r", [5])
-    ends.source.close()  # after all that was to be summed
-    assert summed == []
+def test_the_device_sums_ahead(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is offered, all of a ticket at once, before anybody asks for it; the host nothing."""
+    summed: list[list[int]] = []
+    done = threading.Semaphore(0)
+
+    def sums(words: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+        summed.append(blocks.tolist())
+        done.release()
+        return sum_blocks(words, blocks)
+
+    monkeypatch.setattr(device_sums, "sum_blocks", sums)
+    monkeypatch.setattr(DeviceMemory, "digests", lambda self, blocks: pytest.fail("the host's"))
+    reports = ends.begin(range(2, 6))
+    assert reports.only().transport == "ipc"
+    assert done.acquire(timeout=10)
+    seen = sorted(block for blocks in summed for block in blocks)
+    assert set(seen) == {2, 3, 4, 5}
+    ends.rig.ticket(ends.source, "r", [5, 7])
+    while summed[-1] != [5, 7]:
+        assert done.acquire(timeout=10)
 
 
 def test_other_block_sizes_are_refused(rig: Rig) -> None:

@@ -251,8 +251,8 @@ def test_checksums_are_computed_once(outbox: Outbox) -> None:
         computed.extend(blocks)
         return [block * 2 for block in blocks]
 
-    assert outbox.begin(ask(ticket, 0, 2)).checksums(compute) == (20, 24)
-    assert outbox.begin(ask(ticket, 0, 1, 2)).checksums(compute) == (20, 22, 24)
+    assert outbox.begin(ask(ticket, 0, 2)).checksums("k", compute) == (20, 24)
+    assert outbox.begin(ask(ticket, 0, 1, 2)).checksums("k", compute) == (20, 22, 24)
     assert computed == [10, 12, 11]
 
 
@@ -276,13 +276,14 @@ def test_a_failing_callback_does_not_stop_the_outbox(fingerprint: LayoutFingerpr
 
 def test_sums_are_computed_ahead_once_and_given_to_readers(outbox: Outbox) -> None:
     ticket = offer(outbox)
-    outbox.sum_ahead(ticket.ticket_id, lambda block: block * 100)
+    outbox.sum_ahead(ticket.ticket_id, "k", lambda blocks: [block * 100 for block in blocks], 2)
     read = outbox.begin(ask(ticket, 0, 2))
 
-    def nobody(block: int) -> int:
+    def nobody(blocks: Sequence[int]) -> list[int]:
         raise AssertionError("computed a second time")
 
-    assert read.checksums(nobody) == (1000, 1200)
+    assert read.checksums("k", nobody) == (1000, 1200)
+    assert read.checksums("another", lambda blocks: list(blocks)) == (10, 12)
 
 
 def test_sums_of_a_block_that_went_back_meanwhile_are_not_kept(outbox: Outbox) -> None:
@@ -290,24 +291,29 @@ def test_sums_of_a_block_that_went_back_meanwhile_are_not_kept(outbox: Outbox) -
     ticket = offer(outbox)
     reads: list[Read] = []
 
-    def withdrawn_meanwhile(block: int) -> int:
+    def withdrawn_meanwhile(blocks: Sequence[int]) -> list[int]:
         reads.append(outbox.begin(ask(ticket)))
         outbox.withdraw("r")
-        return 1
+        return [1 for _ in blocks]
 
-    outbox.sum_ahead(ticket.ticket_id, withdrawn_meanwhile)
+    outbox.sum_ahead(ticket.ticket_id, "k", withdrawn_meanwhile)
     (read,) = reads  # and no further block was looked at
-    assert read.checksums(lambda blocks: [2 for _ in blocks]) == (2,)
+    assert read.checksums("k", lambda blocks: [2 for _ in blocks]) == (2,)
     outbox.end(read)
 
 
 def test_sums_are_left_to_a_reader_that_has_come(outbox: Outbox) -> None:
     ticket = offer(outbox)
-    seen: list[int] = []
+    seen: list[Sequence[int]] = []
+
+    def compute(blocks: Sequence[int]) -> list[int]:
+        seen.append(blocks)
+        return [1 for _ in blocks]
+
     read = outbox.begin(ask(ticket))
-    outbox.sum_ahead(ticket.ticket_id, lambda block: seen.append(block) or 1)
+    outbox.sum_ahead(ticket.ticket_id, "k", compute)
     outbox.end(read)
-    outbox.sum_ahead("unknown", lambda block: seen.append(block) or 1)
+    outbox.sum_ahead("unknown", "k", compute)
     assert seen == []
 
 

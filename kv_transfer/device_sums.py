@@ -1,0 +1,118 @@
+"""Checksums of blocks computed on the device where they lie (`pdserve.kernels.sums`): those of the
+transports between devices, since xxh3 would carry every byte to the host.
+
+Waits are polls of an event under a transfer's deadlines. A kernel that was launched writes into the
+targets, so who is cancelled or late still waits for its end before it says so; only a device that
+does nothing for `LOST_S` is given up, and the worker with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from pdserve.kernels import sum_blocks
+from pdserve.kv_transfer.device import DeviceMemory
+from pdserve.kv_transfer.streams import Streams
+from pdserve.kv_transfer.transports import TransportUnfit, Wait
+
+log = logging.getLogger(__name__)
+
+KIND = "words"
+"""What these checksums are called beside the host's."""
+WORD = 8
+"""Bytes; blocks must be whole numbers of words."""
+SUM_S = 5.0
+"""The checksums of a fetch take no longer than this."""
+LOST_S = 60.0
+SPIN_S = 0.0003
+"""So long after a launch whether it is done is asked without a pause: most are by then, and a pause
+takes twice as long as it is asked to."""
+POLL_S = 0.00005
+
+
+def has_words(pool: DeviceMemory) -> bool:
+    """Whether the blocks can be summed on the device."""
+    return pool.block_nbytes % WORD == 0 and pool.blocks.data_ptr() % WORD == 0
+
+
+class DeviceSums:
+    """What launches on a stream of the calling thread's own and waits for the sums that come of it.
+    For a pool that `has_words`."""
+
+    def __init__(self, pool: DeviceMemory, streams: Streams) -> None:
+        self.words = pool.blocks.view(torch.int64)
+        """[N, words of a block], the pool itself."""
+        self._streams = streams
+        self._local = threading.local()
+
+    def digests(self, block_ids: Sequence[int]) -> list[int]:
+        """As `Pool.digests`, of this kind. Raises TransportUnfit."""
+        until = time.monotonic() + SUM_S
+        return self.compute(lambda: sum_blocks(self.words, self.index(block_ids)[0]), lambda: until)
+
+    def compute(self, launch: Callable[[], torch.Tensor], wait: Wait) -> list[int]:
+        """Launch what computes sums [n] int64 and wait for them. What `wait` raises is raised when
+        the device is done. Raises TransportUnfit."""
+        if not hasattr(self._local, "stream"):
+            self._streams.enter()
+            self._local.stream = self._streams.new()
+        stream = self._local.stream
+        try:
+            with self._streams.on(stream):
+                sums = to_host(launch())
+                mark = self._streams.mark(stream)
+        except RuntimeError as error:  # CUDA's, through torch
+            raise TransportUnfit(f"The device cannot sum or copy blocks: {error}") from error
+        _wait_until_done(mark, wait)
+        return numbers(sums)
+
+    def index(self, *rows: Sequence[int]) -> torch.Tensor:
+        """Numbers of blocks [rows, n] on the device, without waiting until they are there."""
+        return index_of(rows, self.words.device)
+
+
+def index_of(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
+    """Numbers [rows, n] int64 on a device, without waiting until they are there."""
+    index = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return index.to(device, non_blocking=True)
+
+
+def to_host(found: torch.Tensor) -> torch.Tensor:
+    """Sums on their way to the host: there when the stream has come so far."""
+    sums = torch.empty(found.shape, dtype=torch.int64, pin_memory=found.is_cuda)
+    return sums.copy_(found, non_blocking=True)
+
+
+def numbers(sums: torch.Tensor) -> list[int]:
+    """As unsigned numbers, which is what a header holds."""
+    return [value & (2**64 - 1) for value in sums.tolist()]
+
+
+def _wait_until_done(mark: Any, wait: Wait) -> None:
+    begun = time.monotonic()
+    lost = begun + LOST_S
+    deadline, ended = lost, None
+    while not mark.query():
+        now = time.monotonic()
+        if now - begun < SPIN_S:
+            time.sleep(0)  # whoever else wants the interpreter
+            continue
+        if ended is None:
+            try:
+                deadline = min(deadline, wait())
+                if now >= deadline:
+                    raise TransportUnfit("A copy between devices did not end in time.")
+            except Exception as error:
+                ended = error
+        if now >= lost:
+            log.critical("The device has not finished a copy for %.0f s; it is lost.", LOST_S)
+            raise TransportUnfit(f"The device has not finished a copy for {LOST_S:g} s.")
+        time.sleep(POLL_S)
+    if ended is not None:
+        raise ended
