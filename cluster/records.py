@@ -31,6 +31,12 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     block_size: int
     fingerprint: str
     """LayoutFingerprint.family(): workers with different ones cannot exchange blocks."""
+    token_flops: int = 0
+    """Floating-point operations for a token, about."""
+    weight_nbytes: int = 0
+    """What a step reads of the weights, at most."""
+    token_nbytes: int = 0
+    """KV bytes that a token leaves, all layers."""
 
 
 class WorkerCondition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -198,13 +198,18 @@ def resolve(config: EngineConfig, model: ModelConfig) -> EngineConfig:
     )
 
 
+def weight_nbytes(model: ModelConfig, dtype: str) -> int:
+    """Bytes of the weights on the device."""
+    return sum(spec.nbytes(DTYPES[dtype]) for spec in weight_specs(model).values())
+
+
 def _free_memory(model: ModelConfig, device: str, dtype: str) -> int:
     """Bytes for the KV pool where nobody said how many: on a GPU what is free, less the weights
     that are about to be loaded and a tenth of it all for activations and recorded graphs."""
     if device == "cpu":
         return CPU_KV_BYTES
     free, total = torch.cuda.mem_get_info()
-    weights = sum(spec.nbytes(DTYPES[dtype]) for spec in weight_specs(model).values())
+    weights = weight_nbytes(model, dtype)
     room = free - weights - total // 10
     if room <= 0:
         raise ModelError(

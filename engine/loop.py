@@ -26,7 +26,7 @@ import msgspec
 from pdserve.engine.blocks import BlockPool
 from pdserve.engine.grammar import Matcher
 from pdserve.engine.outgoing import Outgoing
-from pdserve.engine.pace import Pace
+from pdserve.engine.pace import Pace, StepCount
 from pdserve.engine.ports import Chunk, ChunkResult, Exporter, Importer, Runner, Watcher
 from pdserve.engine.refusal import Bounds, problem_with
 from pdserve.engine.request import Request, State
@@ -98,7 +98,7 @@ class Engine:
         """What has come under the id of a request whose fetch is still being cancelled."""
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._bag = _Bag()
-        self._steps = 0
+        self._steps = StepCount()
         self._stopping = False
         self._changed = True
         self.pace = pace or Pace()
@@ -216,7 +216,7 @@ class Engine:
             self.check_integrity()
         self._changed = False
         outputs, self._bag.outputs = self._bag.outputs, {}
-        self._sink(StepOutcome(self._steps, outputs, self.status(), self._pool.take_news()))
+        self._sink(StepOutcome(self._steps.steps, outputs, self.status(), self._pool.take_news()))
 
     def _stop(self) -> None:
         self._stopping = True
@@ -359,12 +359,15 @@ class Engine:
             )
 
     def _compute(self, plan: Plan) -> None:
-        self._steps += 1
-        self.pace.compute(sum(chunk.length for chunk in plan.chunks))
+        tokens = sum(chunk.length for chunk in plan.chunks)
+        self._steps.add(tokens)
+        self.pace.compute(tokens)
         try:
             results = self._runner.execute(plan.chunks, self._watcher(plan.chunks))
         except Exception as error:
-            log.exception("Step %d failed; its %d requests end.", self._steps, len(plan.chunks))
+            log.exception(
+                "Step %d failed; its %d requests end.", self._steps.steps, len(plan.chunks)
+            )
             for chunk in plan.chunks:
                 self._fail(chunk.request, ErrorCode.INTERNAL, f"The engine step failed: {error}.")
             return
@@ -478,7 +481,9 @@ class Engine:
             running=len(scheduler.running),
             fetching=len(scheduler.fetching),
             queued_tokens=scheduler.queued_tokens,
-            steps=self._steps,
+            steps=self._steps.steps,
+            step_sizes=list(self._steps.sizes),
+            step_tokens=self._steps.tokens,
             preemptions=scheduler.preemptions,
             tickets=len(self._outgoing.blocks),
             tickets_early=self._outgoing.num_early,

@@ -5,5 +5,5 @@ protocol without paying for what it does not use. Messages are frozen, keyword-o
 unknown fields forbidden; they travel as msgpack (never pickle) inside length-prefixed frames.
 """
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 """Raised by one whenever a message changes its meaning; peers with different versions part."""

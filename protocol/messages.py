@@ -141,6 +141,10 @@ class Output(
     """Sent with the last output."""
 
 
+STEP_SIZES = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+"""Tokens of a step; the buckets in which steps are counted."""
+
+
 class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A worker's load at the end of a step. Blocks: total = free + cached + requests + outbox."""
 
@@ -160,6 +164,11 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Prompt tokens not yet computed, of waiting and running requests."""
     steps: int
     """Engine steps since the start."""
+    step_sizes: list[int] = []
+    """How many of them computed up to so many tokens as STEP_SIZES says (and more than the size
+    before it); the last entry: more than all."""
+    step_tokens: int = 0
+    """Tokens that they computed, of prompts and of answers."""
     preemptions: int = 0
     tickets: int = 0
     """In the outbox: finished prefills that somebody must still fetch."""

@@ -103,7 +103,7 @@ def _application(
         allow_headers=settings.allowed_headers,
         allow_credentials=settings.allow_credentials,
     )
-    app.add_middleware(Gate, keys=settings.api_key, count=front.metrics.http)
+    app.add_middleware(Gate, keys=settings.api_key, count=front.metrics.http.count)
     _add_error_handlers(app)
     app.openapi = lambda: openapi.document(app, front.model.name)  # type: ignore[method-assign]
     return app

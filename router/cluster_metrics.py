@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 from prometheus_client import Histogram
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
+from pdserve.protocol.messages import STEP_SIZES, WorkerStatus
 from pdserve.router.admission import Admission
 from pdserve.router.dispatch import Dispatcher
+from pdserve.router.link import WorkerLink
 from pdserve.router.load_report import cluster_load
 from pdserve.router.workers import WorkerPool
 
@@ -32,21 +40,24 @@ class ClusterCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         statuses = [(link, link.status) for link in self._pool.links if link.status is not None]
         load = cluster_load(self._pool)
+        fetching = sum(status.fetching for _, status in statuses)
         yield self._gauge(
             "vllm:num_requests_running",
             "Requests in prefill or decode on all workers.",
-            sum(status.running + status.fetching for _, status in statuses),
+            sum(status.running for _, status in statuses),
         )
         yield self._gauge(
             "vllm:num_requests_waiting",
             "Requests waiting on all workers.",
             load["num_requests_waiting"],
         )
-        yield self._gauge(
+        waiting = load["num_requests_waiting"]
+        reasons = {"capacity": waiting - fetching, "deferred": fetching}
+        yield self._gauges(
             "vllm:num_requests_waiting_by_reason",
-            "Requests waiting on all workers, by what for.",
-            load["num_requests_waiting"],
-            reason="capacity",
+            "Requests waiting on all workers: for room, or for their KV.",
+            "reason",
+            reasons,
         )
         yield self._gauge(
             "vllm:cache_config_info",
@@ -93,12 +104,53 @@ class ClusterCollector(Collector):
             usage.add_metric(key, used / status.blocks_total if status.blocks_total else 0.0)
             queued.add_metric(key, status.queued_tokens)
         yield from (up, usage, queued)
+        yield from _steps(statuses, self._labels)
+
+    def _gauges(self, name: str, text: str, label: str, values: dict[str, float]) -> Metric:
+        """One for each value of a further label."""
+        family = GaugeMetricFamily(name, text, labels=[*self._labels, label])
+        for key, value in values.items():
+            family.add_metric([*self._labels.values(), key], value)
+        return family
 
     def _gauge(self, name: str, text: str, value: float, **more: str) -> Metric:
         labels = {**self._labels, **more}
         family = GaugeMetricFamily(name, text, labels=list(labels))
         family.add_metric(list(labels.values()), value)
         return family
+
+
+def _steps(
+    statuses: Iterable[tuple[WorkerLink, WorkerStatus]], labels: dict[str, str]
+) -> Iterable[Metric]:
+    """What the steps of each worker computed; the label `engine` is the worker."""
+    sizes = HistogramMetricFamily(
+        "vllm:iteration_tokens_total", "Tokens of each engine step.", labels=list(labels)
+    )
+    estimates = [
+        CounterMetricFamily(f"vllm:estimated_{name}_per_gpu", text, labels=list(labels))
+        for name, text in (
+            ("flops", "Floating-point operations, attention left out."),
+            ("read_bytes", "Bytes of weights that steps read, each step all of them."),
+            ("write_bytes", "Bytes of KV that steps wrote."),
+        )
+    ]
+    bounds = [*map(str, STEP_SIZES), "+Inf"]
+    for link, status in statuses:
+        key = [labels["model_name"], link.worker_id]
+        if status.step_sizes:
+            counts = itertools.accumulate(status.step_sizes)
+            sizes.add_metric(key, list(zip(bounds, counts, strict=True)), status.step_tokens)
+        if (model := link.record.model) is not None:
+            tokens = status.step_tokens
+            values = (
+                model.token_flops * tokens,
+                model.weight_nbytes * status.steps,
+                model.token_nbytes * tokens,
+            )
+            for family, value in zip(estimates, values, strict=True):
+                family.add_metric(key, value)
+    return (sizes, *estimates)
 
 
 def _each(values: Iterable[int]) -> str:
@@ -120,3 +172,41 @@ class Alias(Collector):
                 for sample in metric.samples
             ]
             yield renamed
+
+
+class Idle(Collector):
+    """Features that are not there, under the names by which dashboards ask for them: no model
+    sleeps, no adapter is loaded, nothing is drafted, no images are cached."""
+
+    COUNTERS = (
+        "mm_cache_queries",
+        "mm_cache_hits",
+        "spec_decode_num_drafts",
+        "spec_decode_num_draft_tokens",
+        "spec_decode_num_accepted_tokens",
+    )
+
+    def __init__(self, labels: dict[str, str]) -> None:
+        self._labels = labels
+
+    def collect(self) -> Iterable[Metric]:
+        names, values = list(self._labels), list(self._labels.values())
+        for name in self.COUNTERS:
+            counter = CounterMetricFamily(f"vllm:{name}", "There is no such feature.", labels=names)
+            counter.add_metric(values, 0)
+            yield counter
+        yield CounterMetricFamily(
+            "vllm:spec_decode_num_accepted_tokens_per_pos",
+            "There is no such feature.",
+            labels=[*names, "position"],
+        )
+        sleep = GaugeMetricFamily(
+            "vllm:engine_sleep_state", "Always awake.", labels=[*names, "sleep_state"]
+        )
+        for state in ("awake", "weights_offloaded", "discard_all"):
+            sleep.add_metric([*values, state], float(state == "awake"))
+        yield sleep
+        adapters = ["max_lora", "waiting_lora_adapters", "running_lora_adapters"]
+        lora = GaugeMetricFamily("vllm:lora_requests_info", "No adapters.", labels=adapters)
+        lora.add_metric(["0", "", ""], 0)
+        yield lora

@@ -409,4 +409,4 @@ class Generation:
             cached_tokens=[answer.cached_tokens or 0 for answer in self._answers],
         )
         for answer in self._flight.answers:
-            self._metrics.answer((leg.kind, leg.events) for leg in answer.legs)
+            self._metrics.legs.answer(answer.legs)

@@ -20,6 +20,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pdserve.router.errors import ApiError, SchemaError, from_exception
+from pdserve.router.http_metrics import HttpRequest
 from pdserve.router.schemas import decode
 
 log = logging.getLogger(__name__)
@@ -109,10 +110,10 @@ class Gate:
         self,
         app: ASGIApp,
         keys: tuple[str, ...],
-        count: Callable[[str, str, int, float], None],
+        count: Callable[[HttpRequest], None],
     ) -> None:
-        """`keys`: any of them opens the guarded paths; none: they are open. `count(handler,
-        method, status, seconds)` is told of every request."""
+        """`keys`: any of them opens the guarded paths; none: they are open. `count` is told of
+        every request."""
         self._app = app
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys if key]
         self._count = count
@@ -128,16 +129,18 @@ class Gate:
         scope["pdserve.shown_id"] = known or secrets.token_hex(16)
         shown = scope["pdserve.shown_id"].encode()
         names = (b"x-request-id", b"request-id") if speaks_anthropic(scope) else (b"x-request-id",)
-        status = 0
+        status = sent = 0
 
         async def send_on(message: Message) -> None:
-            nonlocal status
+            nonlocal status, sent
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [
                     *message.get("headers", ()),
                     *((name, shown) for name in names),
                 ]
+            else:
+                sent += len(message.get("body", b""))
             await send(message)
 
         try:
@@ -150,8 +153,16 @@ class Gate:
             await error_response(from_exception(error), scope)(scope, receive, send_on)
         finally:
             route = scope.get("route")
-            handler = getattr(route, "path", None) or "none"
-            self._count(handler, scope["method"], status or GONE, time.monotonic() - started)
+            announced = _header(scope, b"content-length")
+            served = HttpRequest(
+                handler=getattr(route, "path", None) or "none",
+                method=scope["method"],
+                status=status or GONE,
+                seconds=time.monotonic() - started,
+                received=int(announced) if announced.isdigit() else 0,
+                sent=sent,
+            )
+            self._count(served)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._digests and scope["method"] != "OPTIONS" and not self._may_pass(scope):

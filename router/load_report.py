@@ -11,12 +11,13 @@ REPORT = "endpoint-load-metrics"
 
 
 def cluster_load(pool: WorkerPool) -> dict[str, float]:
-    """Requests waiting, and the share of KV blocks in use (0 to 1), over all workers."""
+    """Requests that wait for room or for their KV, and the share of KV blocks in use (0 to 1), over
+    all workers."""
     statuses = [link.status for link in pool.links if link.status is not None]
     total = sum(status.blocks_total for status in statuses)
     free = sum(status.blocks_free + status.blocks_cached for status in statuses)
     return {
-        "num_requests_waiting": float(sum(status.waiting for status in statuses)),
+        "num_requests_waiting": float(sum(s.waiting + s.fetching for s in statuses)),
         "kv_cache_usage_perc": 1 - free / total if total else 0.0,
     }
 

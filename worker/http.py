@@ -18,7 +18,15 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from pdserve.cluster.records import WorkerRecord
 from pdserve.protocol.messages import WorkerStatus
 
-COUNTERS = {"steps", "preemptions", "tickets_early", "bytes_in", "bytes_out", "bytes_early"}
+COUNTERS = {
+    "steps",
+    "step_tokens",
+    "preemptions",
+    "tickets_early",
+    "bytes_in",
+    "bytes_out",
+    "bytes_early",
+}
 HELP = {
     "blocks_total": "KV blocks of this worker.",
     "blocks_free": "KV blocks in the free list.",
@@ -31,6 +39,7 @@ HELP = {
     "fetching": "Requests whose KV blocks are on their way.",
     "queued_tokens": "Prompt tokens not yet computed.",
     "steps": "Engine steps.",
+    "step_tokens": "Tokens that they computed.",
     "preemptions": "Requests that lost their blocks and are computed again.",
     "bytes_in": "KV bytes fetched from other workers.",
     "bytes_out": "KV bytes that other workers fetched.",

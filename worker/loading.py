@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pdserve.cluster.model_files import resolve_model
 from pdserve.cluster.records import ModelInfo
 from pdserve.engine.blocks import BlockPool
-from pdserve.engine.build import Built, build_runner
+from pdserve.engine.build import Built, build_runner, weight_nbytes
 from pdserve.engine.config import EngineConfig
+from pdserve.engine.estimate import token_flops
 from pdserve.engine.grammar import Grammars
 from pdserve.engine.loop import Engine, StepOutcome
 from pdserve.engine.pace import LEAST_ON_CUDA_S, LEAST_S, Pace
@@ -40,6 +41,9 @@ class Loaded:
             vocab_size=model.vocab_size,
             block_size=config.block_size,
             fingerprint=self.family,
+            token_flops=token_flops(model),
+            weight_nbytes=weight_nbytes(model, config.dtype),
+            token_nbytes=self.built.fingerprint.token_nbytes,
         )
 
     def engine(

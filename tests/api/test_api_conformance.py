@@ -485,9 +485,18 @@ DASHBOARD = {
         "request_decode_time_seconds", "request_inference_time_seconds", "request_prompt_tokens",
         "request_generation_tokens", "request_max_num_generation_tokens", "admission_rejections",
         "request_params_max_tokens", "request_num_preemptions",
-        "request_prefill_kv_computed_tokens",
+        "request_prefill_kv_computed_tokens", "prompt_tokens_cached_by_source",
+        "prompt_tokens_recomputed", "external_prefix_cache_queries", "external_prefix_cache_hits",
+        "iteration_tokens_total", "estimated_flops_per_gpu", "estimated_read_bytes_per_gpu",
+        "estimated_write_bytes_per_gpu", "mm_cache_queries", "mm_cache_hits", "engine_sleep_state",
+        "lora_requests_info", "spec_decode_num_drafts", "spec_decode_num_draft_tokens",
+        "spec_decode_num_accepted_tokens", "spec_decode_num_accepted_tokens_per_pos",
     )
-} | {"http_requests", "http_request_duration_seconds"}  # fmt: skip
+} | {
+    "http_requests", "http_request_duration_seconds", "http_request_duration_highr_seconds",
+    "http_request_size_bytes", "http_response_size_bytes", "python_info",
+    "process_cpu_seconds", "python_gc_collections",
+}  # fmt: skip
 """What existing dashboards read."""
 
 
@@ -499,8 +508,15 @@ def test_the_server_itself(both: Both) -> None:
     assert both.send("GET", "/load").json() == {"server_load": 0}
     metrics = both.send("GET", "/metrics")
     assert metrics.headers["content-type"].startswith("text/plain; version=")
-    names = {family.name for family in text_string_to_metric_families(metrics.text)}
-    assert not DASHBOARD - names
+    families = {family.name: family for family in text_string_to_metric_families(metrics.text)}
+    assert not DASHBOARD - families.keys()
+    computed = {
+        sample.labels["engine"]: sample.value
+        for sample in families["vllm:iteration_tokens_total"].samples
+        if sample.name.endswith("_sum")
+    }
+    assert computed and min(computed.values()) > 0
+    assert all(sample.value > 0 for sample in families["vllm:estimated_flops_per_gpu"].samples)
     chat = both.post("/invocations", messages=TALK, model="whatever", max_tokens=5, **COLD)
     assert text_of(chat) == text_of(both.post(CHAT, messages=TALK, max_tokens=5, **COLD))
     headers = {"x-request-id": "abc"}

@@ -187,12 +187,14 @@ def test_metrics_count(harness: RouterHarness) -> None:
         found = {}
         for family in text_string_to_metric_families(answer.text):
             for sample in family.samples:
-                labels = [sample.labels.get(name, "") for name in ("finished_reason", "kind")]
+                names = ("finished_reason", "kind", "handler", "source", "outcome", "method")
+                labels = [sample.labels.get(name, "") for name in names]
                 found["/".join(filter(None, [sample.name, *labels]))] = sample.value
         return found
 
     before = read()
-    answer = harness.client.post(CHAT, json={"messages": HI, "max_tokens": 3}).json()
+    sent = harness.client.post(CHAT, json={"messages": HI, "max_tokens": 3})
+    answer = sent.json()
     harness.until_idle()
     after = read()
 
@@ -217,6 +219,15 @@ def test_metrics_count(harness: RouterHarness) -> None:
     assert grown("vllm:e2e_request_latency_seconds_count") == 1
     kind = "prefill" if len(harness.workers) == 2 else "full"
     assert grown(f"pdserve:phase_seconds_count/{kind}") >= 1
+    assert grown(f"http_request_size_bytes_sum/{CHAT}") == int(
+        sent.request.headers["content-length"]
+    )
+    assert grown(f"http_response_size_bytes_sum/{CHAT}") == len(sent.content)
+    assert grown(f"http_requests_total/{CHAT}/POST") == 1
+    fetched = answer["usage"]["prompt_tokens"] if kind == "prefill" else 0
+    assert grown("vllm:external_prefix_cache_hits_total") == fetched
+    assert grown("vllm:prompt_tokens_by_source_total/external_kv_transfer") == fetched
+    assert grown("vllm:prompt_tokens_recomputed_total") == 0
     assert after["vllm:num_requests_running"] == after["pdserve:answers_in_flight"] == 0
     assert 0 <= after["vllm:kv_cache_usage_perc"] <= 1
 

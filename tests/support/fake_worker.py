@@ -345,7 +345,8 @@ def _prompt_logprobs(submit: Submit) -> list[PositionLogprobs | None] | None:
 
 def _life(submit: Submit) -> tuple[LifeEvent, ...]:
     last = events.HELD if submit.hand_off else events.FINISHED
-    names = (events.QUEUED, events.SCHEDULED, events.FIRST_TOKEN, last)
+    fetched = (events.FETCH_STARTED, events.FETCHED) if submit.ticket else ()
+    names = (events.QUEUED, events.SCHEDULED, *fetched, events.FIRST_TOKEN, last)
     return tuple(LifeEvent(name, 0.001 * place) for place, name in enumerate(names))
 
 
