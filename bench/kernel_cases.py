@@ -44,6 +44,9 @@ class Sizes:
     """How large the cases are."""
 
     rows: int
+    """Of operations bound by memory: enough that a launch's own few microseconds do not matter."""
+    tokens: int
+    """Of products."""
     hidden: int
     batch: int
     context: int
@@ -53,8 +56,8 @@ class Sizes:
     layers: int
 
 
-LARGE = Sizes(4096, 4096, 64, 4096, 4096, 151_936, 512, 36)
-SMALL = Sizes(32, 512, 4, 200, 128, 8192, 8, 4)
+LARGE = Sizes(16384, 4096, 4096, 64, 4096, 4096, 151_936, 512, 36)
+SMALL = Sizes(32, 32, 512, 4, 200, 128, 8192, 8, 4)
 
 
 def pointwise(size: Sizes, device: str, dtype: torch.dtype) -> Iterator[Case]:
@@ -201,7 +204,7 @@ def products(size: Sizes, device: str, dtype: torch.dtype) -> Iterator[Case]:
     """Batch-invariant products; torch's own are not."""
     rows, columns = 2 * size.hidden, size.hidden
     weight = torch.randn(rows, columns, device=device).to(dtype)
-    for tokens in (1, size.batch, size.rows):
+    for tokens in (1, size.batch, size.tokens):
         x = torch.randn(tokens, columns, device=device).to(dtype)
         yield Case(
             name=f"linear invariant {tokens} x {columns} x {rows}",
@@ -223,6 +226,8 @@ def products(size: Sizes, device: str, dtype: torch.dtype) -> Iterator[Case]:
             query, cache, starts, lens, table, scale=0.09, invariant=True
         ),
         flops=4 * 32 * 128 * prompt * (prompt + 1) / 2,
+        # Token by token, each of another length: torch makes a plan for each, which takes minutes.
+        compare=prompt <= 512,
     )
 
 
@@ -241,7 +246,7 @@ def experts(size: Sizes, device: str, dtype: torch.dtype) -> Iterator[Case]:
         ]
     )
     each = 3 * inner * hidden * dtype.itemsize
-    for tokens in (1, size.batch, size.rows):
+    for tokens in (1, size.batch, size.tokens):
         x = torch.randn(tokens, hidden, device=device).to(dtype)
         logits = torch.randn(tokens, count, device=device).to(dtype)
         weights, chosen = kernels.route(logits, active, renormalise=True)
@@ -384,7 +389,7 @@ def quantized(size: Sizes, device: str, dtype: torch.dtype) -> Iterator[Case]:
             run=lambda weight=weight: kernels.dequantize(weight, dtype),  # type: ignore[misc]
             nbytes=weight.nbytes + dense.nbytes,
         )
-        for tokens in (1, size.batch, size.rows):
+        for tokens in (1, size.batch, size.tokens):
             x = torch.randn(tokens, columns, device=device).to(dtype)
             yield Case(
                 name=f"quantized_linear {name} {tokens} x {columns} x {rows}",

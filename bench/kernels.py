@@ -3,7 +3,8 @@
 Per operation: the median time, GB/s or TFLOP/s, the share of the ceiling measured in the same run
 (a large copy, a large matrix product), torch's own time for the same as a ratio (above 1: ours is
 faster), and the relative error against the plain-torch reference. On a GPU the L2 cache is flushed
-before each run. A case that raises is reported and the next one runs. `--check` makes errors a
+before each run; the time between two events around a launch that does nothing is printed, and is
+part of every other time. A case that raises is reported and the next one runs. `--check` makes errors a
 condition: exit code 1 if one is above its tolerance, or a case failed.
 """
 
@@ -81,7 +82,11 @@ def main() -> None:
     small = args.size == "small" or (args.size == "auto" and device == "cpu")
     clock = Clock(device, args.repeat)
     copy, product = ceilings(clock, device, DTYPES[args.dtype], small)
-    print(f"{device}, {args.dtype}: copy {copy:.0f} GB/s, matrix product {product:.2f} TFLOP/s")
+    launch = clock.seconds(torch.zeros(1, device=device).zero_) * 1e6
+    print(
+        f"{device}, {args.dtype}: copy {copy:.0f} GB/s, matrix product {product:.2f} TFLOP/s; "
+        f"of each time, {launch:.1f} us are those of a launch that does nothing"
+    )
     print(f"{'operation':42} {'us':>10} {'rate':>14} {'share':>6} {'x torch':>8} {'error':>9}")
     results: list[Result] = []
     failures: list[Failure] = []
@@ -103,7 +108,7 @@ def main() -> None:
                     failures.append(failure(case.name, error))
     if args.json is not None:
         about = {"device": device, "dtype": args.dtype, "torch": torch.__version__}
-        about |= {"copy_gb_s": copy, "product_tflop_s": product}
+        about |= {"copy_gb_s": copy, "product_tflop_s": product, "launch_us": launch}
         about |= {
             "results": [asdict(r) for r in results],
             "failures": [asdict(f) for f in failures],

@@ -207,7 +207,7 @@ def _decode(
             )
         else:
             result = _explicit(grouped[row], key, value, scale, None, soft_cap)
-        out[row] = result.view(-1, dim)
+        out[row] = result.reshape(-1, dim)  # torch's kernels lay it out in several ways
     return out
 
 
@@ -271,7 +271,7 @@ def _chunk(
         else:
             grouped = rows.unflatten(0, (key.shape[0], -1)).flatten(1, 2)
             repeated = mask.repeat(rows.shape[0] // key.shape[0], 1)
-            result = _explicit(grouped, keys, values, scale, repeated, soft_cap).view(rows.shape)
+            result = _explicit(grouped, keys, values, scale, repeated, soft_cap).reshape(rows.shape)
         out[first:last] = result.transpose(0, 1)
     return out
 

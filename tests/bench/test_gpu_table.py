@@ -51,7 +51,7 @@ def test_everything_reached(tmp_path: Path) -> None:
     names += [
         "sample 64 x 151936",
         "sample 64 x 151936 top-k 50, top-p 0.9",
-        "rms_norm 4096 x 4096",
+        "rms_norm 16384 x 4096",
     ]
     store(tmp_path, [row(name) for name in names], [])
     step = {"name": "decode step qwen3-8b x 36 layers, batch 1", "ratio": 1.2, "milliseconds": 4.0}
@@ -79,6 +79,14 @@ def test_what_is_missed_is_said_and_fails(tmp_path: Path, name: str, given: dict
     code, verdicts = table(tmp_path)
     assert code == 1
     assert "MISSED" in verdicts.values()
+
+
+def test_the_floor_of_all_times_is_told(tmp_path: Path) -> None:
+    for name, launch in (("a", 4.0), ("b", 4.7), ("c", 9.0)):
+        found = {"dtype": "bfloat16", "results": [], "failures": [], "launch_us": launch}
+        (tmp_path / f"kernels-bfloat16-{name}.json").write_text(json.dumps(found))
+    _, verdicts = table(tmp_path)
+    assert verdicts["a launch that does nothing"] == "measured"
 
 
 def test_what_broke_is_said_with_its_reason(tmp_path: Path) -> None:
