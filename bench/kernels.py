@@ -4,8 +4,8 @@ Per operation: the median time, GB/s or TFLOP/s, the share of the ceiling measur
 (a large copy, a large matrix product), torch's own time for the same as a ratio (above 1: ours is
 faster), and the relative error against the plain-torch reference. On a GPU the L2 cache is flushed
 before each run; the time between two events around a launch that does nothing is printed, and is
-part of every other time. A case that raises is reported and the next one runs. `--check` makes errors a
-condition: exit code 1 if one is above its tolerance, or a case failed.
+part of every other time. A case that raises is reported and the next one runs. `--check` makes
+errors a condition: exit code 1 if one is above its tolerance, or a case failed.
 """
 
 from __future__ import annotations

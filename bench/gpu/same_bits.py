@@ -44,10 +44,7 @@ def operations(device: str, dtype: torch.dtype, hidden: int) -> Iterator[tuple[s
     yield "silu_and_mul", lambda part: kernels.silu_and_mul(x[part], up[part], invariant=True)
     inner = hidden // 4
     experts = kernels.expert_weights(
-        [
-            (matrix(inner, hidden), matrix(inner, hidden), matrix(hidden, inner))
-            for _ in range(9)
-        ]
+        [(matrix(inner, hidden), matrix(inner, hidden), matrix(hidden, inner)) for _ in range(9)]
     )
     weights, chosen = kernels.route(random(ROWS, 9), 3, renormalise=True)
     yield (

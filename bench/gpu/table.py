@@ -40,7 +40,13 @@ def main() -> None:
     large = [
         row for name, found in kernels.items() if "-bfloat16-" in name for row in found["results"]
     ]
-    lines = [*launches(kernels), *speed(large), *graphs(files), *errors(kernels, rows), *notes(folder / "notes")]
+    lines = [
+        *launches(kernels),
+        *speed(large),
+        *graphs(files),
+        *errors(kernels, rows),
+        *notes(folder / "notes"),
+    ]
     print(f"{'what':52} {'target':>18} {'reached':>24}  verdict")
     for line in lines:
         print(f"{line.what:52} {line.target:>18} {line.reached:>24}  {line.verdict}")
@@ -51,7 +57,9 @@ def launches(kernels: dict[str, Any]) -> Iterator[Line]:
     """The part of every other time that a launch takes which does nothing: the median process's."""
     found = sorted(group["launch_us"] for group in kernels.values() if "launch_us" in group)
     if found:
-        yield Line("a launch that does nothing", "-", f"{found[len(found) // 2]:.1f} us", "measured")
+        yield Line(
+            "a launch that does nothing", "-", f"{found[len(found) // 2]:.1f} us", "measured"
+        )
 
 
 def speed(rows: list[Row]) -> Iterator[Line]:
