@@ -93,6 +93,12 @@ class WorkerSettings(CommonSettings):
         "auto reads the checkpoint's safetensors; dummy makes random weights from config.json",
         choices=("auto", "dummy"),
     )
+    logprobs_mode: str = option(
+        "raw_logprobs",
+        "What logprobs of answers are: raw is before bias, penalties, grammar, temperature and "
+        "filters, processed behind them; prompt_logprobs are always raw_logprobs",
+        choices=("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"),
+    )
     batch_invariant: bool = option(
         False,
         "Give a token the same bits in any batch, any chunk and on any worker, so that an answer "

@@ -92,7 +92,7 @@ def build_runner(
     fingerprint = layout_fingerprint(
         model, digest, config.kv_cache_dtype, config.block_size, config.batch_invariant
     )
-    runner = ModelRunner(decoder, pool, config.device)
+    runner = ModelRunner(decoder, pool, config.device, config.logprobs_mode)
     if config.device == "cuda" and tuning.wanted():
         _tune(pool, model, config)  # before decode steps are recorded
     if kernels.records(config.device, pool.tensor.dtype):

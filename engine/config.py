@@ -132,6 +132,9 @@ class ModelConfig:
         return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
+LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
     """How much of the machine the engine may use, and how."""
@@ -157,6 +160,9 @@ class EngineConfig:
     """"cpu", "cuda", or "auto": cuda if there is one."""
     load_format: str = "auto"
     """"auto": safetensors files; "dummy": random weights made from the configuration."""
+    logprobs_mode: str = "raw_logprobs"
+    """What is told of drawn tokens, one of LOGPROBS_MODES: log-probabilities or logits, of the
+    model or as they were drawn from (bias, penalties, grammar, temperature, filters)."""
     batch_invariant: bool = False
     """A token's KV and logits have the same bits in any batch and any chunk."""
     quantization: str = "none"

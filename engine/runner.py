@@ -26,7 +26,12 @@ class ModelRunner:
     """Computes chunks of requests on one device. Keeps nothing between steps but weights, KV, and
     recordings of decode steps (`record`)."""
 
-    def __init__(self, decoder: Decoder, pool: KVPool, device: str) -> None:
+    def __init__(
+        self, decoder: Decoder, pool: KVPool, device: str, logprobs_mode: str = "raw_logprobs"
+    ) -> None:
+        """`logprobs_mode`: one of LOGPROBS_MODES."""
+        self._shaped = logprobs_mode.startswith("processed")
+        self._normalised = logprobs_mode.endswith("logprobs")
         self._decoder = decoder
         self._caches = [pool.layer(index) for index in range(decoder.config.num_layers)]
         self._block_size = pool.block_size
@@ -153,13 +158,15 @@ class ModelRunner:
         wanted = [
             row for row, request in enumerate(requests) if request.sampling.logprobs is not None
         ]
-        raw = logits[wanted] if wanted else None
+        told = logits[wanted] if wanted and not self._shaped else None
         tokens = sampler.draw(logits, requests)
+        if wanted and self._shaped:
+            told = sampler.processed(logits[wanted], [requests[row] for row in wanted])
         for index, token_id in zip(drawing, tokens, strict=True):
             drawn[index] = (token_id, None)
-        if raw is not None:
-            params = [requests[row].sampling for row in wanted]
-            logprobs = sampler.answer_logprobs(raw, [tokens[row] for row in wanted], params)
+        if told is not None:
+            chosen, params = zip(*((tokens[r], requests[r].sampling) for r in wanted), strict=True)
+            logprobs = sampler.answer_logprobs(told, chosen, params, self._normalised)
             for row, entry in zip(wanted, logprobs, strict=True):
                 drawn[drawing[row]] = (tokens[row], entry)
         return drawn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import msgspec
@@ -36,13 +37,37 @@ def draw(logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
     return tokens.tolist()
 
 
+def processed(logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
+    """The scores [R, V] that `draw` draws from: `logits` as it leaves them, divided by the
+    temperature, -inf for what top_k, top_p and min_p keep out (as `kernels.sample` has it)."""
+    scores = logits.clone()
+    for row, request in enumerate(requests):
+        params = request.sampling
+        if params.greedy:
+            continue
+        scores[row] /= params.temperature
+        ordered = scores[row].sort(descending=True).values
+        least = ordered[min(params.top_k or len(ordered), len(ordered)) - 1]
+        chances = ordered.masked_fill(ordered < least, float("-inf")).softmax(-1)
+        if params.top_p < 1:
+            reached = int((chances.cumsum(-1) < params.top_p).sum())
+            least = torch.maximum(least, ordered[min(reached, len(ordered) - 1)])
+        if params.min_p > 0:
+            least = torch.maximum(least, ordered[0] + math.log(params.min_p))
+        scores[row].masked_fill_(scores[row] < least, float("-inf"))
+    return scores
+
+
 def answer_logprobs(
-    logits: torch.Tensor, token_ids: Sequence[int], params: Sequence[SamplingParams]
+    logits: torch.Tensor,
+    token_ids: Sequence[int],
+    params: Sequence[SamplingParams],
+    normalised: bool = True,
 ) -> list[PositionLogprobs]:
-    """Log-probabilities of drawn tokens under raw logits [R, V], and of what else each request asks
-    for."""
+    """Log-probabilities of drawn tokens under logits [R, V], and of what else each request asks
+    for; the logits themselves if not `normalised`."""
     tops = [0 if p.logprob_token_ids else p.logprobs or 0 for p in params]
-    entries = position_logprobs(logits, token_ids, tops)
+    entries = position_logprobs(logits, token_ids, tops, normalised)
     for row, (token_id, entry, wanted) in enumerate(
         zip(token_ids, entries, [p.logprob_token_ids for p in params], strict=True)
     ):
@@ -54,13 +79,17 @@ def answer_logprobs(
 
 
 def position_logprobs(
-    logits: torch.Tensor, token_ids: Sequence[int], tops: Sequence[int]
+    logits: torch.Tensor, token_ids: Sequence[int], tops: Sequence[int], normalised: bool = True
 ) -> list[PositionLogprobs]:
-    """Log-probabilities of `token_ids` under raw logits [R, V], with tops[r] most likely tokens."""
+    """Log-probabilities of `token_ids` under logits [R, V], with tops[r] most likely tokens; the
+    logits themselves if not `normalised`."""
     if not token_ids:
         return []
     chosen = torch.tensor(token_ids, device=logits.device)
     own, rank, ids, values = kernels.log_probabilities(logits, chosen, max(tops))
+    if not normalised:
+        own = logits.gather(1, chosen.unsqueeze(1)).squeeze(1)
+        values = logits.gather(1, ids)
     columns = zip(own.tolist(), rank.tolist(), ids.tolist(), values.tolist(), tops, strict=True)
     return [
         PositionLogprobs(logprob, place, tuple(zip(top_ids[:top], top_values[:top], strict=True)))

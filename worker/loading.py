@@ -86,6 +86,7 @@ def load(context: Context) -> Loaded:
         device=settings.device,
         load_format=settings.load_format,
         quantization=settings.quantization,
+        logprobs_mode=settings.logprobs_mode,
         batch_invariant=settings.batch_invariant,
         seed=settings.seed,
         threads=settings.threads or len(os.sched_getaffinity(0)),

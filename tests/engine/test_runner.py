@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from pdserve.engine.config import EngineConfig, ModelError, read_model_config
 from pdserve.engine.graphs import ladder
 from pdserve.engine.pool import NONCE_BYTES, KVPool, block_nbytes
 from pdserve.engine.ports import Chunk, ChunkResult, Watcher
+from pdserve.kernels import sampling
 
 MakeModel = Callable[..., Path]
 Build = Callable[..., Built]
@@ -33,10 +35,15 @@ def text(length: int, seed: int = 3) -> list[int]:
 
 def log_softmax(folder: Path, token_ids: Sequence[int]) -> torch.Tensor:
     """transformers' log-probabilities after each token: [T, V] float32."""
+    return model_logits(folder, token_ids).log_softmax(-1)
+
+
+def model_logits(folder: Path, token_ids: Sequence[int]) -> torch.Tensor:
+    """transformers' logits after each token: [T, V] float32."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         logits: torch.Tensor = model(torch.tensor([list(token_ids)])).logits
-    return logits[0].float().log_softmax(-1)
+    return logits[0].float()
 
 
 def check_logprobs(entry: Any, row: torch.Tensor, token_id: int, top: int) -> None:
@@ -93,6 +100,47 @@ def test_logprobs_are_raw_whatever_shapes_the_draw(make_model: MakeModel, build:
     assert request.token_ids[10:] == [77]
     (result,) = stepper.results[request]
     check_logprobs(result.logprobs, log_softmax(folder, request.token_ids)[9], 77, 2)
+
+
+@pytest.mark.parametrize("mode", ["processed_logprobs", "processed_logits", "raw_logits"])
+def test_logprobs_of_other_modes(make_model: MakeModel, build: Build, mode: str) -> None:
+    folder = make_model("llama")
+    stepper = Stepper(build(folder, logprobs_mode=mode))
+    request = stepper.add(text(10), logprobs=3, temperature=0.5, logit_bias={77: 1.0}, seed=1)
+    greedy = stepper.add(text(10), logprobs=3, logit_bias={77: 1.0})
+    stepper.run([request, greedy], 1)
+    row = model_logits(folder, text(10))[-1]
+    if mode.startswith("processed"):
+        row[77] += 1
+    for one, temperature in ((request, 0.5), (greedy, 1.0)):
+        shown = row / (temperature if mode.startswith("processed") else 1.0)
+        if mode.endswith("logprobs"):
+            shown = shown.log_softmax(-1)
+        check_logprobs(stepper.results[one][0].logprobs, shown, one.token_ids[10], 3)
+
+
+def test_what_is_told_of_filtered_draws_is_what_was_drawn_from() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(40, 300) * 3
+    wishes = [
+        {"temperature": 0.3 + row / 20, "top_k": row % 5 * 7, "top_p": (1.0, 0.9, 0.4)[row % 3],
+         "min_p": (0.0, 0.05)[row % 2]}
+        for row in range(40)
+    ]  # fmt: skip
+    requests = [make_request([0], **wish) for wish in wishes]
+    scores = sampler.processed(logits, requests)
+
+    def column(name: str, dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor([wish[name] for wish in wishes], dtype=dtype)
+
+    whole = logits / column("temperature", torch.float32).unsqueeze(1)
+    least = sampling._thresholds(
+        whole,
+        column("top_k", torch.int64),
+        column("top_p", torch.float32),
+        column("min_p", torch.float32),
+    )
+    assert torch.equal(scores > -math.inf, whole >= least.unsqueeze(1))
 
 
 def test_seeded_answers_depend_on_nothing_but_the_request(
