@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from pdserve.cluster.foreign_options import explained
 from pdserve.protocol.errors import PdserveError
 
 ENVIRONMENT_PREFIX = "PDSERVE_"
@@ -176,9 +177,14 @@ def cores(text: str) -> int:
 # sources
 
 
+UNKNOWN = "unrecognized arguments: "
+"""argparse's words before options that it does not know."""
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        fail(self.prog, message)
+        told = explained(message.partition(UNKNOWN)[2])
+        fail(self.prog, f"{message}. {told}" if told else message)
 
 
 def fail(program: str, message: str) -> NoReturn:

@@ -14,6 +14,9 @@ class RouterSettings(CommonSettings):
 
     host: str = option("127.0.0.1", "Address on which clients are served; 0.0.0.0 means all")
     port: int = option(8000, "Port on which clients are served", parse=PORT)
+    uds: str = option(
+        "", "Serve clients on this Unix socket instead of --host and --port", shown="no such socket"
+    )
     share_port: bool = option(
         False,
         "Let other routers listen on the same port (SO_REUSEPORT); the kernel deals out "
@@ -38,6 +41,12 @@ class RouterSettings(CommonSettings):
         "measured here predict that it costs less, and while there is a prefill worker), always, "
         "or never (decode workers compute their own prompts)",
         choices=("auto", "always", "never"),
+    )
+    shutdown_timeout: float = option(
+        2.0,
+        "How long answers may still take when the router is told to stop; then they are ended",
+        parse=seconds(0.0),
+        unit="seconds",
     )
     request_timeout_s: float = option(
         600.0, "Longest life of a request", parse=seconds(0.1), unit="seconds"
@@ -65,6 +74,19 @@ class RouterSettings(CommonSettings):
     disable_fastapi_docs: bool = option(False, "Serve neither /docs nor /redoc nor /openapi.json")
     enable_offline_docs: bool = option(
         False, "Let the pages /docs and /redoc load nothing from other hosts"
+    )
+    fingerprint_mode: str = option(
+        "full",
+        "system_fingerprint of answers: full (release and a hash of the model), hash alone, custom "
+        "(--fingerprint-value), or none",
+        choices=("full", "hash", "custom", "none"),
+    )
+    fingerprint_value: str = option("", "The system_fingerprint of --fingerprint-mode custom")
+    anthropic_disabled_thinking_effort: str = option(
+        "auto",
+        "reasoning_effort of /v1/messages with thinking disabled; auto is none, or low where the "
+        "chat template cannot turn thinking off",
+        choices=("auto", "none", "minimal", "low", "medium", "high"),
     )
     response_role: str = option(
         "assistant",
@@ -178,6 +200,25 @@ class RouterSettings(CommonSettings):
         parse=integer(0, 30 * 86400),
         unit="seconds",
         shown="3600; 0: none is kept",
+    )
+    middleware: tuple[str, ...] = option(
+        (),
+        "What requests go through behind the check of keys: import paths of ASGI classes, or of "
+        "functions (request, call_next); the last one is the outermost",
+        many=True,
+    )
+    h11_max_incomplete_event_size: int = option(
+        4 * 2**20,
+        "Longest head of a request (its first line and headers); vLLM's name",
+        parse=size,
+        unit="bytes",
+        shown="4MiB",
+    )
+    h11_max_header_count: int = option(
+        256,
+        "Most headers of a request; vLLM's name",
+        parse=integer(1, 2**20),
+        unit="headers",
     )
     max_body: int = option(
         32 * 2**20, "Longest request body", parse=size, unit="bytes", shown="32MiB"

@@ -183,6 +183,9 @@ _PER_PROCESS = (
 """Worker options that `pdserve up` chooses for each worker."""
 
 
+_ALONE = ("uds", "shutdown_timeout")
+"""Router options that `pdserve up` has no use for: its routers share a port that it watches, and
+its workers stop when they do."""
 _ONLY_WITH_WORKERS = (
     "redis", "cluster", "secret", "routing_policy", "disaggregate", "request_timeout_s",
     "enable_scale_out", "max_queue", "max_waiting", "max_ttft_ms", "max_itl_ms", "responses_ttl",
@@ -293,7 +296,7 @@ def up_settings(argv: Sequence[str]) -> UpSettings:
     if values.get("colocated") and not counts:
         counts = {"prefill": 0, "decode": 0}
     worker_fields = options_of(WorkerSettings, [*_PER_PROCESS, *own])
-    router_fields = options_of(RouterSettings, list(own))
+    router_fields = options_of(RouterSettings, [*_ALONE, *own])
     settings = UpSettings(
         **(_only(values, own) | counts),
         router=RouterSettings(**_only(values, router_fields)),
@@ -322,7 +325,7 @@ def up_table() -> Table:
     own = options_of(UpSettings)
     return own | {
         name: row
-        for table in (options_of(RouterSettings), options_of(WorkerSettings, _PER_PROCESS))
+        for table in (options_of(RouterSettings, _ALONE), options_of(WorkerSettings, _PER_PROCESS))
         for name, row in table.items()
         if name not in own
     }

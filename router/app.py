@@ -19,6 +19,7 @@ from pdserve.router.errors import ApiError, schema_error
 from pdserve.router.front import Front
 from pdserve.router.http import Gate, error_response, http_error
 from pdserve.router.messages_api import add_message_counting, add_messages_routes
+from pdserve.router.middleware import add_middleware
 from pdserve.router.openai_api import add_openai_routes
 from pdserve.router.render_api import add_render_routes
 from pdserve.router.responses_api import add_item_counting, add_responses_routes
@@ -32,7 +33,8 @@ from pdserve.router.text_api import add_text_routes
 
 def create_app(settings: RouterSettings) -> FastAPI:
     """The router as an ASGI application. Reads the model's files at once: raises ModelError, or
-    TemplateError for a bad --chat-template, RedisUnavailable for an unusable Redis URL."""
+    TemplateError for a bad --chat-template, RedisUnavailable for an unusable Redis URL,
+    MiddlewareError."""
     router = Router(settings, load_model(settings))
     app = _application(router.front, router.start, router.close)
     app.state.router = router
@@ -103,6 +105,8 @@ def _application(
         allow_headers=settings.allowed_headers,
         allow_credentials=settings.allow_credentials,
     )
+    for path in settings.middleware:
+        add_middleware(app, path)
     app.add_middleware(Gate, keys=settings.api_key, count=front.metrics.http.count)
     _add_error_handlers(app)
     app.openapi = lambda: openapi.document(app, front.model.name)  # type: ignore[method-assign]

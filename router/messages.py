@@ -17,8 +17,9 @@ LEAST_BUDGET = 1024
 Json = dict[str, Any]
 
 
-def as_chat(body: MessagesFields) -> ChatCompletionRequest:
-    """The chat request with the same meaning. Raises BadRequest."""
+def as_chat(body: MessagesFields, least_effort: str) -> ChatCompletionRequest:
+    """The chat request with the same meaning; without thinking its effort is `least_effort`. Raises
+    BadRequest."""
     refuse(body)
     _check_thinking(body)
     messages = _messages(body)
@@ -31,7 +32,7 @@ def as_chat(body: MessagesFields) -> ChatCompletionRequest:
         "tool_choice": _tool_choice(body.tool_choice),
         "parallel_tool_calls": _parallel(body.tool_choice),
         "chat_template_kwargs": body.chat_template_kwargs,
-        "reasoning_effort": _effort(body),
+        "reasoning_effort": _effort(body, least_effort),
         "response_format": _response_format(body),
         "continue_final_message": prefilled,
         "add_generation_prompt": not prefilled,
@@ -124,7 +125,7 @@ def _user(where: str, blocks: list[Any]) -> list[Json]:
                 {
                     "role": "tool",
                     "tool_call_id": _string(place, block, "tool_use_id"),
-                    "content": _result(f"{place}.content", block.get("content")),
+                    "content": _result(place, block),
                 }
             )
         elif _kind(block) == "text":
@@ -137,12 +138,20 @@ def _user(where: str, blocks: list[Any]) -> list[Json]:
     return turns or [{"role": "user", "content": ""}]
 
 
-def _result(where: str, content: Any) -> str:
-    if content is None or isinstance(content, str):
-        return content or ""
-    if not isinstance(content, list):
+def _result(where: str, block: Json) -> str:
+    """The text of a tool's result. Templates have no word for a failed one: the text says it."""
+    content, failed = block.get("content"), block.get("is_error")
+    if failed is not None and not isinstance(failed, bool):
+        raise BadRequest(f"{where}.is_error must be a boolean.", param=f"{where}.is_error")
+    if isinstance(content, list):
+        listed = [_text(f"{where}.content.{number}", one) for number, one in enumerate(content)]
+        content = "\n".join(listed)
+    elif content is not None and not isinstance(content, str):
+        where = f"{where}.content"
         raise BadRequest(f"{where} must be a string or a list of text blocks.", param=where)
-    return "\n".join(_text(f"{where}.{number}", block) for number, block in enumerate(content))
+    text = content or ""
+    named = text.lstrip().lower().startswith("error")
+    return f"Error: {text}" if failed and not named else text
 
 
 def _assistant(where: str, blocks: list[Any]) -> list[Json]:
@@ -188,8 +197,7 @@ def _tool(place: int, tool: Json) -> Json:
         "description": tool.get("description") or "",
         "parameters": {"type": "object", **schema},
     }
-    if tool.get("strict") is True:
-        function["strict"] = True
+    function |= {name: tool[name] for name in ("strict", "defer_loading") if tool.get(name) is True}
     return {"type": "function", "function": function}
 
 
@@ -242,10 +250,10 @@ def _check_thinking(body: MessagesFields) -> None:
         )
 
 
-def _effort(body: MessagesFields) -> Any:
+def _effort(body: MessagesFields, least: str) -> Any:
     """`reasoning_effort` of chat."""
     if body.thinking is not None and body.thinking.get("type") == "disabled":
-        return "none"
+        return least
     return (body.output_config or {}).get("effort")
 
 

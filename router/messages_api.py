@@ -22,8 +22,9 @@ def add_messages_routes(app: FastAPI, router: Router) -> None:
     async def messages(request: Request) -> Response:
         received = time.monotonic()
         router.admit(1)
-        body = as_chat(parse(MessagesRequest, await router.read(request)))
-        parsed = await router.parser.chat(body, request.scope["pdserve.request_id"])
+        body = parse(MessagesRequest, await router.read(request))
+        chat = as_chat(body, router.model.least_effort)
+        parsed = await router.parser.chat(chat, request.scope["pdserve.request_id"])
         return router.respond(request, parsed, received, MessagesWriter)
 
 
@@ -35,7 +36,8 @@ def add_message_counting(app: FastAPI, front: Front) -> None:
         CountTokensRequest,
     )
     async def count_tokens(request: Request) -> Response:
-        body = as_chat(parse(CountTokensRequest, await front.read(request)))
-        count = len((await front.parser.chat_prompt(body)).token_ids)
+        body = parse(CountTokensRequest, await front.read(request))
+        chat = as_chat(body, front.model.least_effort)
+        count = len((await front.parser.chat_prompt(chat)).token_ids)
         members = {"context_management": {"original_input_tokens": count}}
         return JsonResponse(encode_json({"input_tokens": count, **members}))

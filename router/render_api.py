@@ -77,7 +77,7 @@ def _add_conversation_routes(app: FastAPI, front: Front) -> None:
     )
     async def render_messages(request: Request) -> Response:
         check()
-        body = as_chat(parse(MessagesRequest, await front.read(request)))
+        body = as_chat(parse(MessagesRequest, await front.read(request)), front.model.least_effort)
         return await render(request, body, None)
 
     @json_post(

@@ -48,6 +48,10 @@ class ServedModel:
     eos_token_ids: tuple[int, ...]
     vocab_size: int
     own_max_len: int
+    fingerprint: str | None
+    """`system_fingerprint` of answers."""
+    disabled_effort: str = "auto"
+    """--anthropic-disabled-thinking-effort."""
     speech: Speech = field(default_factory=Speech)
     """How it writes calls of tools and thoughts."""
     workers_max_len: Callable[[], int | None] = lambda: None
@@ -64,11 +68,13 @@ class ServedModel:
         workers = self.workers_max_len()
         return self.own_max_len if workers is None else min(self.own_max_len, workers)
 
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """`system_fingerprint` of answers: changes with the release and the model."""
-        digest = hashlib.sha256(repr((self.names, self.vocab_size, self.own_max_len)).encode())
-        return f"pdserve-{version()}-{digest.hexdigest()[:8]}"
+    @property
+    def least_effort(self) -> str:
+        """`reasoning_effort` for clients of the Messages API who want no thinking."""
+        if self.disabled_effort != "auto":
+            return self.disabled_effort
+        source = self.template.source if self.template else ""
+        return "low" if "reasoning_effort" in source and "enable_thinking" not in source else "none"
 
     def tokenizer_info(self) -> dict[str, Any]:
         """tokenizer_config.json, with the class of the tokenizer and the template in use."""
@@ -102,15 +108,20 @@ def load_model(settings: RouterSettings) -> ServedModel:
     source = find_template(settings.chat_template, tokenizer.templates)
     default_name = settings.model or "demo"
     model_len = int(text_config.get("max_position_embeddings") or DEFAULT_MODEL_LEN)
+    names = settings.served_model_name or (default_name,)
+    own_max_len = min(settings.max_model_len or model_len, model_len)
+    vocab_size = int(text_config.get("vocab_size") or tokenizer.size)
     return ServedModel(
-        names=settings.served_model_name or (default_name,),
+        names=names,
         folder=folder,
         tokenizer=tokenizer,
         template=ChatTemplate(source, settings.chat_template_content_format) if source else None,
         template_kwargs=_template_kwargs(settings.default_chat_template_kwargs),
         defaults=_defaults(generation),
         eos_token_ids=_eos_ids(generation, config, text_config, tokenizer),
-        vocab_size=int(text_config.get("vocab_size") or tokenizer.size),
+        vocab_size=vocab_size,
+        fingerprint=_fingerprint(settings, repr((names, vocab_size, own_max_len))),
+        disabled_effort=settings.anthropic_disabled_thinking_effort,
         speech=find_speech(
             tokenizer,
             source or "",
@@ -118,8 +129,18 @@ def load_model(settings: RouterSettings) -> ServedModel:
             auto_calls=settings.enable_auto_tool_choice,
             reasoning=settings.reasoning_parser,
         ),
-        own_max_len=min(settings.max_model_len or model_len, model_len),
+        own_max_len=own_max_len,
     )
+
+
+def _fingerprint(settings: RouterSettings, model: str) -> str | None:
+    """--fingerprint-mode; in full it changes with the release and the model."""
+    mode, value = settings.fingerprint_mode, settings.fingerprint_value
+    if bool(value) != (mode == "custom"):
+        raise ModelError("--fingerprint-value and --fingerprint-mode custom need each other.")
+    short = hashlib.sha256(model.encode()).hexdigest()[:8]
+    known = {"full": f"pdserve-{version()}-{short}", "hash": short, "custom": value}
+    return known.get(mode)
 
 
 def _generation_config(option: str, folder: Path) -> dict[str, Any]:

@@ -209,7 +209,20 @@ def test_blocks_of_earlier_turns(harness: RouterHarness) -> None:
     assert harness.client.post(PATH, json={**BODY, "messages": messages}).status_code == 200
     prompt = prompt_of(harness)
     places = [prompt.index(part) for part in ("What", "Let me see.", "seven", "And?")]
-    assert places == sorted(places)
+    assert places == sorted(places) and "Error" not in prompt
+    result = messages[-1]["content"][0]  # type: ignore[index]
+    for text, failed, shown in (
+        ("no such place", True, "Error: no such place"),
+        ("ERROR 7", True, "ERROR 7"),
+        ("fine", False, "fine"),
+    ):
+        result |= {"content": text, "is_error": failed}  # type: ignore[operator]
+        assert harness.client.post(PATH, json={**BODY, "messages": messages}).status_code == 200
+        prompt = prompt_of(harness)
+        assert shown in prompt and prompt.count("Error: ") == shown.count("Error: ")
+    result |= {"is_error": "yes"}  # type: ignore[operator]
+    answer = harness.client.post(PATH, json={**BODY, "messages": messages})
+    assert answer.status_code == 400 and "messages.2.content.0.is_error" in answer.text
 
 
 def test_an_answer_that_the_client_began(harness: RouterHarness) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -116,3 +118,64 @@ def test_what_browsers_may_do(start: Start) -> None:
         {"origin": "https://b"},
     ):
         assert harness.client.options("/v1/models", headers=ask | change).status_code == 400
+
+
+class Layer:
+    """Middleware, as its users write it."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def marked(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-layer", b"class")]
+            await send(message)
+
+        await self._app(scope, receive, marked)
+
+
+async def layer(request: Any, call_next: Any) -> Any:
+    if request.headers.get("x-break"):
+        raise RuntimeError("a fault of the middleware")
+    answer = await call_next(request)
+    answer.headers["x-second-layer"] = "function"
+    return answer
+
+
+def test_middleware_of_the_operator(start: Start) -> None:
+    here = Layer.__module__
+    harness = start(middleware=(f"{here}.Layer", f"{here}.layer"), api_key=("k",))
+    answer = harness.client.get("/version")
+    assert answer.headers["x-layer"] == "class"
+    assert answer.headers["x-second-layer"] == "function" and answer.headers["x-request-id"]
+    broken = harness.client.get("/version", headers={"x-break": "1"})
+    assert broken.status_code == 500 and broken.json()["error"]["type"] == "InternalServerError"
+    refused = harness.client.get("/v1/models", headers={"x-break": "1"})
+    assert refused.status_code == 401 and "x-layer" not in refused.headers
+
+
+def test_fingerprints(start: Start) -> None:
+    for mode, value in (("hash", ""), ("custom", "mine"), ("none", "")):
+        harness = serving(start, fingerprint_mode=mode, fingerprint_value=value)
+        found = harness.client.post(CHAT, json=BODY).json()["system_fingerprint"]
+        assert {"hash": len(found or "") == 8, "custom": found == "mine"}.get(mode, found is None)
+
+
+def test_heads_of_requests_are_bounded(start: Start) -> None:
+    harness = start(h11_max_incomplete_event_size=20_000, h11_max_header_count=30)
+    address = ("127.0.0.1", int(harness.url.rpartition(":")[2]))
+    begin, line = b"GET /version HTTP/1.1\r\nhost: x\r\n", b"x-%d: 1\r\n"
+    heads = {
+        "one long header": begin + b"x: " + b"a" * 500_000 + b"\r\n\r\n",
+        "without an end": begin + b"x: " + b"a" * 500_000,
+        "a long address": b"GET /" + b"a" * 500_000,
+        "many headers": begin + b"".join(line % n for n in range(40)) + b"\r\n",
+        "fewer": begin + b"".join(line % n for n in range(20)) + b"\r\n",
+    }
+    for name, head in heads.items():
+        with socket.create_connection(address, timeout=10) as client:
+            with contextlib.suppress(ConnectionError):
+                client.sendall(head)
+            answer = client.recv(2000)
+        assert answer.startswith(b"HTTP/1.1 200" if name == "fewer" else b"HTTP/1.1 431"), name

@@ -40,6 +40,9 @@ def refused(*options: str) -> str:
         (["--override-generation-config", '{"temperature": 9}'], "temperature must be in [0, 2]"),
         (["--redis", "http://x"], "Redis URL"),
         (["--max-queue", "0"], "--max-queue must be"),
+        (["--uds", "/nowhere/socket"], "Cannot listen on /nowhere/socket: no such file"),
+        (["--middleware", "nowhere.Layer"], "--middleware nowhere.Layer cannot be imported"),
+        (["--fingerprint-mode", "custom"], "need each other"),
     ],
 )
 def test_what_it_cannot_start_with(options: list[str], sentence: str) -> None:
@@ -95,6 +98,29 @@ def test_a_server_without_workers() -> None:
             assert client.post("/v1/responses/input_tokens", json=body).status_code == 404
         process.send_signal(signal.SIGTERM)
         assert process.wait(5) == 0
+    finally:
+        process.kill()
+        process.wait()
+        if process.stderr is not None:
+            process.stderr.close()
+
+
+def test_a_unix_socket(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with socket.socket(socket.AF_UNIX) as left_over:
+        left_over.bind(str(path))
+    process = subprocess.Popen(
+        [*COMMAND, "--render-only", "--uds", str(path)],
+        env=ENVIRONMENT, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert process.stderr is not None
+        assert any(f"Serving on unix:{path}" in line for line in process.stderr)
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(path))) as client:
+            assert client.get("http://x/health").status_code == 200
+        assert f"Cannot listen on {path}: address already in use" in refused("--uds", str(path))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(5) == 0 and not path.exists()
     finally:
         process.kill()
         process.wait()

@@ -37,6 +37,7 @@ from pdserve.cluster.redis_server import find_redis_server
 from pdserve.cluster.router_settings import RouterSettings
 from pdserve.protocol.messages import Submit
 from pdserve.router.app import Router, create_app
+from pdserve.router.serving import protocol
 
 WAIT_S = 10.0
 TEXT = "Hello! A prefill worker reads the prompt, a decode worker writes the answer. 1 + 1 = 2 ☃ ok"
@@ -126,7 +127,7 @@ class RouterHarness:
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         config = uvicorn.Config(
             self._app,
-            http="httptools",
+            http=protocol(self.settings),
             ws="none",
             access_log=False,
             log_config=None,

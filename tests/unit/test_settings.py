@@ -11,6 +11,7 @@ import pytest
 
 from pdserve.cluster import options
 from pdserve.cluster.cores import Share
+from pdserve.cluster.foreign_options import FOREIGN
 from pdserve.cluster.operate import DrainSettings, RoleSettings
 from pdserve.cluster.plan import plan_cluster
 from pdserve.cluster.records import Role
@@ -321,3 +322,100 @@ def test_roles_that_could_not_exchange_blocks(
 )
 def test_roles_whose_blocks_are_cut_or_converted(argv: list[str]) -> None:
     assert up_settings(argv).prefill == 1
+
+
+# vLLM's options
+
+FRONTEND = [
+    "--host",
+    "--port",
+    "--uds",
+    "--uvicorn-log-level",
+    "--disable-uvicorn-access-log",
+    "--disable-access-log-for-endpoints",
+    "--allow-credentials",
+    "--allowed-origins",
+    "--allowed-methods",
+    "--allowed-headers",
+    "--api-key",
+    "--ssl-keyfile",
+    "--ssl-certfile",
+    "--ssl-ca-certs",
+    "--ssl-cert-reqs",
+    "--ssl-ciphers",
+    "--enable-ssl-refresh",
+    "--root-path",
+    "--middleware",
+    "--h11-max-incomplete-event-size",
+    "--h11-max-header-count",
+    "--enable-request-id-headers",
+    "--disable-fastapi-docs",
+    "--enable-offline-docs",
+    "--served-model-name",
+    "--chat-template",
+    "--chat-template-content-format",
+    "--trust-request-chat-template",
+    "--default-chat-template-kwargs",
+    "--response-role",
+    "--lora-modules",
+    "--return-tokens-as-token-ids",
+    "--max-logprobs",
+    "--enable-auto-tool-choice",
+    "--tool-call-parser",
+    "--tool-parser-plugin",
+    "--exclude-tools-when-tool-choice-none",
+    "--tool-server",
+    "--reasoning-parser",
+    "--reasoning-config",
+    "--enable-prompt-tokens-details",
+    "--enable-per-request-metrics",
+    "--enable-force-include-usage",
+    "--enable-server-load-tracking",
+    "--enable-tokenizer-info-endpoint",
+    "--enable-scale-out",
+    "--tokens-only",
+    "--fingerprint-mode",
+    "--fingerprint-value",
+    "--enable-prompt-embeds",
+    "--trust-request-mm-kwargs",
+    "--allowed-media-domains",
+    "--allowed-local-media-path",
+    "--limit-mm-per-prompt",
+    "--generation-config",
+    "--override-generation-config",
+    "--structured-outputs-config.backend",
+    "--stream-interval",
+    "--scheduling-policy",
+    "--api-server-count",
+    "--headless",
+    "--grpc",
+    "--config",
+    "--max-num-queued-reqs",
+    "--max-num-queued-tokens",
+    "--sse-keep-alive-interval",
+    "--logprobs-mode",
+    "--tool-strict-level",
+    "--anthropic-disabled-thinking-effort",
+    "--shutdown-timeout",
+    "--enable-fault-tolerance",
+    "--max-num-active-seqs",
+    "--watermark-config",
+    "--return-sampling-mask",
+    "--enable-return-routed-experts",
+]
+
+
+@pytest.mark.parametrize("name", FRONTEND)
+def test_each_of_vllms_options_is_taken_or_refused_with_a_reason(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = {options.flag(row) for kind in ALL for row in options_of(kind)} | {"--config"}
+    assert (name in known) != (name in FOREIGN)
+    if name in FOREIGN:
+        said = refusal(lambda: up_settings([name, "1"]), capsys)
+        assert f"{name} is an option of vLLM's: {FOREIGN[name]}." in said
+
+
+def test_vllms_other_options_are_none_of_ours() -> None:
+    known = {options.flag(row) for kind in ALL for row in options_of(kind)}
+    assert not known & FOREIGN.keys()
