@@ -200,6 +200,21 @@ def attention_float8(size: Sizes, device: str, dtype: torch.dtype) -> Iterator[C
     )
 
 
+def few_rows(size: Sizes, device: str, dtype: torch.dtype) -> Iterator[Case]:
+    """A decode step's products in the shape of Qwen3-8B's layers: they read their weights."""
+    hidden = size.hidden
+    for rows, columns in ((2 * hidden, hidden), (6 * hidden, hidden), (hidden, 3 * hidden)):
+        weight = torch.randn(rows, columns, device=device).div_(columns**0.5).to(dtype)
+        for tokens in (1, 4, 16):
+            x = torch.randn(tokens, columns, device=device).to(dtype)
+            yield Case(
+                name=f"linear {tokens} x {columns} x {rows}",
+                run=lambda x=x, weight=weight: kernels.linear(x, weight),  # type: ignore[misc]
+                nbytes=weight.nbytes + x.nbytes * (1 + rows / columns),
+                torch_run=lambda x=x, weight=weight: functional.linear(x, weight),  # type: ignore[misc]
+            )
+
+
 def products(size: Sizes, device: str, dtype: torch.dtype) -> Iterator[Case]:
     """Batch-invariant products; torch's own are not."""
     rows, columns = 2 * size.hidden, size.hidden
@@ -408,6 +423,7 @@ GROUPS = {
     "wire": wire,
     "sampling": sampling,
     "quantized": quantized,
+    "few_rows": few_rows,
     "products": products,
     "experts": experts,
 }

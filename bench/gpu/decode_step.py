@@ -10,11 +10,14 @@ import argparse
 import json
 import math
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity
 
+from pdserve.bench.kernel_cases import Run
 from pdserve.bench.kernels import Clock, ceilings
 from pdserve.engine.build import QUANTIZATIONS, quantized
 from pdserve.engine.config import ModelConfig, model_config
@@ -26,6 +29,8 @@ from pdserve.engine.weights import Weights, assemble
 
 BLOCK = 16
 DTYPE = "bfloat16"
+PROFILED, SHOWN = 5, 15
+"""Steps of a profile, and lines of it."""
 COMMON = {"dtype": DTYPE, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "max_position_embeddings": 40960}
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-8b": {
@@ -81,6 +86,8 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=30, help="timed steps (default 30)")
     parser.add_argument("--batch-invariant", action="store_true")
     parser.add_argument("--quantization", choices=("none", *QUANTIZATIONS), default="none")
+    parser.add_argument("--profile", action="store_true",
+                        help="print which kernels the step's time goes to")  # fmt: skip
     parser.add_argument("--json", type=Path, help="write the results there, too")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -140,9 +147,37 @@ def measure(model: ModelConfig, args: argparse.Namespace) -> list[dict[str, Any]
                 f"read {nbytes / 1e9:.2f} GB of weights at {copy:.0f} GB/s",
                 flush=True,
             )
+            if args.profile:
+                profile(lambda batch=batch: token_of(decoder, graphs, batch), device)  # type: ignore[misc]
         return rows
     finally:
         pool.close()
+
+
+def profile(run: Run, device: str) -> None:
+    """The time of `PROFILED` runs by the name of the kernel (on a CPU: of the operation), as
+    microseconds, calls and share of one; the rest of the wall time is between kernels."""
+    on_gpu = device == "cuda"
+    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+    run()
+    with torch.profiler.profile(activities=[activity]) as found:
+        begin = time.perf_counter()
+        for _ in range(PROFILED):
+            run()
+        if on_gpu:
+            torch.cuda.synchronize()
+        wall = (time.perf_counter() - begin) / PROFILED * 1e6
+    spent = [
+        (item.self_device_time_total if on_gpu else item.self_cpu_time_total, item)
+        for item in found.key_averages()
+    ]
+    spent.sort(key=lambda pair: pair[0], reverse=True)
+    total = sum(microseconds for microseconds, _ in spent) / PROFILED
+    print(f"  {'kernel':80} {'us':>9} {'calls':>7} {'share':>6}")
+    for microseconds, item in spent[:SHOWN]:
+        each = microseconds / PROFILED
+        print(f"  {item.key[:80]:80} {each:9.1f} {item.count / PROFILED:7.1f} {each / total:6.1%}")
+    print(f"  all kernels together {total:.1f} us of {wall:.1f} us, profiler included", flush=True)
 
 
 def as_it_is(step: Any) -> Any:
