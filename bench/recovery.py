@@ -1,12 +1,14 @@
 """How long a stream pauses when its decode worker dies: `python -P -m pdserve.bench.recovery`.
 
 Streams run over one prefill and two decode workers; in turn a decode worker is killed (SIGKILL: its
-connections end, which is noticed at once) or frozen (SIGSTOP: only its lease tells). The pause is
-the time from the signal to the next token at the client, of the streams that then had a leg on that
+connections end, which is noticed at once), frozen (SIGSTOP: only its lease tells) or stuck (its
+engine's thread is stopped, the rest of it lives and must notice; not everywhere possible). The
+pause is the time from then to the next token at the client, of the streams that had a leg on that
 worker; they are computed again by the other one. Limits:
 
     killed   one prefill + 0.5 s
     frozen   lease and the routers' looking + one prefill + 0.5 s
+    stuck    the same
 
 where one prefill is the time to the first token of a prompt as long as what must be computed again,
 median of several, with nothing else to do.
@@ -25,7 +27,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +35,7 @@ import httpx
 
 from pdserve.bench.arrivals import BenchError
 from pdserve.bench.figures import quantile
+from pdserve.bench.halt import busiest_thread, halted
 from pdserve.bench.machine import circumstances
 from pdserve.bench.topology import NAME, Cluster, Topology, up
 from pdserve.cluster.journal import Journal
@@ -40,6 +43,7 @@ from pdserve.cluster.membership import Membership
 from pdserve.cluster.records import Role, WorkerRecord, WorkerState
 from pdserve.cluster.runfile import RunNote, running
 
+KINDS = ("killed", "frozen", "stuck")
 SHAPE = Topology(prefill=1, decode=2)
 DETECTION_S = 3.0
 """A worker that stops renewing its lease is out within so long."""
@@ -47,7 +51,8 @@ SPARE_S = 0.5
 BEFORE, AFTER = 40, 5
 """Tokens that every stream must have before the signal, and get after its pause."""
 LONGEST_S = 60.0
-KILLED_S, FROZEN_S = 1.0, 4.0
+KILLED_S, LOST_S = 1.0, 4.0
+"""Looked at from outside, a worker that is stuck or frozen is lost."""
 LOOK_S = 0.02
 
 
@@ -131,17 +136,17 @@ class Rounds:
             found.append(stream.times[0] - began)
         return statistics.median(found[1:])
 
-    async def once(self, frozen: bool) -> list[float]:
-        """The pauses of the streams that a worker's death, or its freezing, has moved."""
+    async def once(self, kind: str) -> list[float]:
+        """The pauses of the streams that have moved because their worker was `kind`."""
         streams = [self._stream(self._args.input_len) for _ in range(self._args.streams)]
         async with _running(streams, self._args.output_len) as tasks:
             await until(lambda: all(len(one.times) >= BEFORE for one in streams), tasks)
             victim = self._rng.choice(await self._decoders())
+            thread = busiest_thread(victim.pid) if kind == "stuck" else 0
             since = time.monotonic()
-            os.kill(victim.pid, signal.SIGSTOP if frozen else signal.SIGKILL)
-            try:
+            with _trouble(kind, victim.pid, thread):
                 # Tokens that were on their way come soon; those after them end the pause.
-                await asyncio.sleep(FROZEN_S if frozen else KILLED_S)
+                await asyncio.sleep(KILLED_S if kind == "killed" else LOST_S)
                 goals = [min(len(one.times) + AFTER, self._args.output_len) for one in streams]
                 await until(
                     lambda: all(
@@ -149,10 +154,6 @@ class Rounds:
                     ),
                     tasks,
                 )
-            finally:
-                if frozen:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(victim.pid, signal.SIGCONT)
         pauses = [one.pause_s(since) for one in streams if await self._moved(one, victim)]
         await self._back(victim)
         return pauses
@@ -188,6 +189,22 @@ class Rounds:
         raise BenchError(f"{victim.worker_id} did not come back.")
 
 
+@contextlib.contextmanager
+def _trouble(kind: str, pid: int, thread: int) -> Iterator[None]:
+    """What happens to a worker; one that is frozen or stuck goes on afterwards."""
+    if kind == "stuck":
+        with halted(thread):
+            yield
+        return
+    os.kill(pid, signal.SIGKILL if kind == "killed" else signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        if kind == "frozen":
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
 @contextlib.asynccontextmanager
 async def _running(
     streams: Sequence[Stream], tokens: int
@@ -208,10 +225,10 @@ async def measure(
     note = next(one for one in running() if one.pid == cluster.process.pid)
     rounds = Rounds(cluster, note, args)
     try:
-        found: dict[str, list[float]] = {"killed": [], "frozen": []}
+        found: dict[str, list[float]] = {kind: [] for kind in args.kinds.split(",")}
         for number in range(args.rounds):
             for name, pauses in found.items():
-                pauses += await rounds.once(name == "frozen")
+                pauses += await rounds.once(name)
                 print(f"round {number + 1}: {name}, {len(pauses)} streams so far", file=sys.stderr)
         length = round(statistics.fmean(rounds.lengths)) if rounds.lengths else args.input_len
         return found, await rounds.prefill_s(length)
@@ -220,7 +237,7 @@ async def measure(
 
 
 def told(name: str, pauses: Sequence[float], prefill_s: float) -> str:
-    limit = prefill_s + SPARE_S + (DETECTION_S if name == "frozen" else 0.0)
+    limit = prefill_s + SPARE_S + (0.0 if name == "killed" else DETECTION_S)
     ordered = sorted(pauses)
     p50, p99 = quantile(ordered, 0.5), quantile(ordered, 0.99)
     verdict = "within" if p99 <= limit else "OVER"
@@ -239,10 +256,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output-len", type=int, default=3000, help="tokens (default: 3000)")
     parser.add_argument("--streams", type=int, default=6, help="at a time (default: 6)")
     parser.add_argument("--rounds", type=int, default=10, help="of each kind (default: 10)")
+    parser.add_argument(
+        "--kinds", default=",".join(KINDS), help=f"what happens (default: {','.join(KINDS)})"
+    )
     parser.add_argument("--vocab", type=int, default=1000, help="prompt token ids lie under this")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and victims (default: 0)")
     parser.add_argument("--out", type=Path, help="JSON file for figures and circumstances")
     args, more = parser.parse_known_args(argv)
+    if unknown := set(args.kinds.split(",")) - set(KINDS):
+        parser.error(f"--kinds takes {', '.join(KINDS)}; given: {', '.join(sorted(unknown))}.")
     model = [f"--model={args.model}"] if args.model else []
     with up([*SHAPE.options(), *model, *more]) as cluster:
         pauses, prefill_s = asyncio.run(measure(cluster, args))

@@ -63,8 +63,8 @@ SIZES = (
 BATCH = 32
 AIM_US = 150
 COLUMNS = (
-    "packing", "hashing", "choosing", "in all", "and packing", "batched", "list anew", "round trip", "in Redis",
-    "bytes",
+    "packing", "hashing", "choosing", "in all", "and packing", "batched", "list anew", "round trip",
+    "in Redis", "bytes",
 )  # fmt: skip
 T = TypeVar("T")
 MODEL = ModelInfo(
