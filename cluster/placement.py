@@ -17,7 +17,7 @@ charge counts until the worker's second report after it, which contains the requ
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -46,6 +46,8 @@ class LoadReport(msgspec.Struct, frozen=True, array_like=True):
     """Running, waiting and fetching."""
     free_tokens: int
     """Room in the KV cache, evictable blocks included; UNKNOWN before the first step."""
+    waiting: int = 0
+    """Of the requests, those that have not been started."""
 
 
 ANY_NUMBER = 2**31
@@ -119,20 +121,34 @@ class Choice(msgspec.Struct, frozen=True, array_like=True):
     scores: list[Score]
 
 
+class _Known(msgspec.Struct, frozen=True, array_like=True):
+    """A report as it is kept."""
+
+    epoch: int
+    number: int
+    reports: int
+    queued_tokens: int
+    requests: int
+    free_tokens: int
+    at: int
+    """Redis' clock, ms."""
+    waiting: int
+
+
 _NOW = """
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 """
 
 # KEYS: epochs, loads, charges, blocks. ARGV: worker, epoch, sequence number, whole set or changes,
-# load (3), stored, removed, hash length, time to live in ms
+# load (4), stored, removed, hash length, time to live in ms
 _REPORT = (
     _NOW
     + """
 local newest = tonumber(redis.call('HGET', KEYS[1], ARGV[1]) or '0')
 if tonumber(ARGV[2]) < newest then return -1 end
 local known = redis.call('HGET', KEYS[2], ARGV[1])
-local number, ttl = tonumber(ARGV[3]), tonumber(ARGV[11])
+local number, ttl = tonumber(ARGV[3]), tonumber(ARGV[12])
 local reports = 0
 if known then
   known = cmsgpack.unpack(known)
@@ -144,7 +160,7 @@ elseif not known or known[1] ~= tonumber(ARGV[2]) or known[2] ~= number - 1
     or now - known[7] > ttl then
   return 0
 end
-local size = tonumber(ARGV[10])
+local size = tonumber(ARGV[11])
 local function each(command, text)
   local part = {}
   for first = 1, #text, size do
@@ -153,11 +169,11 @@ local function each(command, text)
   end
   if #part > 0 then redis.call(command, KEYS[4], unpack(part)) end
 end
-each('SREM', ARGV[9])
-each('SADD', ARGV[8])
+each('SREM', ARGV[10])
+each('SADD', ARGV[9])
 redis.call('PEXPIRE', KEYS[4], ttl + 1000)
 redis.call('HSET', KEYS[2], ARGV[1], cmsgpack.pack({tonumber(ARGV[2]), number, reports + 1,
-  tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7]), now}))
+  tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7]), now, tonumber(ARGV[8])}))
 return 1
 """
 )
@@ -273,6 +289,7 @@ Ask = bytes
 _ASK_PARTS = 8
 
 _CHOICE = msgspec.msgpack.Decoder(Choice)
+_KNOWN = msgspec.msgpack.Decoder(_Known)
 _ENCODE = msgspec.msgpack.Encoder().encode
 
 
@@ -341,6 +358,25 @@ class Placement:
         """Forget this incarnation."""
         keys = [*self._keys("loads", "charges"), self._blocks(worker_id, epoch)]
         await self._eval(_LEAVE, keys, worker_id, epoch)
+
+    async def loads(self, epochs: Mapping[str, int]) -> dict[str, LoadReport]:
+        """The last reports of these incarnations (worker → epoch), of those that have reported."""
+        if not epochs:
+            return {}
+        try:
+            texts: list[bytes | None] = await self._redis.execute_command(
+                "HMGET", self._slot + "loads", *epochs
+            )
+        except (RedisError, OSError) as error:
+            raise self._unavailable(error) from error
+        found = {}
+        for (worker_id, epoch), text in zip(epochs.items(), texts, strict=True):
+            known = None if text is None else _KNOWN.decode(text)
+            if known is not None and known.epoch == epoch:
+                found[worker_id] = LoadReport(
+                    known.queued_tokens, known.requests, known.free_tokens, known.waiting
+                )
+        return found
 
     async def choose(self, asks: Sequence[Ask]) -> list[Choice]:
         """Place requests, in order, each one charged before the next is looked at; one round trip

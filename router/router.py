@@ -102,14 +102,15 @@ class Router:
 
     def __init__(self, settings: RouterSettings, model: ServedModel) -> None:
         self.settings = settings
+        self._placement = Placement(settings.redis, settings.cluster, timeout_s=ANSWER_S)
         self.pool = WorkerPool(
             Membership(settings.redis, settings.cluster),
             secret=settings.secret,
+            reports=self._placement.loads,
             name=f"router-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}",
         )
         self.front = Front(settings, replace(model, workers_max_len=self.pool.max_model_len))
         self.metrics = self.front.metrics
-        self._placement = Placement(settings.redis, settings.cluster, timeout_s=ANSWER_S)
         self.recorder = Recorder(
             Journal(settings.redis, settings.cluster), self.metrics.story_dropped
         )

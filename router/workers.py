@@ -8,7 +8,8 @@
 
 With more than MOST_CHANNELS workers a link is made when a request wants it, and ends when it has
 had none for IDLE_S: so channels and heartbeats are as many as there is traffic, not as many as
-there are pairs of routers and workers. Loads of workers without a link are known to Redis alone.
+there are pairs of routers and workers. Loads of workers without a link are looked up in Redis now
+and then (`survey.py`), for admission; choices are made over Redis' own numbers.
 
 When Redis is away the last view stands and running requests go on. A worker
 whose lease has run out gets nothing new (unless Redis may have lost its memory, see `excused`), and
@@ -20,12 +21,14 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Self
 
 from pdserve.cluster.channel import Channel, connect
 from pdserve.cluster.membership import Membership, RedisUnavailable
+from pdserve.cluster.placement import LoadReport
 from pdserve.cluster.records import Role, WorkerRecord, WorkerState
 from pdserve.protocol.errors import ProtocolError
 from pdserve.protocol.messages import (
@@ -34,6 +37,7 @@ from pdserve.protocol.messages import (
 from pdserve.router.breaker import Breaker
 from pdserve.router.link import EXCUSE_S, WorkerLink
 from pdserve.router.placement import WorkerLoad
+from pdserve.router.survey import SURVEY_S, Survey, sample, unlinked
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +58,9 @@ SPARE_BREAKERS = 256
 """Workers that are gone whose failures are remembered, in case that they come back."""
 
 
+Reports = Callable[[Mapping[str, int]], Awaitable[Mapping[str, LoadReport]]]
+
+
 class WorkerPool:
     """All live workers. `async with`, or `start()` and `close()`."""
 
@@ -65,8 +72,14 @@ class WorkerPool:
         name: str,
         refresh_s: float = REFRESH_S,
         silence_s: float = SILENCE_S,
+        reports: Reports | None = None,
     ) -> None:
+        """`reports(worker → epoch)`: the loads that they last reported; may raise
+        RedisUnavailable. Without it, workers without a link count as idle."""
         self._membership = membership
+        self._reports = reports
+        self._survey = Survey()
+        self._rng = random.Random()
         self._secret = secret
         self.name = name
         """Of this router."""
@@ -103,7 +116,8 @@ class WorkerPool:
         await self.close()
 
     def start(self) -> None:
-        self._watchers = [asyncio.create_task(self._watch()), asyncio.create_task(self._beat())]
+        work = [self._watch(), self._beat(), self._look_around()]
+        self._watchers = [asyncio.create_task(one) for one in work]
 
     async def close(self) -> None:
         """Close all channels. Legs that still wait are told that their worker is lost."""
@@ -155,23 +169,17 @@ class WorkerPool:
 
     @property
     def waiting(self) -> int:
-        """Requests not yet started, of all routers, on all workers with a link."""
-        return sum(link.status.waiting for link in self._links.values() if link.status)
+        """Requests not yet started, of all routers; on workers without a link, as last seen."""
+        found = sum(link.status.waiting for link in self._links.values() if link.status)
+        return found + (self._survey.waiting if self.on_demand else 0)
 
     def snapshot(self) -> list[WorkerLoad]:
-        """The workers that may get new work, for placement; those without a link count as idle."""
+        """The workers that may get new work, for placement and admission."""
         found = [link.load() for link in self._links.values() if link.placeable]
         if self.on_demand:
             found += [
-                WorkerLoad(
-                    worker_id=record.worker_id,
-                    role=record.role,
-                    epoch=record.epoch,
-                    fingerprint=record.model.fingerprint if record.model else "",
-                    shunned=self._breaker(record.worker_id).shuns,
-                )
-                for record in self._records.values()
-                if record.state is WorkerState.READY and record.worker_id not in self._links
+                self._survey.load_of(record, self._breaker(record.worker_id).shuns)
+                for record in unlinked(self._records.values(), self._links)
             ]
         return found
 
@@ -221,6 +229,20 @@ class WorkerPool:
                 else:
                     link.show_life()
             await asyncio.sleep(BEAT_S)
+
+    async def _look_around(self) -> None:
+        """Know what workers without a link have to do, for ever."""
+        while True:
+            if self.on_demand and self._reports is not None:
+                meant = unlinked(self._records.values(), self._links)
+                chosen = sample(meant, self._rng)
+                try:
+                    found = await self._reports({one.worker_id: one.epoch for one in chosen})
+                except RedisUnavailable as error:
+                    log.debug("The last view of the loads stands: %s", error)
+                else:
+                    self._survey = Survey(found, of=len(meant))
+            await asyncio.sleep(SURVEY_S)
 
     def _take_view(self, records: Mapping[str, WorkerRecord]) -> None:
         before, self._records = self._records, {

@@ -47,7 +47,7 @@ class Reporter:
         self._changes.update(news)
         room = (status.blocks_free + status.blocks_cached) * self._block_size
         requests = status.running + status.waiting + status.fetching
-        load = LoadReport(status.queued_tokens, requests, room)
+        load = LoadReport(status.queued_tokens, requests, room, status.waiting)
         if news or load != self._load:
             self._load = load
             self._dirty.set()

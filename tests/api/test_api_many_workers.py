@@ -10,6 +10,7 @@ import pytest
 from fake_worker import FakeWorker
 from router_harness import BODY, CHAT, TEXT, RedisProcess, RouterHarness
 
+from pdserve.cluster.placement import LoadReport
 from pdserve.cluster.records import Role
 from pdserve.router import workers as module
 
@@ -86,6 +87,29 @@ def test_a_refused_connection_is_noticed_at_once(start: Start) -> None:
     for _ in range(8):
         assert text(harness) == TEXT
     assert [load.worker_id for load in harness.router.pool.snapshot() if load.shunned] == ["ghost"]
+
+
+def test_admission_knows_what_workers_without_a_channel_have_to_do(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SURVEY_S", 0.01)
+    harness = start(max_waiting=5)
+    worker = harness.add(Role.COLOCATED)
+    harness.until_connected()
+    pool, placement = harness.router.pool, harness.router._placement
+
+    def report(number: int, load: LoadReport, seen: int) -> None:
+        harness.run(placement.report(worker.worker_id, worker.epoch, number, load, [], whole=True))
+        harness.wait(lambda: pool.waiting == seen, "for a look at the loads")
+
+    report(1, LoadReport(5000, 9, 64, 7), 7)
+    (load,) = pool.snapshot()
+    assert (load.queued_tokens, load.requests, load.free_tokens) == (5000, 9, 64)
+    refused = harness.client.post(CHAT, json=BODY)
+    assert refused.status_code == 429 and "--max-waiting" in refused.text
+    report(2, LoadReport(0, 0, 10**6), 0)
+    assert text(harness) == TEXT
+    harness.run(placement.leave(worker.worker_id, worker.epoch))
 
 
 def test_a_stream_survives_its_worker(start: Start) -> None:
