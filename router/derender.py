@@ -8,7 +8,7 @@ nothing is kept here between two calls.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from pdserve.protocol.messages import FinishReason, Output, PositionLogprobs
@@ -103,25 +103,25 @@ class Derender:
                 "generate_chunk for parts of one.",
                 param="finish_reason",
             )
-        answer = self._answer(index)
-        details = (response.usage or {}).get("prompt_tokens_details")
+        answer = self.answer(index)
         prompt_ids = self._request.prompts[index // self._request.n].token_ids
         opening = Output(
             request_id="",
-            cached_tokens=_cached(details),
+            cached_tokens=cached_of(response),
             prompt_logprobs=prompt_positions(response, prompt_ids),
         )
         answer.feed(opening)
-        self._feed(answer, choice, self._scores(choice))
+        self.feed(answer, choice, self.scores(choice))
         return answer
 
-    def _answer(self, index: int) -> AnswerText:
+    def answer(self, index: int) -> AnswerText:
+        """A fresh one."""
         spec = self._request.answers[index]
         tokens, text = self._model.tokenizer.tokens, self._request.text(index)
         return AnswerText(tokens, spec.prompt_token_ids, spec.sampling, text)
 
-    def _scores(self, choice: GeneratedChoice) -> list[PositionLogprobs] | None:
-        """Raises BadRequest."""
+    def scores(self, choice: GeneratedChoice) -> list[PositionLogprobs] | None:
+        """Of its tokens, if they were asked for. Raises BadRequest."""
         if self._request.logprobs is None:
             return None
         scored = choice.logprobs.content if choice.logprobs else []
@@ -132,9 +132,10 @@ class Derender:
             )
         return [position_of(entry) for entry in scored]
 
-    def _feed(
+    def feed(
         self, answer: AnswerText, choice: GeneratedChoice, scores: list[PositionLogprobs] | None
     ) -> None:
+        """Let an answer grow by a choice's tokens."""
         reason, stop = choice.finish_reason, choice.stop_reason
         repeats = reason == REASON
         output = Output(
@@ -158,23 +159,11 @@ class Derender:
         forms = self._forms(generated)
         if not generated.choices:
             return generated.usage and forms.content([], usage=generated.usage), state
-        if len(generated.choices) > 1:
-            raise BadRequest(
-                f"generate_chunk must have at most one choice, got {len(generated.choices)}; keep "
-                "one stream_state for each choice.",
-                param="generate_chunk",
-            )
-        (choice,) = generated.choices
-        if choice.index >= len(self._request.answers):
-            raise BadRequest(
-                f"The choice {choice.index} is not among the request's "
-                f"{len(self._request.answers)} answers.",
-                param="generate_chunk",
-            )
-        answer = self._answer(choice.index)
+        choice = self.choice(generated)
+        answer = self.answer(choice.index)
         state = state or StreamState(output_token_ids=[], output_chunk_lens=[], role_sent=False)
-        self._replay(answer, state)
-        self._feed(answer, choice, self._scores(choice))
+        self.replay(answer, state, answer.take)
+        self.feed(answer, choice, self.scores(choice))
         delta = answer.take()
         lens = [*state.output_chunk_lens, len(choice.token_ids)]
         scored = [*state.waiting, *(choice.logprobs.content if choice.logprobs else [])]
@@ -188,11 +177,29 @@ class Derender:
             return None, after
         return self._chunk(forms, choice.index, delta, not state.role_sent), after
 
-    def _replay(self, answer: AnswerText, state: StreamState) -> None:
-        """Bring a fresh answer to where the stream stands. Raises BadRequest."""
+    def choice(self, generated: Generated) -> GeneratedChoice:
+        """The one of a chunk that has any. Raises BadRequest."""
+        if len(generated.choices) > 1:
+            raise BadRequest(
+                f"generate_chunk must have at most one choice, got {len(generated.choices)}; keep "
+                "one stream_state for each choice.",
+                param="generate_chunk",
+            )
+        (choice,) = generated.choices
+        if choice.index >= len(self._request.answers):
+            raise BadRequest(
+                f"The choice {choice.index} is not among the request's "
+                f"{len(self._request.answers)} answers.",
+                param="generate_chunk",
+            )
+        return choice
+
+    def replay(self, answer: AnswerText, state: StreamState, said: Callable[[], object]) -> None:
+        """Bring a fresh answer to where the stream stands; `said()` after each chunk. Raises
+        BadRequest."""
         ids = state.output_token_ids
         if sum(state.output_chunk_lens) != len(ids) or len(state.waiting) > len(ids):
-            raise _tampered("output_chunk_lens do not add up to output_token_ids")
+            raise tampered("output_chunk_lens do not add up to output_token_ids")
         known = dict(enumerate(map(position_of, state.waiting), len(ids) - len(state.waiting)))
         place = 0
         for length in state.output_chunk_lens:
@@ -201,10 +208,10 @@ class Derender:
             answer.feed(
                 Output(request_id="", token_ids=ids[place : place + length], logprobs=scores)
             )
-            answer.take()
+            said()
             place += length
         if answer.finished:
-            raise _tampered("its tokens have ended the answer already")
+            raise tampered("its tokens have ended the answer already")
 
     def _forms(self, generated: Generated) -> ChunkForms:
         writer = LogprobWriter(self._model.tokenizer.tokens, self._request.tokens_as_ids)
@@ -226,12 +233,14 @@ class Derender:
         return forms.content([choice])
 
 
-def _cached(details: object) -> int | None:
+def cached_of(generated: Generated) -> int | None:
+    """Prompt tokens that were cached, if it says so."""
+    details = (generated.usage or {}).get("prompt_tokens_details")
     value = details.get("cached_tokens") if isinstance(details, dict) else None
     return value if isinstance(value, int) and 0 <= value < 2**31 else None
 
 
-def _tampered(why: str) -> BadRequest:
+def tampered(why: str) -> BadRequest:
     return BadRequest(f"stream_state is not what it was: {why}.", param="stream_state")
 
 

@@ -9,13 +9,13 @@ from typing import Any
 from pdserve.protocol.sampling import SamplingParams
 from pdserve.router.answer import AnswerSpec
 from pdserve.router.derender import Derender, body_of
+from pdserve.router.derender_response import ResponseDerender
 from pdserve.router.errors import BadRequest
 from pdserve.router.fields import refuse
 from pdserve.router.front import Front
 from pdserve.router.prompts import Prompt
 from pdserve.router.requests import GenerateRequest, TextOptions
 from pdserve.router.responses import chat_of
-from pdserve.router.responses_writer import Reply, ResponsesWriter
 from pdserve.router.schemas import CompletionRequest
 from pdserve.router.token_schemas import (
     DerenderChatRequest,
@@ -70,26 +70,19 @@ class Derendering:
         """Raises ApiError."""
         self._model.check_name(body.model)
         refuse(body)
-        if body.stream or body.generate_chunk or body.stream_state:
-            raise BadRequest(
-                "Parts of a stream cannot be made events of a response, whose numbers depend on "
-                "all before; send the whole answer in generate_response (parameter=stream).",
-                param="stream",
-            )
-        response, asked = self._whole(body.generate_response), body.responses_request
+        asked = body.responses_request
         parsed = await self._front.parser.chat(chat_of(self._front.model.speech, asked), "")
         parsed = _with_prompts(parsed, [_prompt_ids(body)])
-
-        def write() -> Json:
-            progress = Derender(self._model, parsed).progress([response])
-            reply = Reply.of(asked, progress.request, self._model.name, progress.created)
-            return ResponsesWriter(progress, reply).body()
-
-        found = await self._front.aside(_size(response), write)
-        counted = found["usage"]
-        total = body.prompt_tokens + counted["output_tokens"]
-        counted |= {"input_tokens": body.prompt_tokens, "total_tokens": total}
-        return found
+        parsed = _read_in_pieces(parsed, bool(body.stream))
+        derender = ResponseDerender(self._model, asked, parsed, body.prompt_tokens)
+        if not body.stream:
+            response = self._whole(body.generate_response)
+            return await self._front.aside(_size(response), lambda: derender.whole(response))
+        chunk, state = self._part(body.generate_chunk, body.stream_state), body.stream_state
+        events, after = await self._front.aside(
+            _length(state) + _size(chunk), lambda: derender.events(chunk, state)
+        )
+        return {"events": events, "stream_state": after and after.model_dump()}
 
     async def completion(self, body: DerenderCompletionRequest) -> Json:
         """Raises ApiError."""
@@ -204,8 +197,16 @@ class Derendering:
         return generated
 
     async def _chunk(
-        self, parsed: GenerateRequest, chunk: Generated | None, state: StreamState | None
+        self, parsed: GenerateRequest, given: Generated | None, state: StreamState | None
     ) -> Json:
+        chunk, derender = self._part(given, state), Derender(self._model, parsed)
+        found, after = await self._front.aside(
+            _length(state) + _size(chunk), lambda: derender.chunk(chunk, state)
+        )
+        return {"chunk": found, "stream_state": after and after.model_dump()}
+
+    def _part(self, chunk: Generated | None, state: StreamState | None) -> Generated:
+        """A chunk that can go on from the state, as far as their tokens tell. Raises BadRequest."""
         if chunk is None:
             raise BadRequest(
                 "generate_chunk is missing: with stream true it holds a chunk of what "
@@ -220,12 +221,11 @@ class Derendering:
                     f"context length is {self._model.max_len} tokens.",
                     param="stream_state",
                 )
-        checked, derender = self._checked(chunk), Derender(self._model, parsed)
-        known = len(state.output_token_ids) if state else 0
-        found, after = await self._front.aside(
-            known + _size(checked), lambda: derender.chunk(checked, state)
-        )
-        return {"chunk": found, "stream_state": after and after.model_dump()}
+        return self._checked(chunk)
+
+
+def _length(state: StreamState | None) -> int:
+    return len(state.output_token_ids) if state else 0
 
 
 def _size(generated: Generated) -> int:

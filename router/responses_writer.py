@@ -27,8 +27,12 @@ ENDS = {"length": "incomplete", "abort": "cancelled"}
 
 def frame(kind: str, number: int, **members: Any) -> bytes:
     """One server-sent event."""
-    data = encode_json({**members, "sequence_number": number, "type": kind})
-    return b"event: %b\ndata: %b\n\n" % (kind.encode(), data)
+    return framed({**members, "sequence_number": number, "type": kind})
+
+
+def framed(event: Json) -> bytes:
+    """The same, of an event with all its members."""
+    return b"event: %b\ndata: %b\n\n" % (event["type"].encode(), encode_json(event))
 
 
 def failure(error: ApiError) -> Json:
@@ -206,29 +210,53 @@ class ResponsesWriter:
         self._finish()
         return self._final() | self._progress.extras()
 
-    def _frames(self, events: Events) -> list[bytes]:
-        frames = []
-        for kind, members in events:
-            frames.append(frame(kind, self._number, **members))
-            self._number += 1
-        return frames
+    def _numbered(self, events: Events) -> list[Json]:
+        first, self._number = self._number, self._number + len(events)
+        return [
+            {**members, "sequence_number": number, "type": kind}
+            for number, (kind, members) in enumerate(events, first)
+        ]
 
-    def opening(self) -> list[bytes]:
+    def begin(self) -> list[Json]:
+        """The events before everything else."""
         begun = {"response": self._reply.response("in_progress")}
-        return self._frames([("response.created", begun), ("response.in_progress", begun)])
+        return self._numbered([("response.created", begun), ("response.in_progress", begun)])
 
-    def frames(self, index: int) -> list[bytes]:
-        return self._frames(self._take())
+    def grow(self) -> list[Json]:
+        """Those of what is new in the answer."""
+        return self._numbered(self._take())
 
-    def closing(self) -> list[bytes]:
+    def end(self) -> list[Json]:
+        """Those behind everything else."""
         events = self._finish()
         final = {"response": self._final(), **self._progress.extras()}
-        return self._frames([*events, ("response.completed", final)])
+        return self._numbered([*events, ("response.completed", final)])
+
+    def opening(self) -> list[bytes]:
+        return [framed(event) for event in self.begin()]
+
+    def frames(self, index: int) -> list[bytes]:
+        return [framed(event) for event in self.grow()]
+
+    def closing(self) -> list[bytes]:
+        return [framed(event) for event in self.end()]
 
     def error(self, error: ApiError) -> bytes:
         self._reply.error = error
         members = {**failure(error), "param": error.param}
         return frame("error", self._number, **members)
+
+    # when a stream is made anew from its tokens
+
+    @property
+    def names(self) -> list[list[str]]:
+        """What the items so far are called: id and, of calls, call_id."""
+        return [[item["id"], item.get("call_id", "")] for item in self._output.items]
+
+    def rename(self, names: Sequence[Sequence[str]]) -> None:
+        """Call the items so far what they were called before. Raises ValueError."""
+        for item, (own, call) in zip(self._output.items, names, strict=True):
+            item |= {"id": own, **({"call_id": call} if "call_id" in item else {})}
 
 
 def _raw(text: str, token_ids: Sequence[int]) -> Json:

@@ -97,6 +97,7 @@ class TokenScores(RequestBody):
 
 
 MAX_CHOICES = 1024
+Name = Annotated[str, Field(max_length=256)]
 
 
 class GeneratedChoice(RequestBody):
@@ -129,6 +130,16 @@ class StreamState(RequestBody):
     """Scores of the last tokens, which have not been sent: their text is not complete."""
 
 
+class ResponseState(StreamState):
+    """That of a stream of a response, whose last event says everything again."""
+
+    created: Int64
+    names: Many[Annotated[list[Name], Field(min_length=2, max_length=2)]]
+    """Of the items so far: id, and of calls call_id."""
+    waiting: Many[ScoredToken] = Field(default_factory=list)
+    """Scores of all tokens so far."""
+
+
 Count = Annotated[int, Field(ge=1, le=2**31)]
 
 
@@ -150,6 +161,7 @@ class DerenderChatRequest(DerenderRequest):
 
 class DerenderResponsesRequest(DerenderRequest):
     responses_request: ResponsesRequest
+    stream_state: ResponseState | None = None
 
 
 class DerenderCompletionRequest(RequestBody):

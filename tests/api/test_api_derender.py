@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from response_events import events
 from router_harness import TEXT, RouterHarness
 
 from pdserve.cluster.records import Role
@@ -133,12 +135,63 @@ def streamed(
                 "stop_reason": choice["stop_reason"] if last else None,
                 "logprobs": scores and {"content": scores["content"][place : place + size]},
             }
-            chunk = {"request_id": generated["request_id"], "choices": [part]}
+            usage = generated["usage"] if last else None
+            chunk = {"request_id": generated["request_id"], "choices": [part], "usage": usage}
             asked = {"stream": True, "generate_chunk": chunk, "stream_state": state, **about}
             answer = post(scaled, path, asked)
             state = answer["stream_state"]
-            found += [answer["chunk"]] if answer["chunk"] else []
+            found += answer["events"] if "events" in answer else filter(None, [answer["chunk"]])
     return found
+
+
+@pytest.mark.parametrize(("text", "size"), [(CALL, 1), (CALL, 4), ("It is é.", 3)])
+def test_a_response_in_parts(scaled: RouterHarness, text: str, size: int) -> None:
+    """The events are those of the stream, but for ids and how the text is cut."""
+    say(scaled, text)
+    options = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    body = {
+        "input": "Hi",
+        "tools": [{"type": "function", "name": "now"}],
+        "store": False,
+        "request_id": "resp_mine",
+        **options,
+    }
+    direct = scaled.client.post(RESPONSES, json=body | {"stream": True})
+    wanted = [{"type": kind, **content} for kind, content in events(direct.text)]
+    rendered = post(scaled, f"{RESPONSES}/render", body)
+    about = {"prompt_tokens": len(rendered["token_ids"]), "responses_request": body}
+    found = streamed(scaled, f"{RESPONSES}/derender", rendered, about, size)
+    assert [event["sequence_number"] for event in found] == list(range(len(found)))
+
+    def kinds(listed: list[dict[str, Any]]) -> list[str]:
+        return [kind for kind, _ in itertools.groupby(event["type"] for event in listed)]
+
+    assert kinds(found) == kinds(wanted)
+    final, last = found[-1]["response"], wanted[-1]["response"]
+    for event in found:
+        if "item_id" in event:
+            assert event["item_id"] == final["output"][event["output_index"]]["id"]
+    for item, other in zip(final["output"], last["output"], strict=True):
+        assert {**item, "id": 0, "call_id": 0} == {**other, "id": 0, "call_id": 0}
+    assert final["usage"] == last["usage"] and final["id"] == "generate-tokens-resp_mine"
+    for kind in ("response.output_text.delta", "response.function_call_arguments.delta"):
+        texts = [
+            "".join(event["delta"] for event in listed if event["type"] == kind)
+            for listed in (found, wanted)
+        ]
+        assert texts[0] == texts[1]
+    state: dict[str, Any] = {
+        "output_token_ids": [5],
+        "output_chunk_lens": [1],
+        "role_sent": True,
+        "created": 1,
+    }
+    chunk = {"request_id": "r", "choices": [{"token_ids": [6], "finish_reason": None}]}
+    state |= {"names": [["a", ""]] * 9, "role_sent": True}
+    broken = {"stream": True, "generate_chunk": chunk, "stream_state": state}
+    about["responses_request"] = body | {"include": []}
+    answer = scaled.client.post(f"{RESPONSES}/derender", json=broken | about)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "stream_state"
 
 
 @pytest.mark.parametrize(
