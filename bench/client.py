@@ -19,6 +19,7 @@ from typing import Any
 import uvloop
 
 from pdserve.bench.arrivals import Arrivals, times
+from pdserve.bench.undisturbed import undisturbed
 from pdserve.bench.wire import Exchange, Wire, WireError
 from pdserve.bench.workloads import Job
 
@@ -119,7 +120,7 @@ def measure(
     progress: Progress = lambda done, running: None,
 ) -> Run:
     """Send every job once. Returns when all are answered, refused or given up."""
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with undisturbed(), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(drive(server, jobs, arrivals, seed=seed, progress=progress))
 
 

@@ -8,11 +8,9 @@ token's time, a report (HTML, Markdown) and plots.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -48,8 +46,6 @@ ALONE_REQUESTS = 6
 TTFT_SLACK, ITL_SLACK = 5.0, 2.0
 """Targets where none are given, as multiples of an undisturbed request's (DistServe and Splitwise
 use 2 to 6 times, too)."""
-NICENESS = -10
-"""Of this process, where that is allowed: the workers use every core, and clocks must be read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,8 +122,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _measure_all(
     topologies: Sequence[Topology], args: argparse.Namespace, more: Sequence[str]
 ) -> tuple[list[Cell], Plan]:
-    with contextlib.suppress(PermissionError):
-        os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
     plan = _plan(topologies, args, more)
     args.out.mkdir(parents=True, exist_ok=True)
     cells: list[Cell] = []

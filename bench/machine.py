@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pdserve.bench.undisturbed import allowed
+
 PACKAGES = ("pdserve", "torch", "triton", "transformers", "httpx", "redis")
 
 
@@ -24,6 +26,7 @@ def circumstances() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         "load": os.getloadavg()[0],
+        "client_in_real_time": allowed(),
         "gpu": _gpu(),
     }
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 
 from pdserve.bench.client import SPIN_S
+from pdserve.bench.undisturbed import undisturbed
 
 
 async def serve(ttft_s: float, itl_s: float) -> None:
@@ -77,4 +78,5 @@ def started(ttft_s: float, itl_s: float) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(float(sys.argv[1]), float(sys.argv[2])))
+    with undisturbed():
+        asyncio.run(serve(float(sys.argv[1]), float(sys.argv[2])))

@@ -13,7 +13,6 @@ import json
 import os
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import time
@@ -24,22 +23,19 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 
 from pdserve.bench.arrivals import Arrivals, BenchError
 from pdserve.bench.client import Server, measure
 from pdserve.bench.figures import Slo, bottleneck, figures
 from pdserve.bench.machine import circumstances
+from pdserve.bench.peers_report import sentences, step_limit_ms, table
 from pdserve.bench.serve import EXIT_USAGE, ProgressBar, finite
 from pdserve.bench.topology import NAME, Topology, up
 from pdserve.bench.workloads import Shape, make
 
 READY_S = 300.0
 STOP_S = 20.0
-PAIRS = (("pdserve 1P+1D", "vLLM 1P1D"), ("pdserve 1C", "vLLM"))
-"""What is compared: ours, theirs."""
 WORKLOADS = ("256/64x8x48", "1024/32x4x24", "32/128x16x32")
-COLUMNS = ("output tok/s", "TTFT p50", "TPOT p50")
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +143,8 @@ def _process(
             stdout=file,
             stderr=subprocess.STDOUT,
             env={**os.environ, **environment},
+            # Python looks for modules in the working directory: in a checkout it would find ours.
+            cwd=log.parent,
             start_new_session=True,
         )
     try:
@@ -189,6 +187,8 @@ SIDES: dict[str, Start] = {
     "pdserve 1C": _ours("1C"),
     "vLLM": _vllm,
 }
+SPLIT = ("pdserve 1P+1D", "vLLM 1P1D")
+"""Sides whose decode worker has half of the cores."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -220,19 +220,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BenchError as error:
         print(f"pdserve bench peers: error: {error}", file=sys.stderr)
         return EXIT_USAGE
-    limit = step_limit_ms(args.model)
+    cores = len(os.sched_getaffinity(0))
+    whole, half = (step_limit_ms(args.model, max(1, count)) for count in (cores, cores // 2))
+    limits = {side: half if side in SPLIT else whole for side in args.sides}
     content = {
         "arguments": {name: str(value) for name, value in vars(args).items()},
         "circumstances": circumstances(),
-        "step_limit_ms": limit,
+        "step_limit_ms": limits,
+        "verdict": sentences(rows, limits),
         "rows": finite(rows),
     }
     (args.out / "peers.json").write_text(json.dumps(content, indent=1) + "\n")
-    print(table(rows))
-    print(
-        f"A decode step reads all weights once: {limit:.2f} ms at the bandwidth of one core, "
-        "measured now. TPOT over that is the distance to the limit."
-    )
+    text = "\n\n".join([*sentences(rows, limits), table(rows, limits)])
+    (args.out / "table.md").write_text(text + "\n")
+    print(text)
     return 0
 
 
@@ -243,7 +244,7 @@ def _measure_all(args: argparse.Namespace, loads: Sequence[Load]) -> list[dict[s
         peers=args.peers,
         dtype=args.dtype,
         max_model_len=args.max_model_len,
-        logs=args.out,
+        logs=args.out.resolve(),
     )
     rows = []
     for number in range(args.rounds):
@@ -288,47 +289,6 @@ def _run(server: Server, load: Load, vocab: int, seed: int) -> dict[str, Any]:
         "TPOT p50": found.latencies["tpot"]["p50"],
         "limited": bottleneck(run),
     }
-
-
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Medians of rounds, and the ratio of ours to theirs in the same round, least to most."""
-    lines = [f"{'workload':16}{'side':16}" + "".join(f"{name:>16}" for name in COLUMNS)]
-    for workload in dict.fromkeys(row["workload"] for row in rows):
-        here = [row for row in rows if row["workload"] == workload]
-        for side in dict.fromkeys(row["side"] for row in here):
-            values = [median(here, side, name) for name in COLUMNS]
-            lines.append(f"{workload:16}{side:16}" + "".join(f"{value:16.1f}" for value in values))
-        for ours, theirs in PAIRS:
-            found = [ratio(here, ours, theirs, name) for name in COLUMNS]
-            if all(found):
-                texts = [f"{statistics.median(r):.2f} ({min(r):.2f}-{max(r):.2f})" for r in found]
-                lines.append(f"{'':16}{'  ratio':16}" + "".join(f"{t:>16}" for t in texts))
-    return "\n".join(lines)
-
-
-def median(rows: Sequence[Mapping[str, Any]], side: str, name: str) -> float:
-    return float(statistics.median(row[name] for row in rows if row["side"] == side))
-
-
-def ratio(rows: Sequence[Mapping[str, Any]], ours: str, theirs: str, name: str) -> list[float]:
-    """Ours over theirs, per round in which both ran."""
-    mine = {row["round"]: row[name] for row in rows if row["side"] == ours}
-    other = {row["round"]: row[name] for row in rows if row["side"] == theirs}
-    return [mine[number] / other[number] for number in sorted({*mine} & {*other})]
-
-
-def step_limit_ms(model: Path) -> float:
-    """Bytes of the weights over the bandwidth at which one core reads memory, in ms."""
-    weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-    block = np.ones(1 << 25)  # 256 MiB, beyond every cache
-    best = min(_timed(lambda: block.sum()) for _ in range(5))
-    return weights / (block.nbytes / best) * 1e3
-
-
-def _timed(call: Callable[[], Any]) -> float:
-    begun = time.perf_counter()
-    call()
-    return time.perf_counter() - begun
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import pytest
 
 from pdserve.bench import peers
 from pdserve.bench.arrivals import BenchError
+from pdserve.bench.peers_report import PAIRS, ratio, sentences, step_limit_ms, table
 
 
 def test_workloads_are_written_with_their_concurrency() -> None:
@@ -26,9 +27,25 @@ def test_ratios_pair_the_rounds() -> None:
             (1, "pdserve 1P+1D", 300.0), (1, "vLLM 1P1D", 100.0), (2, "vLLM 1P1D", 7.0),
         ]
     ]  # fmt: skip
-    assert peers.ratio(rows, "pdserve 1P+1D", "vLLM 1P1D", "output tok/s") == [2.0, 3.0]
-    text = peers.table(rows)
-    assert "2.50 (2.00-3.00)" in text and text.count("ratio") == 1
+    pair = PAIRS[0]
+    assert ratio(rows, pair, "output tok/s") == [2.0, 3.0]
+    limits = {"pdserve 1P+1D": 0.5, "vLLM 1P1D": 0.5}
+    text = table(rows, limits)
+    assert "2.50 (2.00-3.00)" in text and text.count(" / vLLM") == 1
+    assert "| 4.0 |" in text  # TPOT over the limit
+    first, last = sentences(rows, limits)
+    assert "2.50 times at w (first token 1.00)" in first and first.endswith("is reached.")
+    assert "pdserve 1P+1D 0.50 ms" in last
+    late = [{**row, "TTFT p50": 3.0} if row["side"] == pair.ours else row for row in rows]
+    assert sentences(late, limits)[0].endswith("is missed.")
+
+
+def test_the_limit_is_weights_over_bandwidth(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(bytes(1 << 20))
+    small = step_limit_ms(tmp_path, 1)
+    (tmp_path / "b.safetensors").write_bytes(bytes(99 << 20))
+    assert 20 * small < step_limit_ms(tmp_path, 1)
+    assert 0.001 < small < 10  # 0.1 to 1000 GB/s
 
 
 def test_without_the_peer_it_says_what_to_run(
