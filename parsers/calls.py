@@ -81,6 +81,11 @@ class CallParser:
         """That white space."""
         self._undecided = not calls.begin
 
+    @property
+    def inside(self) -> bool:
+        """Between the marks of a call."""
+        return self._inside is not None
+
     def feed(self, text: str) -> list[str | Call]:
         events: list[str | Call] = []
         if self._undecided:

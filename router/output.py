@@ -95,6 +95,10 @@ class AnswerText:
         """Tokens of the answer."""
         self.thought = 0
         """Tokens of its thoughts."""
+        self.before_calls: int | None = None
+        """Tokens before its first call; None: there has been none."""
+        self._spoken = 0
+        """Tokens before what may become its first call."""
         self.finished = False
         self.finish_reason = ""
         self.cached_tokens: int | None = None
@@ -118,10 +122,13 @@ class AnswerText:
 
     def _add(self, token_id: int, logprobs: PositionLogprobs | None, ends: bool) -> None:
         self.count += 1
-        shown = True
-        if self._reader is not None and self._reader.thinking:
-            self.thought += 1
-            shown = self._show_thoughts
+        shown, reader = True, self._reader
+        if reader is not None:
+            if reader.thinking:
+                self.thought += 1
+                shown = self._show_thoughts
+            if not reader.calling:
+                self._spoken = self.count
         if shown:
             self._note(token_id, logprobs)
         if ends and not self._include_stop:
@@ -171,6 +178,8 @@ class AnswerText:
         delta.thoughts += read.thoughts
         for call in read.calls:
             if call.name:
+                if not self._called:
+                    self.before_calls = self._spoken
                 found = call_id(self._short_ids)
                 delta.calls.append(ToolCall(self._called, found, call.name, call.arguments))
                 self._called += 1

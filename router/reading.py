@@ -58,6 +58,11 @@ class Reader:
     def thinking(self) -> bool:
         return self._thoughts is not None and self._thoughts.thinking
 
+    @property
+    def calling(self) -> bool:
+        """What is being read may become a call."""
+        return self._calls is not None and self._calls.inside
+
     def feed(self, text: str) -> Read:
         read = Read()
         if self._thoughts is not None:

@@ -155,15 +155,19 @@ class ResponsesWriter:
         return self._output.take(delta, self._entries(delta))
 
     def _entries(self, delta: Delta) -> list[Json]:
-        """Log-probabilities of the tokens behind the thoughts, with which every answer begins."""
-        reading = self._request.text(0).reading
-        shown = reading is None or reading.show_thoughts
-        skipped = max(0, self._answer.thought - self._seen) if shown else 0
+        """Log-probabilities of the tokens behind the thoughts, with which every answer begins, and
+        before the first call; those behind it belong to no message."""
+        answer, reading = self._answer, self._request.text(0).reading
+        hidden = reading is not None and not reading.show_thoughts
+        first = 0 if hidden else max(0, answer.thought - self._seen)
+        last = len(delta.token_ids)
+        if answer.before_calls is not None:
+            last = max(0, answer.before_calls - (answer.thought if hidden else 0) - self._seen)
         self._seen += len(delta.token_ids)
         count = self._request.logprobs
         if count is None or not delta.logprobs:
             return []
-        ids, logprobs = delta.token_ids[skipped:], delta.logprobs[skipped:]
+        ids, logprobs = delta.token_ids[first:last], delta.logprobs[first:last]
         entries: list[Json] = self._logprobs.chat(ids, logprobs, count)["content"]
         return entries
 
