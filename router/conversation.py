@@ -10,7 +10,8 @@ import msgspec
 from pdserve.router.chat import Message
 from pdserve.router.errors import BadRequest
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+PARTS = {"text": "text", "refusal": "refusal", "thinking": "thinking", "tool_reference": "name"}
+"""Kinds of parts, and the member of each that is its text."""
 
 
 def check_messages(messages: list[Message]) -> list[Message]:
@@ -26,9 +27,9 @@ def check_messages(messages: list[Message]) -> list[Message]:
 def _check_message(place: int, message: Message) -> Message:
     role = message.get("role")
     where = f"messages.{place}"
-    if role not in ROLES:
+    if not isinstance(role, str) or not role:
         raise BadRequest(
-            f"messages[{place}].role must be one of {', '.join(ROLES)}, got {role!r:.100}.",
+            f"messages[{place}].role must be a word, such as user or assistant, got {role!r:.100}.",
             param=f"{where}.role",
         )
     checked = dict(message)
@@ -58,16 +59,19 @@ def _check_message(place: int, message: Message) -> Message:
 
 
 def _check_part(where: str, part: Any) -> Message:
+    """Every part has its text in `text`; those of their own kind keep their members besides."""
     kind = part.get("type") if isinstance(part, dict) else None
-    if kind not in ("text", "refusal"):
+    if not isinstance(kind, str) or kind not in PARTS:
         raise BadRequest(
-            f"{where}.type must be text or refusal (the model reads text only), got {kind!r:.100}.",
+            f"{where}.type must be one of {', '.join(PARTS)} (the model reads text only), "
+            f"got {kind!r:.100}.",
             param=where,
         )
-    text = part.get(kind)
+    name = PARTS[kind]
+    text = part.get(name)
     if not isinstance(text, str):
-        raise BadRequest(f"{where}.{kind} must be a string.", param=f"{where}.{kind}")
-    return {"type": "text", "text": text}
+        raise BadRequest(f"{where}.{name} must be a string.", param=f"{where}.{name}")
+    return {"type": "text", "text": text} if kind in ("text", "refusal") else {**part, "text": text}
 
 
 def _check_calls(where: str, calls: Any) -> list[Any]:

@@ -94,6 +94,7 @@ class Derender:
             open=0,
             created=responses[0].created or int(time.time()),
             extras=dict,
+            stored=lambda: sum(counted(one, "created_cache_tokens") or 0 for one in responses),
         )
 
     def _whole(self, index: int, choice: GeneratedChoice, response: Generated) -> AnswerText:
@@ -235,8 +236,13 @@ class Derender:
 
 def cached_of(generated: Generated) -> int | None:
     """Prompt tokens that were cached, if it says so."""
+    return counted(generated, "cached_tokens")
+
+
+def counted(generated: Generated, name: str) -> int | None:
+    """A detail of how many prompt tokens there were."""
     details = (generated.usage or {}).get("prompt_tokens_details")
-    value = details.get("cached_tokens") if isinstance(details, dict) else None
+    value = details.get(name) if isinstance(details, dict) else None
     return value if isinstance(value, int) and 0 <= value < 2**31 else None
 
 

@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 
 from pdserve.protocol.messages import Output
-from pdserve.router.derender import Derender, cached_of, tampered
+from pdserve.router.derender import Derender, cached_of, counted, tampered
 from pdserve.router.requests import GenerateRequest
 from pdserve.router.responses_writer import Reply, ResponsesWriter
 from pdserve.router.schemas import ResponsesRequest
@@ -56,6 +56,7 @@ class ResponseDerender:
             open=1,
             created=created,
             extras=dict,
+            stored=lambda: counted(generated, "created_cache_tokens") or 0,
         )
         writer = self._writer(progress)
         found = writer.begin()

@@ -131,6 +131,7 @@ class Generation:
             created=int(time.time()),
             extras=self._extras,
             times=self._times,
+            stored=self._stored,
         )
         self._writer = write(self._progress)
         self._flight: Flight = dispatcher.launch(
@@ -304,6 +305,17 @@ class Generation:
             "tokens_per_second": 1 / between_s if between_s else None,
             "speculative_decoding": None,
         }
+
+    def _stored(self) -> int:
+        """Whole blocks, and never the last token, which is always computed."""
+        n, total = self.request.n, 0
+        for place, prompt in enumerate(self.request.prompts):
+            legs = self._flight.answers[place * n].legs
+            model = next((leg.link.record.model for leg in legs if leg.answered), None)
+            if model is not None:
+                whole = (len(prompt.token_ids) - 1) // model.block_size * model.block_size
+                total += max(0, whole - (self._answers[place * n].cached_tokens or 0))
+        return total
 
     def _extras(self) -> Json:
         """The `pdserve` member for those who asked for timings: seconds since the request came."""

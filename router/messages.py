@@ -128,30 +128,46 @@ def _user(where: str, blocks: list[Any]) -> list[Json]:
                     "content": _result(place, block),
                 }
             )
-        elif _kind(block) == "text":
-            part = {"type": "text", "text": _string(place, block, "text")}
+        elif _kind(block) in ("text", "tool_reference"):
+            part = _part(place, block)
             if not turns or turns[-1]["role"] != "user":
                 turns.append({"role": "user", "content": []})
             turns[-1]["content"].append(part)
         else:
-            raise _no_block(place, block, "text, tool_result")
+            raise _no_block(place, block, "text, tool_result, tool_reference")
     return turns or [{"role": "user", "content": ""}]
 
 
-def _result(where: str, block: Json) -> str:
-    """The text of a tool's result. Templates have no word for a failed one: the text says it."""
+def _part(where: str, block: Json) -> Json:
+    """A part of chat's."""
+    if _kind(block) == "tool_reference":
+        return {"type": "tool_reference", "name": _string(where, block, "tool_name")}
+    if _kind(block) != "text":
+        raise _no_block(where, block, "text, tool_reference")
+    return {"type": "text", "text": _string(where, block, "text")}
+
+
+def _result(where: str, block: Json) -> str | list[Json]:
+    """The content of a tool's result. Templates have no word for a failed one: its text says it."""
     content, failed = block.get("content"), block.get("is_error")
     if failed is not None and not isinstance(failed, bool):
         raise BadRequest(f"{where}.is_error must be a boolean.", param=f"{where}.is_error")
-    if isinstance(content, list):
-        listed = [_text(f"{where}.content.{number}", one) for number, one in enumerate(content)]
-        content = "\n".join(listed)
-    elif content is not None and not isinstance(content, str):
-        where = f"{where}.content"
-        raise BadRequest(f"{where} must be a string or a list of text blocks.", param=where)
-    text = content or ""
-    named = text.lstrip().lower().startswith("error")
-    return f"Error: {text}" if failed and not named else text
+    where = f"{where}.content"
+    if content is not None and not isinstance(content, (str, list)):
+        raise BadRequest(f"{where} must be a string or a list of blocks.", param=where)
+    if not isinstance(content, list):
+        return f"{ERROR}{content or ''}" if failed and not _admits(content or "") else content or ""
+    parts = [_part(f"{where}.{number}", one) for number, one in enumerate(content)]
+    if failed and not (parts and _admits(parts[0].get("text", ""))):
+        return [{"type": "text", "text": ERROR.strip()}, *parts]
+    return parts
+
+
+ERROR = "Error: "
+
+
+def _admits(text: str) -> bool:
+    return text.lstrip().lower().startswith("error")
 
 
 def _assistant(where: str, blocks: list[Any]) -> list[Json]:

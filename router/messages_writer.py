@@ -72,12 +72,12 @@ class MessagesWriter:
 
     def _usage(self) -> Json:
         """The three kinds of input tokens add up to the prompt."""
-        cached = cached_tokens(self._progress)
+        cached, created = cached_tokens(self._progress), self._progress.stored()
         return {
-            "input_tokens": self._prompt_tokens() - cached,
+            "input_tokens": self._prompt_tokens() - cached - created,
             "output_tokens": self._answer.count,
             "cache_read_input_tokens": cached,
-            "cache_creation_input_tokens": 0,
+            "cache_creation_input_tokens": created,
         }
 
     def _prompt_tokens(self) -> int:

@@ -28,7 +28,8 @@ LEAST_LOGPROB = -9999.0
 def usage(
     prompt_tokens: int,
     completion_tokens: int,
-    cached_tokens: int | None,
+    cached_tokens: int,
+    created_tokens: int,
     thought_tokens: int | None = None,
 ) -> Json:
     """`thought_tokens`: None where thoughts are not told from answers."""
@@ -37,7 +38,10 @@ def usage(
         "prompt_tokens": prompt_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "completion_tokens": completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": cached_tokens or 0},
+        "prompt_tokens_details": {
+            "cached_tokens": cached_tokens,
+            "created_cache_tokens": created_tokens,
+        },
         "completion_tokens_details": details,
     }
 

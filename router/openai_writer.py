@@ -175,7 +175,7 @@ def usage_of(progress: Progress) -> Json:
     prompts = sum(len(prompt.token_ids) for prompt in request.prompts)
     reads = request.chat and progress.model.speech.reasoning is not None
     thought = sum(answer.thought for answer in answers) if reads else None
-    return usage(prompts, completion, cached_tokens(progress), thought)
+    return usage(prompts, completion, cached_tokens(progress), progress.stored(), thought)
 
 
 def cached_tokens(progress: Progress) -> int:

@@ -177,7 +177,7 @@ class ResponsesWriter:
             "input_tokens": given,
             "input_tokens_details": {
                 "cached_tokens": cached_tokens(self._progress),
-                "cache_write_tokens": 0,
+                "cache_write_tokens": self._progress.stored(),
                 "input_tokens_per_turn": [],
                 "cached_tokens_per_turn": [],
             },

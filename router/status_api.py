@@ -83,6 +83,10 @@ def _add_figure_routes(app: FastAPI, front: Front, condition: Condition) -> None
     async def load() -> Response:
         return JsonResponse(encode_json({"server_load": condition.in_flight()}))
 
+    @app.get("/kv_event_sources", summary="Publishers of KV events, of which there are none")
+    async def kv_event_sources() -> Response:
+        return JsonResponse(b"{}")
+
     @app.get("/metrics", summary="Counters and histograms in Prometheus' text format")
     async def metrics() -> Response:
         return Response(front.metrics.text(), headers={"content-type": router_metrics.CONTENT_TYPE})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from pdserve.router.schemas import (
     ChatCompletionRequest,
@@ -38,6 +38,12 @@ class EngineSampling(SamplingFields):
     extra_args: Any = None
 
 
+class ReasoningParserKwargs(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    chat_template_kwargs: Object | None = None
+
+
 class GenerateTokensRequest(RequestBody):
     model: str | None = None
     token_ids: Annotated[TokenIds, Field(min_length=1)]
@@ -53,7 +59,7 @@ class GenerateTokensRequest(RequestBody):
 
     # advisory
     token_offsets: Any = None
-    reasoning_parser_kwargs: Object | None = None
+    reasoning_parser_kwargs: ReasoningParserKwargs | None = None
 
     # refused
     features: Any = None

@@ -33,6 +33,9 @@ class Progress:
     """The `pdserve` member with timings, or nothing if the client did not ask."""
     times: Callable[[], Json | None] = _no_times
     """The member `metrics`, for requests that get one."""
+    stored: Callable[[], int] = lambda: 0
+    """Prompt tokens that the next request with these prompts will find cached, and this one has
+    not."""
 
 
 class Writer(Protocol):

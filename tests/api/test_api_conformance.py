@@ -506,6 +506,7 @@ def test_the_server_itself(both: Both) -> None:
         assert answer.status_code == 200 and not answer.content
     assert both.send("GET", "/version").json()["version"]
     assert both.send("GET", "/load").json() == {"server_load": 0}
+    assert both.send("GET", "/kv_event_sources").json() == {}
     metrics = both.send("GET", "/metrics")
     assert metrics.headers["content-type"].startswith("text/plain; version=")
     families = {family.name: family for family in text_string_to_metric_families(metrics.text)}

@@ -220,6 +220,10 @@ def test_blocks_of_earlier_turns(harness: RouterHarness) -> None:
         assert harness.client.post(PATH, json={**BODY, "messages": messages}).status_code == 200
         prompt = prompt_of(harness)
         assert shown in prompt and prompt.count("Error: ") == shown.count("Error: ")
+    reference = {"type": "tool_reference", "tool_name": "look"}
+    result |= {"content": [reference], "is_error": True}  # type: ignore[operator]
+    assert harness.client.post(PATH, json={**BODY, "messages": messages}).status_code == 200
+    assert "Error:\nlook" in prompt_of(harness)
     result |= {"is_error": "yes"}  # type: ignore[operator]
     answer = harness.client.post(PATH, json={**BODY, "messages": messages})
     assert answer.status_code == 400 and "messages.2.content.0.is_error" in answer.text

@@ -100,6 +100,7 @@ def test_the_stream_says_the_same(scaled: RouterHarness, mode: str) -> None:
         ({"token_ids": []}, "token_ids"), ({"token_ids": [-1]}, "token_ids"),
         ({"token_ids": [10**6]}, "token_ids"), ({"token_ids": None}, "token_ids"),
         ({"sampling_params": None}, "sampling_params"), ({"output_mode": "x"}, "output_mode"),
+        ({"reasoning_parser_kwargs": {"zz": 1}}, "reasoning_parser_kwargs"),
         ({"sampling_params": {"n": 5000, "temperature": 1}}, "n"),
         ({"sampling_params": {"max_tokens": 0}}, "max_tokens"),
         ({"sampling_params": {"temperature": 9}}, "temperature"),

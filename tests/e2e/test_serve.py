@@ -106,9 +106,14 @@ def test_stop_strings_are_cut_wherever_they_come(client: OpenAI) -> None:
 
 def test_a_repeated_prompt_is_cached(client: OpenAI) -> None:
     messages = [{"role": "user", "content": "Tell me about prefix caches. " * 12}]
-    for _ in range(2):
-        answer = client.chat.completions.create(model="demo", messages=messages, max_tokens=2)
-    assert answer.usage.prompt_tokens_details.cached_tokens > 50
+    first, second = (
+        client.chat.completions.create(model="demo", messages=messages, max_tokens=2).usage
+        for _ in range(2)
+    )
+    stored = first.prompt_tokens_details.created_cache_tokens
+    assert stored > 50 and first.prompt_tokens_details.cached_tokens < first.prompt_tokens - stored
+    assert second.prompt_tokens_details.cached_tokens >= stored
+    assert second.prompt_tokens_details.created_cache_tokens == 0
 
 
 def test_bad_requests_name_their_field_and_the_cluster_goes_on(client: OpenAI) -> None:

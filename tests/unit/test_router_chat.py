@@ -151,6 +151,21 @@ def test_parts_are_kept_for_openai_templates() -> None:
     assert render(source, USER) == "<Hi>"
 
 
+def test_parts_and_roles_of_their_own_kind_reach_the_template() -> None:
+    source = (
+        "{% for m in messages %}{{ m.role }}:{% for c in m.content %}"
+        "{{ c.type }}={{ c.thinking or c.name or c.text }},{% endfor %}{% endfor %}"
+    )
+    parts = [
+        {"type": "thinking", "thinking": "hm", "closed": True},
+        {"type": "tool_reference", "name": "f"},
+        {"type": "refusal", "refusal": "no"},
+    ]
+    messages = [{"role": "narrator", "content": parts}]
+    assert render(source, messages) == "narrator:thinking=hm,tool_reference=f,text=no,"
+    assert render(PLAIN, messages) == "[narrator]hm\nf\nno"
+
+
 def test_developer_is_system_where_the_template_knows_no_better() -> None:
     messages = [{"role": "developer", "content": "x"}]
     assert render(PLAIN, messages) == "[system]x"
@@ -212,7 +227,8 @@ def test_where_the_template_comes_from(tmp_path: Any) -> None:
     ("messages", "param"),
     [
         ([], "messages"),
-        ([{"role": "alien", "content": "x"}], "messages.0.role"),
+        ([{"role": "", "content": "x"}], "messages.0.role"),
+        ([{"role": ["user"], "content": "x"}], "messages.0.role"),
         ([{"content": "x"}], "messages.0.role"),
         ([*USER, {"role": "user", "content": None}], "messages.1.content"),
         ([{"role": "user", "content": 5}], "messages.0.content"),
