@@ -222,8 +222,12 @@ def test_blocks_of_earlier_turns(harness: RouterHarness) -> None:
         assert shown in prompt and prompt.count("Error: ") == shown.count("Error: ")
     reference = {"type": "tool_reference", "tool_name": "look"}
     result |= {"content": [reference], "is_error": True}  # type: ignore[operator]
+    answer = harness.client.post(PATH, json={**BODY, "messages": messages})
+    # It has reached the template, which knows no such parts.
+    assert answer.status_code == 400 and "not tool_reference" in answer.text
+    result |= {"content": [{"type": "text", "text": "gone"}]}  # type: ignore[operator]
     assert harness.client.post(PATH, json={**BODY, "messages": messages}).status_code == 200
-    assert "Error:\nlook" in prompt_of(harness)
+    assert "Error:\ngone" in prompt_of(harness)
     result |= {"is_error": "yes"}  # type: ignore[operator]
     answer = harness.client.post(PATH, json={**BODY, "messages": messages})
     assert answer.status_code == 400 and "messages.2.content.0.is_error" in answer.text
