@@ -148,26 +148,23 @@ def _part(where: str, block: Json) -> Json:
 
 
 def _result(where: str, block: Json) -> str | list[Json]:
-    """The content of a tool's result. Templates have no word for a failed one: its text says it."""
+    """The content of a tool's result: one text, unless there is more in it. Templates have no word
+    for a failed one: its text says it."""
     content, failed = block.get("content"), block.get("is_error")
     if failed is not None and not isinstance(failed, bool):
         raise BadRequest(f"{where}.is_error must be a boolean.", param=f"{where}.is_error")
     where = f"{where}.content"
     if content is not None and not isinstance(content, (str, list)):
         raise BadRequest(f"{where} must be a string or a list of blocks.", param=where)
-    if not isinstance(content, list):
-        return f"{ERROR}{content or ''}" if failed and not _admits(content or "") else content or ""
-    parts = [_part(f"{where}.{number}", one) for number, one in enumerate(content)]
-    if failed and not (parts and _admits(parts[0].get("text", ""))):
-        return [{"type": "text", "text": ERROR.strip()}, *parts]
-    return parts
+    listed = content if isinstance(content, list) else [{"type": "text", "text": content or ""}]
+    parts = [_part(f"{where}.{number}", one) for number, one in enumerate(listed)]
+    if any(part["type"] != "text" for part in parts):
+        return [{"type": "text", "text": ERROR}, *parts] if failed else parts
+    text = "\n".join(part["text"] for part in parts)
+    return f"{ERROR}{text}" if failed and not text.lstrip().lower().startswith("error") else text
 
 
 ERROR = "Error: "
-
-
-def _admits(text: str) -> bool:
-    return text.lstrip().lower().startswith("error")
 
 
 def _assistant(where: str, blocks: list[Any]) -> list[Json]:

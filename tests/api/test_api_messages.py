@@ -227,7 +227,7 @@ def test_blocks_of_earlier_turns(harness: RouterHarness) -> None:
     assert answer.status_code == 400 and "not tool_reference" in answer.text
     result |= {"content": [{"type": "text", "text": "gone"}]}  # type: ignore[operator]
     assert harness.client.post(PATH, json={**BODY, "messages": messages}).status_code == 200
-    assert "Error:\ngone" in prompt_of(harness)
+    assert "Error: gone" in prompt_of(harness)
     result |= {"is_error": "yes"}  # type: ignore[operator]
     answer = harness.client.post(PATH, json={**BODY, "messages": messages})
     assert answer.status_code == 400 and "messages.2.content.0.is_error" in answer.text
