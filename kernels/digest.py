@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import xxhash
@@ -44,7 +44,7 @@ def digest_blocks(data: Bytes, block_ids: Sequence[int], nbytes: int) -> list[in
 
 def copy_blocks(
     source: Bytes,
-    source_ids: Sequence[int],
+    source_ids: Sequence[int] | np.ndarray[Any, Any],
     target: Bytes,
     target_ids: Sequence[int],
     nbytes: int,
@@ -104,7 +104,7 @@ def _digest(data: Bytes, block: int, count: int, nbytes: int) -> int:
 
 def _copy(
     source: Bytes,
-    source_ids: Sequence[int],
+    source_ids: Sequence[int] | np.ndarray[Any, Any],
     target: Bytes,
     target_ids: Sequence[int],
     nbytes: int,

@@ -10,11 +10,14 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
+
+import numpy as np
 
 from pdserve.kv_transfer.credits import Credits
 from pdserve.kv_transfer.job import Ended, Job
+from pdserve.kv_transfer.ledger import Ledgers, layout_word
 from pdserve.kv_transfer.line import Address, Line, LinePool
 from pdserve.kv_transfer.memory import host_id
 from pdserve.kv_transfer.slices import Cuts
@@ -26,6 +29,8 @@ from pdserve.protocol.wire import MessageDecoder
 
 log = logging.getLogger(__name__)
 
+NUMBER_BYTES = 4
+"""Of a block's number in a ticket's place."""
 ASKED_AHEAD = 2
 """Pieces of one fetch that may be on their way."""
 
@@ -45,7 +50,8 @@ class Attempts:
         stall_s: float,
     ) -> None:
         self._cuts, self._fingerprint = cuts, fingerprint
-        self._lines, self._credits = lines, credits
+        self._layout = layout_word(fingerprint)
+        self._lines, self._credits, self._ledgers = lines, credits, Ledgers()
         self._stall_s = stall_s
         self._host_id = host_id()
 
@@ -75,6 +81,7 @@ class Attempts:
             self._line(job, job.wait(self._stall_s)) as line,
             self._credits.account(job.ticket.source) as account,
         ):
+            self._unasked(line, job, half)
             waiting = deque(_pieces(job.due, size, *getattr(half, "pieces", PIECES)))
             asked: deque[list[int]] = deque()
             while waiting or asked:
@@ -103,15 +110,53 @@ class Attempts:
         )
         line.send(fetch, job.wait(self._stall_s))
 
+    def _unasked(self, line: Line, job: Job, half: Receiver) -> None:
+        """Copy out of the ticket's place, with checksums that the source has put into its ledger:
+        without a word to it. What cannot be had so stays missing. The copy counts as a borrowed
+        one does. Raises as `make` does."""
+        place, copied = job.ticket.place, getattr(half, "copied", None)
+        if place is None or copied is None or place.host_id != self._host_id:
+            return
+        alike = job.slices == 1 and job.unpacking is None
+        if not alike or not job.missing or place.block_nbytes != self.nbytes(job):
+            return
+        lease = self._ledgers.lease(line, place.mark)
+        if lease is None or lease.layout != self._layout or not lease.stands():
+            return
+        if len(place.blocks) != job.ticket.num_blocks * NUMBER_BYTES:
+            return
+        wanted, targets = list(job.missing), list(job.missing.values())
+        blocks = np.frombuffer(place.blocks, "<u4")[wanted]
+        expected = lease.sums(blocks)
+        if expected is None:
+            return
+        job.borrowed, job.lease, before = True, lease, job.nbytes
+        arriving = copied(line, place, blocks, targets, lambda: job.wait(self._stall_s))
+        self._verify(job, wanted, expected.tolist(), arriving, place.block_nbytes)
+        job.unasked += job.nbytes - before
+
     def _receive(self, line: Line, job: Job, half: Receiver, piece: Sequence[int]) -> None:
         header = line.receive(_TO_READER, job.wait(self._stall_s))
         self._check_header(header, job, len(piece))
-        job.borrowed = job.borrowed or half.borrows
-        targets = [job.missing[index] for index in piece]
+        if half.borrows:
+            job.borrowed, job.lease = True, self._ledgers.lease(line, header.mark)
+        targets = list(map(job.missing.__getitem__, piece))
+        arriving = half.receive(line, header, targets, lambda: job.wait(self._stall_s))
+        self._verify(job, piece, header.checksums, arriving, header.block_nbytes)
+
+    def _verify(
+        self,
+        job: Job,
+        piece: Sequence[int],
+        checksums: Sequence[int],
+        arriving: Iterable[Sequence[int]],
+        nbytes: int,
+    ) -> None:
+        """Take blocks with their checksums as they arrive off the job's list."""
         verified, begun = 0, time.monotonic()
-        for digests in half.receive(line, header, targets, lambda: job.wait(self._stall_s)):
+        for digests in arriving:
             complete = verified + len(digests)
-            expected = header.checksums[verified:complete]
+            expected = checksums[verified:complete]
             wrong = set() if digests == list(expected) else _different(digests, expected)
             for number, index in enumerate(piece[verified:complete]):
                 if number not in wrong:
@@ -119,7 +164,7 @@ class Attempts:
                 else:
                     job.reason = f"The checksum of block {index // job.slices} differs."
                     log.warning("%s (%s)", job.reason, job.ticket.request_id)
-            job.nbytes += (complete - verified) * header.block_nbytes
+            job.nbytes += (complete - verified) * nbytes
             verified = complete
         job.moving_s += time.monotonic() - begun
 

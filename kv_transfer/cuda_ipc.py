@@ -290,7 +290,7 @@ class IpcSink(_End):
                 mapping = self._mapped[key] = self._open(shared)
         finally:
             self._lock.release()
-        line.keeps = mapping
+        line.keeps["pool"] = mapping
         return mapping
 
     def _open(self, shared: DevicePool) -> _Mapping:

@@ -28,9 +28,11 @@ from typing import Self
 
 from pdserve.kernels.digest import Bytes
 from pdserve.kv_transfer.line import Line
-from pdserve.kv_transfer.memory import Pool
-from pdserve.kv_transfer.transports import (
+from pdserve.kv_transfer.memory import (
     HOST_SUMS,
+    Pool,
+)
+from pdserve.kv_transfer.transports import (
     PIECES,
     Receiver,
     SinkHalf,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from pdserve.kv_transfer.memory import ascending
 from pdserve.protocol.errors import PdserveError
-from pdserve.protocol.ticket import KVTicket
+from pdserve.protocol.ticket import KVTicket, LeaseMark
 from pdserve.protocol.transfer import Fetch, Progress
 
 
@@ -54,8 +54,10 @@ class Held:
     slices: int = 0
     readers: int = 0
     ending: Ending | None = None
-    checksums: dict[tuple[str, int], int] = field(default_factory=dict)
-    """(Kind of checksum, index of the block) → the number."""
+    mark: LeaseMark | None = None
+    """Seen by readers on this host as long as it has not ended."""
+    checksums: dict[str, dict[int, int]] = field(default_factory=dict)
+    """Kind of checksum → index of the block → the number."""
 
     @property
     def progress(self) -> Progress:
@@ -96,13 +98,13 @@ class Read:
         """Of the wanted blocks, in order; `compute(block numbers)` only for blocks not yet asked.
         Two readers may compute the same one at once: they get the same number. Slices are asked
         for once as a rule, so theirs are not kept."""
-        known: dict[tuple[str, int], int] = {} if self.sliced else self.held.checksums
-        keys = [(kind, index) for index in self.wanted]
-        pairs = zip(keys, self.block_ids, strict=True)
-        if fresh := [(key, block) for key, block in pairs if key not in known]:
+        known = {} if self.sliced else self.held.checksums.setdefault(kind, {})
+        if not known.keys() >= set(self.wanted):
+            pairs = zip(self.wanted, self.block_ids, strict=True)
+            fresh = [(index, block) for index, block in pairs if index not in known]
             sums = compute([block for _, block in fresh])
-            known.update(zip((key for key, _ in fresh), sums, strict=True))
-        return tuple(map(known.__getitem__, keys))
+            known.update(zip((index for index, _ in fresh), sums, strict=True))
+        return tuple(map(known.__getitem__, self.wanted))
 
 
 def check_blocks(ticket: KVTicket, blocks: Sequence[int], whole: bool) -> None:

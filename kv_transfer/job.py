@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from pdserve.kv_transfer.ledger import Lease
 from pdserve.kv_transfer.line import Line
 from pdserve.kv_transfer.transports import Unpacking
 from pdserve.protocol.ticket import KVTicket
@@ -56,10 +57,14 @@ class Job:
     reason: str = ""
     transport: str = ""
     nbytes: int = 0
+    unasked: int = 0
+    """Bytes of them that were copied without a `Fetch`."""
     moving_s: float = 0.0
     """Seconds in which the bytes came, waits for the source's answers aside."""
     borrowed: bool = False
     """Some blocks were copied from memory that the source could have taken back."""
+    lease: Lease | None = None
+    """The ticket's, as it can be seen if the source is on this host."""
 
     @property
     def due(self) -> list[int]:

@@ -114,7 +114,10 @@ class Leases:
         if not job.releasable or job.growing:
             return False
         message = Release(
-            ticket_id=job.ticket.ticket_id, epoch=job.ticket.epoch, outcome=job.outcome
+            ticket_id=job.ticket.ticket_id,
+            epoch=job.ticket.epoch,
+            outcome=job.outcome,
+            nbytes=job.unasked,
         )
         deadline = min(time.monotonic() + RELEASE_TIMEOUT_S, self._release_until)
         for _ in range(2):

@@ -69,8 +69,8 @@ class Line:
         self._sock = sock
         self.peer = ""
         """The other side's name, once it has proved itself."""
-        self.keeps: object = None
-        """What a transport holds open as long as this line (a mapped pool)."""
+        self.keeps: dict[str, object] = {}
+        """What is held open as long as this line: the peer's pool and its ledger, mapped."""
         self.kept: deque[Any] = deque()
         """Messages that came while another one was awaited; whoever serves the line takes them."""
         self.idle_since = 0.0
@@ -153,7 +153,7 @@ class Line:
         return True
 
     def close(self) -> None:
-        self.keeps = None
+        self.keeps.clear()
         self._sock.close()
 
     def _until(self, deadline: float) -> None:

@@ -19,7 +19,7 @@ import secrets
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
@@ -28,6 +28,10 @@ from pdserve.protocol.errors import PdserveError
 
 NONCE_BYTES = 16
 """The last bytes of a pool's file: random, so that a path that names another file is noticed."""
+HOST_SUMS = "xxh3"
+"""What the pools' own checksums are called."""
+Numbers: TypeAlias = Sequence[int] | np.ndarray[Any, np.dtype[np.uint32]]
+"""Of blocks."""
 
 _POOL_PATH = re.compile(r"/proc/[0-9]+/fd/[0-9]+")
 
@@ -115,6 +119,11 @@ class HostMemory:
         self._map = mmap.mmap(self._fd, size)
         self._map[-NONCE_BYTES:] = self.nonce
         self.path = f"/proc/{os.getpid()}/fd/{self._fd}"
+
+    @property
+    def all(self) -> memoryview:
+        """All blocks, back to back."""
+        return memoryview(self._map)[:-NONCE_BYTES]
 
     def view(self, block_id: int) -> memoryview:
         start = block_id * self.block_nbytes

@@ -54,11 +54,13 @@ from pdserve.kv_transfer.device_sums import (
     to_host,
 )
 from pdserve.kv_transfer.line import REQUEST_LIMIT, Line
-from pdserve.kv_transfer.memory import Pool
+from pdserve.kv_transfer.memory import (
+    HOST_SUMS,
+    Pool,
+)
 from pdserve.kv_transfer.nccl_owner import NcclTrouble, Owner, load_nccl
 from pdserve.kv_transfer.streams import CudaStreams, opened, with_first
 from pdserve.kv_transfer.transports import (
-    HOST_SUMS,
     SinkHalf,
     SourceHalf,
     TransportUnfit,

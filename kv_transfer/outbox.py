@@ -17,8 +17,9 @@
 Pure but for a lock and the callback: no sockets, no threads, and the clock is given. Blocks belong
 to the outbox from `offer` or `seal` (or a `cut` that is not at once over) until `on_returned` is
 called for their ticket; while it grows they are the request's. Readers of shared memory do not
-count as readers here, since nobody can see them: they learn from `release` whether the ticket still
-stood when they were done, and throw their copy away if it did not.
+count as readers here, since nobody can see them: they learn from its mark in the ledger, or from
+`release`, whether the ticket still stood when they were done, and throw their copy away if it did
+not.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ from pdserve.kv_transfer.held import (
     check_blocks,
     check_wanted,
 )
-from pdserve.protocol.ticket import RESHAPED, KVTicket, LayoutFingerprint
+from pdserve.kv_transfer.ledger import Ledger
+from pdserve.kv_transfer.memory import HOST_SUMS
+from pdserve.protocol.ticket import RESHAPED, KVTicket, LayoutFingerprint, LeaseMark, Place
 from pdserve.protocol.transfer import Fetch, Outcome, Progress
 
 log = logging.getLogger(__name__)
@@ -82,7 +85,9 @@ class Outbox:
         on_returned: Callable[[KVTicket, str], None],
         slices: int = 1,
         clock: Callable[[], float] = time.monotonic,
+        ledger: Ledger | None = None,
     ) -> None:
+        """ledger: where readers on this host see which tickets stand; None: they ask."""
         self._worker_id = worker_id
         self._epoch = epoch
         self._endpoint = (host, port)
@@ -92,6 +97,7 @@ class Outbox:
         self._slices = slices
         self._on_returned = on_returned
         self._clock = clock
+        self._ledger = ledger
         self._lock = threading.Lock()
         self._grown = threading.Condition(self._lock)
         self._held: dict[str, Held] = {}
@@ -108,16 +114,18 @@ class Outbox:
         block_ids: Sequence[int],
         num_tokens: int,
         block_hashes: Sequence[bytes],
+        place: Callable[[LeaseMark], Place] | None = None,
     ) -> KVTicket:
         """Take blocks over and mint their ticket. Raises ValueError if the numbers contradict each
-        other or the request is offered already, RuntimeError after `close`."""
+        other or the request is offered already, RuntimeError after `close`. place: what the ticket
+        says of where they lie, for a ticket with a mark."""
         ticket = self._mint(request_id, num_tokens, block_hashes, growing=False)
         check_blocks(ticket, block_ids, whole=True)
         held = Held(ticket, tuple(block_ids), self._clock() + self._lease_s)
         with self._lock:
-            self._add(held)
+            self._add(held, place)
             self._held_blocks += len(held.block_ids)
-        return ticket
+        return held.ticket
 
     def open(
         self,
@@ -180,7 +188,7 @@ class Outbox:
         Raises ValueError if it does not grow."""
         with self._lock:
             held = self._growing(request_id)
-            held.ending = held.ending or Ending.WITHDRAWN
+            self._over(held, Ending.WITHDRAWN)
             self._let_go(held)
             return self._settle(held)
 
@@ -279,18 +287,18 @@ class Outbox:
             held = self._held.get(ticket_id)
         if held is None or held.ticket.slices > 1:  # slices' checksums are wanted, not blocks'
             return
-        blocks = held.block_ids
-        fresh = [index for index in range(len(blocks)) if (kind, index) not in held.checksums]
+        known = held.checksums.setdefault(kind, {})
+        fresh = [(i, block) for i, block in enumerate(held.block_ids) if i not in known]
         for start in range(0, len(fresh), at_once):
             if held.ending is not None or held.readers:
                 return
             some = fresh[start : start + at_once]
-            sums = compute([blocks[index] for index in some])
+            sums = compute([block for _, block in some])
             with self._lock:
                 if held.ending is None:  # else the blocks may have been written to meanwhile
-                    held.checksums.update(
-                        ((kind, index), digest) for index, digest in zip(some, sums, strict=True)
-                    )
+                    known.update(zip((index for index, _ in some), sums, strict=True))
+                    if self._ledger is not None and kind == HOST_SUMS:
+                        self._ledger.know([block for _, block in some], sums)
 
     def end(self, read: Read) -> None:
         """The reader looks at the blocks no more. Call exactly once per `begin`."""
@@ -410,13 +418,22 @@ class Outbox:
     def _end(self, held: Held, ending: Ending) -> bool:
         """Mark an entry; True if nobody reads it, so that it is to be reported now. The first
         ending counts; once marked it is never reported from here again."""
-        if held.ending is not None:
+        if not self._over(held, ending):
             return False
-        held.ending = ending
         if held.growing:
             return False
         self._by_request.pop(held.ticket.request_id)
         return self._settle(held)
+
+    def _over(self, held: Held, ending: Ending) -> bool:
+        """The first ending counts: whether this is it. From here on nobody may think that a copy
+        made now is the ticket's."""
+        if held.ending is not None:
+            return False
+        held.ending = ending
+        if held.mark is not None and self._ledger is not None:
+            self._ledger.strike(held.mark)
+        return True
 
     def _settle(self, held: Held) -> bool:
         """Forget an entry if it is over and unread; whether it was."""
@@ -425,7 +442,7 @@ class Outbox:
         self._forget(held)
         return True
 
-    def _add(self, held: Held) -> None:
+    def _add(self, held: Held, place: Callable[[LeaseMark], Place] | None = None) -> None:
         request_id = held.ticket.request_id
         if self._closed:
             raise RuntimeError("The outbox is closed and takes no more blocks.")
@@ -433,6 +450,11 @@ class Outbox:
             raise ValueError(f"The request {request_id} has blocks in the outbox already.")
         self._held[held.ticket.ticket_id] = self._by_request[request_id] = held
         self._offered += 1
+        if self._ledger is not None:
+            self._ledger.forget(held.block_ids)
+            held.mark = self._ledger.enter()
+        if held.mark is not None and place is not None:
+            held.ticket = msgspec.structs.replace(held.ticket, place=place(held.mark))
 
     def _growing(self, request_id: str) -> Held:
         held = self._by_request.get(request_id)

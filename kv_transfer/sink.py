@@ -301,6 +301,8 @@ class TransferSink:
             log.exception("Fetching for %s failed.", job.ticket.request_id)
             self._report(job, job.wanted, f"The transfer failed: {error}")
             self._leases.release(job)
+        finally:
+            job.lease = None  # this thread may remember the job for long
 
     def _run(self, job: Job) -> None:
         try:
@@ -323,7 +325,9 @@ class TransferSink:
             return
         if not job.stopped:
             job.outcome = Outcome.COMMITTED
-        if not job.borrowed:  # what came was sent: nothing that the source says can change it
+        # What was sent, nothing that the source says can change; nor a copy of blocks that are seen
+        # to be the ticket's still.
+        if not job.borrowed or (job.lease is not None and job.lease.stands()):
             self._report(job)
         if self._leases.release(job):
             self._report(job)

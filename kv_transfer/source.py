@@ -26,8 +26,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+import numpy as np
+
 from pdserve.kernels.digest import digest_blocks
 from pdserve.kv_transfer.held import Read, Refusal
+from pdserve.kv_transfer.ledger import Ledger
 from pdserve.kv_transfer.line import (
     REQUEST_LIMIT,
     Complaints,
@@ -35,19 +38,24 @@ from pdserve.kv_transfer.line import (
     LineClosed,
     answer_handshake,
 )
-from pdserve.kv_transfer.memory import BlockMemory, Pool, as_pool
+from pdserve.kv_transfer.memory import (
+    HOST_SUMS,
+    BlockMemory,
+    Pool,
+    as_pool,
+    host_id,
+)
 from pdserve.kv_transfer.outbox import Outbox, OutboxCounters
 from pdserve.kv_transfer.parcels import Packing, blocks_of, stream_of
 from pdserve.kv_transfer.parcels import objection as parcels_objection
 from pdserve.kv_transfer.slices import Cuts
 from pdserve.kv_transfer.transports import (
-    HOST_SUMS,
     SOURCE_HALVES,
     SourceHalf,
     TransportUnfit,
 )
 from pdserve.protocol.errors import ProtocolError
-from pdserve.protocol.ticket import KVTicket, LayoutFingerprint
+from pdserve.protocol.ticket import KVTicket, LayoutFingerprint, LeaseMark, Place
 from pdserve.protocol.transfer import (
     WATCH_S,
     Fetch,
@@ -70,6 +78,8 @@ CLOSE_TIMEOUT_S = 3.0
 
 SUMMED_BYTES = 4 * 2**20
 """Summed at once for a reader, who may be told to stop in between."""
+SUMMED_AHEAD_BYTES = 2**20
+"""Summed at once while nobody waits."""
 SUMMED_AT_ONCE_BYTES = 2**30
 """The same by a transport that does it on a device."""
 SUMMING_NICENESS = 5
@@ -153,6 +163,7 @@ class TransferSource:
         self._max_connections = max_connections
         self._listener = _listen(bind or host, port)
         self.port = int(self._listener.getsockname()[1])
+        self._ledger, self._host_id = Ledger(self._pool.num_blocks, fingerprint), host_id()
         self.outbox = Outbox(
             worker_id=worker_id,
             epoch=epoch,
@@ -164,6 +175,7 @@ class TransferSource:
             on_returned=on_returned,
             slices=slices,
             clock=clock,
+            ledger=self._ledger,
         )
         self._clock = clock
         self._complain = Complaints(log)
@@ -196,7 +208,8 @@ class TransferSource:
     ) -> KVTicket:
         """See `Outbox.offer`. Raises ValueError also for blocks outside the pool."""
         self._check(block_ids)
-        ticket = self.outbox.offer(request_id, block_ids, num_tokens, block_hashes)
+        place = self._place(block_ids)
+        ticket = self.outbox.offer(request_id, block_ids, num_tokens, block_hashes, place)
         self._sum_soon(ticket.ticket_id)
         return ticket
 
@@ -252,6 +265,20 @@ class TransferSource:
         """See `Outbox.cut`."""
         return self.outbox.cut(request_id)
 
+    def _place(self, block_ids: Sequence[int]) -> Callable[[LeaseMark], Place] | None:
+        if "shm" not in self._cuts.of(1).halves:
+            return None
+        blocks = np.asarray(block_ids, "<u4").tobytes()
+        path, nonce = self._pool.path, self._pool.nonce
+        return lambda mark: Place(
+            host_id=self._host_id,
+            path=path,
+            nonce=nonce,
+            block_nbytes=self._pool.block_nbytes,
+            blocks=blocks,
+            mark=mark,
+        )
+
     def _sum_soon(self, ticket_id: str) -> None:
         if self._ahead is not None:
             self._fresh.put(ticket_id)
@@ -294,6 +321,7 @@ class TransferSource:
         for thread in [*self._threads, *lines.values()]:
             if thread is not threading.current_thread():
                 thread.join(max(0.0, deadline - time.monotonic()))
+        self._ledger.close()
 
     def __enter__(self) -> Self:
         return self
@@ -393,6 +421,8 @@ class TransferSource:
             valid = self.outbox.release(
                 message.ticket_id, message.epoch, message.outcome, line.peer
             )
+            with self._lock:
+                self._bytes_out += message.nbytes
         self._say(line, Released(ticket_id=message.ticket_id, valid=valid))
 
     def _tell(self, line: Line, watch: Watch) -> None:
@@ -446,7 +476,8 @@ class TransferSource:
         how = summing(half, pool)
         try:
             sums = read.checksums(how.kind, lambda blocks: self._checksums(read, how, blocks))
-            header = half.describe(self._header(fetch, pool.block_nbytes, sums), blocks)
+            header = self._header(fetch, pool.block_nbytes, sums, read.held.mark)
+            header = half.describe(header, blocks)
         except TransportUnfit as error:
             self._refuse(line, fetch, str(error), retry_other_transport=True)
             return 0
@@ -462,18 +493,21 @@ class TransferSource:
             packed = packing.pack(blocks_of(self._pool), blocks, fetch.wanted).cpu()
         data, nbytes = packed.view(-1).numpy(), int(packed.shape[1])
         sums = digest_blocks(data, range(len(fetch.wanted)), nbytes)
-        header = self._header(fetch, nbytes, tuple(sums))
+        header = self._header(fetch, nbytes, tuple(sums), read.held.mark)
         self._say(line, half.describe_parcels(header, blocks))
         half.send_parcels(line, data, lambda: self._patience(read))
         return len(data)
 
-    def _header(self, fetch: Fetch, nbytes: int, checksums: tuple[int, ...]) -> FetchHeader:
+    def _header(
+        self, fetch: Fetch, nbytes: int, checksums: tuple[int, ...], mark: LeaseMark | None
+    ) -> FetchHeader:
         return FetchHeader(
             ticket_id=fetch.ticket_id,
             epoch=fetch.epoch,
             num_blocks=len(fetch.wanted),
             block_nbytes=nbytes,
             checksums=checksums,
+            mark=mark if fetch.host_id == self._host_id else None,
         )
 
     def _patience(self, read: Read) -> float:
@@ -524,7 +558,8 @@ def summing(half: SourceHalf, pool: Pool) -> Summing:
     if kind != HOST_SUMS:
         many = max(1, SUMMED_AT_ONCE_BYTES // pool.block_nbytes)
         return Summing(kind, half.digests, many, many)  # type: ignore[attr-defined]
-    return Summing(kind, pool.digests, max(1, SUMMED_BYTES // pool.block_nbytes), 1)
+    at_once, ahead = (max(1, n // pool.block_nbytes) for n in (SUMMED_BYTES, SUMMED_AHEAD_BYTES))
+    return Summing(kind, pool.digests, at_once, ahead)
 
 
 def _is_seldom(half: SourceHalf) -> bool:

@@ -22,6 +22,7 @@ from pdserve.kv_transfer.line import Line
 from pdserve.kv_transfer.memory import (
     BlockMemory,
     MappedPool,
+    Numbers,
     Pool,
     PoolError,
     host_id,
@@ -30,6 +31,7 @@ from pdserve.kv_transfer.memory import (
 from pdserve.kv_transfer.parcels import Packing, blocks_in, blocks_of, stream_of
 from pdserve.kv_transfer.slices import Sliceable
 from pdserve.protocol.errors import PdserveError
+from pdserve.protocol.ticket import Place
 from pdserve.protocol.transfer import Fetch, FetchHeader
 
 CHUNK_BYTES = 512 * 2**10
@@ -45,9 +47,6 @@ PIECES = (4 * 2**20, 64 * 2**20)
 before it: the first arrives soon, the source sums one while the sink receives another (if it has
 not summed them all since the offer), and there are few exchanges, each of which may cost the sink
 its core for a while."""
-HOST_SUMS = "xxh3"
-"""What the pools' own checksums are called."""
-
 Wait = Callable[[], float]
 """Gives the deadline (time.monotonic seconds) of the next wait; raises to stop the transfer."""
 
@@ -94,7 +93,9 @@ class Receiver(Protocol):
 
 class SinkHalf(Receiver, Sliceable, Protocol):
     """Shared by the sink's threads. One that has a method `detail(source, epoch) -> str` is asked
-    for `Fetch.detail`, one that has `reaches(source) -> bool` whether to be tried at all."""
+    for `Fetch.detail`, one that has `reaches(source) -> bool` whether to be tried at all, and one
+    that has `copied(line, place, blocks, targets, wait)` copies whole blocks as `receive` does, but
+    out of the ticket's place and without a header."""
 
 
 class ParcelSource(Protocol):
@@ -273,8 +274,17 @@ class ShmSink:
         if len(header.pool_blocks) != len(targets):
             raise TransportUnfit("The source named another number of blocks than were wanted.")
         try:
-            theirs = self._map(line, header, header.block_nbytes)
+            theirs = self._map(line, header.pool_path, header.pool_nonce, header.block_nbytes)
             yield from self._copy(theirs, header.pool_blocks, targets, wait)
+        except (PoolError, IndexError) as error:
+            raise TransportUnfit(str(error)) from None
+
+    def copied(
+        self, line: Line, place: Place, blocks: Numbers, targets: Sequence[int], wait: Wait
+    ) -> Iterator[list[int]]:
+        try:
+            theirs = self._map(line, place.path, place.nonce, self._pool.block_nbytes)
+            yield from self._copy(theirs, blocks, targets, wait)
         except (PoolError, IndexError) as error:
             raise TransportUnfit(str(error)) from None
 
@@ -282,7 +292,7 @@ class ShmSink:
         return ShmParcels(job, self._map)
 
     def _copy(
-        self, theirs: MappedPool, blocks: Sequence[int], targets: Sequence[int], wait: Wait
+        self, theirs: MappedPool, blocks: Numbers, targets: Sequence[int], wait: Wait
     ) -> Iterator[list[int]]:
         pool, size = self._pool, self._pool.block_nbytes
         if pool.in_place:
@@ -302,14 +312,13 @@ class ShmSink:
             complete += count
             yield sums
 
-    def _map(self, line: Line, header: FetchHeader, block_nbytes: int) -> MappedPool:
-        key = (header.pool_path, header.pool_nonce)
+    def _map(self, line: Line, path: str, nonce: bytes, block_nbytes: int) -> MappedPool:
+        key = (path, nonce)
         with self._lock:
             pool = self._mapped.get(key)
             if pool is None:
-                pool = MappedPool(header.pool_path, block_nbytes, header.pool_nonce)
-                self._mapped[key] = pool
-        line.keeps = pool
+                pool = self._mapped[key] = MappedPool(path, block_nbytes, nonce)
+        line.keeps["pool"] = pool
         return pool
 
 
@@ -319,7 +328,7 @@ class ShmParcels:
     borrows = True
 
     def __init__(
-        self, job: Unpacking, map_pool: Callable[[Line, FetchHeader, int], MappedPool]
+        self, job: Unpacking, map_pool: Callable[[Line, str, bytes, int], MappedPool]
     ) -> None:
         self._job, self._map = job, map_pool
 
@@ -329,7 +338,7 @@ class ShmParcels:
         job = self._job
         try:
             size = job.theirs.block_nbytes
-            pool = blocks_in(self._map(line, header, size).all, size)
+            pool = blocks_in(self._map(line, header.pool_path, header.pool_nonce, size).all, size)
             for chunk in job.chunks(targets):
                 wait()
                 wanted = [job.numbers[target] for target in chunk]

@@ -70,6 +70,33 @@ class LayoutFingerprint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
         return layout.digest()
 
 
+class LeaseMark(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where a reader on the source's host sees whether a ticket stands, and what the source has
+    summed of it (`kv_transfer/ledger.py`)."""
+
+    path: str
+    """Under which the source's ledger can be opened."""
+    nonce: bytes
+    """Found at its end."""
+    slot: int
+    stamp: int
+    """What the slot holds as long as the ticket stands."""
+
+
+class Place(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where a ticket's blocks lie in memory that others on the host may map."""
+
+    host_id: str
+    path: str
+    """Under which the source's pool can be opened."""
+    nonce: bytes
+    """Found at its end."""
+    block_nbytes: int
+    blocks: bytes
+    """The numbers of the ticket's blocks in that pool, in order: uint32, little-endian."""
+    mark: LeaseMark
+
+
 class KVTicket(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Names the KV blocks that a prefill worker holds for one request, and where to fetch them.
 
@@ -103,3 +130,5 @@ class KVTicket(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     slices: int = 1
     """Of a growing ticket: equal parts of a block, some neighbouring layers each, that become
     ready one after the other and may be fetched by themselves."""
+    place: Place | None = None
+    """For a reader on the same host: enough to copy the blocks without a word to the source."""

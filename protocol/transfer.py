@@ -6,7 +6,7 @@ import enum
 
 import msgspec
 
-from pdserve.protocol.ticket import LayoutFingerprint
+from pdserve.protocol.ticket import LayoutFingerprint, LeaseMark
 
 WATCH_S = 1.0
 """Longest a source lets a reader of a growing ticket wait for news."""
@@ -129,6 +129,8 @@ class FetchHeader(
     "ipc": names the pool among those of this source."""
     pool_device: DevicePool | None = None
     """"ipc": where the pool lies."""
+    mark: LeaseMark | None = None
+    """Of the ticket, for a reader on the same host."""
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="refused"):
@@ -168,6 +170,8 @@ class Release(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     ticket_id: str
     epoch: int
     outcome: Outcome
+    nbytes: int = 0
+    """What it copied by itself, without a `Fetch`."""
 
 
 class Released(
@@ -175,7 +179,8 @@ class Released(
 ):
     """Answer to `Release` and `Renew`: whether the lease still stood at that moment.
 
-    A reader of shared memory must not use what it copied unless `valid` is true."""
+    A reader of shared memory must not use what it copied unless `valid` is true, or it has seen
+    the ticket's mark when its copy was complete."""
 
     ticket_id: str
     valid: bool

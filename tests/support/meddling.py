@@ -14,8 +14,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 from pdserve.kv_transfer.line import Line
-from pdserve.kv_transfer.memory import Pool
-from pdserve.kv_transfer.transports import HOST_SUMS, SinkHalf, SourceHalf
+from pdserve.kv_transfer.memory import (
+    HOST_SUMS,
+    Pool,
+)
+from pdserve.kv_transfer.transports import (
+    SinkHalf,
+    SourceHalf,
+)
 from pdserve.protocol.transfer import Fetch, FetchHeader
 
 OFTEN = 0.1

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from transfer_rig import PATIENCE_S, Rig, is_poison, poison
 
 from pdserve.kv_transfer.line import Address, Line, connect
+from pdserve.kv_transfer.memory import host_id
 from pdserve.kv_transfer.source import TransferSource
-from pdserve.protocol.ticket import KVTicket
+from pdserve.protocol.ticket import KVTicket, LeaseMark, Place
 from pdserve.protocol.transfer import (
     DevicePool,
     Fetch,
@@ -43,6 +44,7 @@ FUZZ = settings(
 )
 NUMBERS = st.integers(-(2**63), 2**63 - 1) | st.integers(-3, 70)
 TEXTS = st.text(max_size=8) | st.sampled_from(["shm", "tcp", "ipc", "nccl", "prefill-0"])
+PATHS = st.text(max_size=12) | st.just("/proc/self/fd/0")
 SHORT = st.binary(max_size=20)
 TO_READER: MessageDecoder[object] = MessageDecoder(ToReader)
 MANY = st.lists(NUMBERS, max_size=6).map(tuple)
@@ -210,6 +212,16 @@ def test_any_answer_to_a_sink(
     rig.between_devices = transport in ("ipc", "nccl")
     ticket = rig.ticket(rig.source(), "r", [1, 2])
     rig.returned.got.clear()
+    marks = st.builds(LeaseMark, path=PATHS, nonce=SHORT, slot=NUMBERS, stamp=NUMBERS)
+    places = st.builds(
+        Place,
+        host_id=st.just(host_id()) | TEXTS,
+        path=PATHS,
+        nonce=SHORT,
+        block_nbytes=st.just(3000) | NUMBERS,
+        blocks=SHORT | st.just(bytes(8)),
+        mark=marks | st.just(ticket.place.mark if ticket.place else None),
+    )
     unsigned = st.lists(st.integers(0, 2**64 - 1), max_size=4).map(tuple)
     answers = st.one_of(
         st.builds(
@@ -219,10 +231,11 @@ def test_any_answer_to_a_sink(
             num_blocks=st.just(2) | NUMBERS,
             block_nbytes=st.just(3000) | NUMBERS,
             checksums=st.just((1, 2)) | unsigned,
-            pool_path=TEXTS | st.just("/proc/self/fd/0"),
+            pool_path=PATHS,
             pool_blocks=MANY,
             pool_nonce=SHORT,
             pool_device=device,
+            mark=st.none() | marks,
         ),
         st.builds(Refused, ticket_id=TEXTS, reason=TEXTS, retry_other_transport=st.booleans()),
         st.builds(Released, ticket_id=TEXTS, valid=st.booleans()),
@@ -231,7 +244,8 @@ def test_any_answer_to_a_sink(
     ).map(encode_frame) | st.binary(max_size=40)
     port = answering(data.draw(answers) + data.draw(SHORT))
     sink = rig.sink(ours, stall_s=0.5, transport=transport)
-    report = rig.fetch(sink, msgspec.structs.replace(ticket, port=port), [0, 1], [3, 4]).only()
+    ticket = msgspec.structs.replace(ticket, port=port, place=data.draw(st.none() | places))
+    report = rig.fetch(sink, ticket, [0, 1], [3, 4]).only()
     sink.close()
     assert report.failed and report.reason
     assert all(is_poison(ours, block) for block in (0, 1, 2, 5, 6, 7))

@@ -330,7 +330,7 @@ def test_a_source_that_lies(
     ours = rig.memory()
     poison(ours)
     ticket = rig.ticket(rig.source(), "r", [1])
-    ticket = msgspec.structs.replace(ticket, port=dishonest.port)
+    ticket = msgspec.structs.replace(ticket, port=dishonest.port, place=None)
     sink = rig.sink(ours, transport="shm", stall_s=1.0)
     report = rig.fetch(sink, ticket, [0], [1]).only()
     assert report.failed == (0,)
