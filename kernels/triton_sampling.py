@@ -1,9 +1,13 @@
 """From logits to tokens in Triton, without sorting the vocabulary; see `pdserve.kernels.sampling`.
 
-A row is drawn in three steps. Each reads the row once, but for the second, which only filtered rows
-take: it narrows an interval of scores down to the smallest score that is kept, by counting (top-k)
-or adding up (top-p) what lies above a score in its middle. Both ends are always scores that exist,
-so it ends with the exact score, after about as many passes as the vocabulary has bits.
+A row is drawn in three steps: the smallest score that its filters keep (`triton_filters`), the
+race of all chunks of the vocabulary in float32, and the race in float64 of the chunks that the
+first one leaves in doubt, which nearly always is one chunk. So the result is that of float64.
+
+The keys of the first race, score - ln(E), are off by at most AHEAD + SLACK · |key|: E has a
+relative error below 1e-5 (`near_exponential`), its logarithm, below 24 in size, one below 2⁻²² (so
+5.7e-6), and the difference is rounded at 2⁻²⁴ of its size. A chunk whose largest near key lies more
+than 4 · (AHEAD + SLACK · |key|) below the row's largest cannot hold the winner.
 """
 
 from __future__ import annotations
@@ -13,11 +17,12 @@ import triton
 import triton.language as tl
 
 from pdserve.kernels.configs import chosen
+from pdserve.kernels.triton_filters import GROUP, scores_at, thresholds
 
 CHUNK = 4096
 """Tokens per program of a pass over all rows."""
-SEARCH = 4096
-"""Tokens at a time in the search, by one program per row."""
+AHEAD, SLACK = 2.0**-14, 2.0**-22
+"""Errors of a near key, several times what they can be."""
 
 
 def apply_penalties(
@@ -73,37 +78,30 @@ def sample(
     if rows == 0:
         return torch.empty(0, dtype=torch.int64, device=device)
     config = chosen("sample")
-    chunks = triton.cdiv(vocab, config["CHUNK"])
-    least = torch.empty(rows, dtype=torch.float32, device=device)
-    threshold_kernel[(rows,)](
-        logits,
-        temperature,
-        top_k,
-        top_p,
-        min_p,
-        least,
-        vocab,
-        logits.stride(0),
-        TILE=min(SEARCH, triton.next_power_of_2(vocab)),
-        num_warps=16,
+    chunk = min(config["CHUNK"], max(GROUP, triton.next_power_of_2(vocab)))
+    warps = config["num_warps"]
+    chunks = triton.cdiv(vocab, chunk)
+    least, tops = thresholds(logits, temperature, top_k, top_p, min_p, chunk, warps)
+    keys = torch.empty((rows, chunks), dtype=torch.float32, device=device)
+    shared = (logits, temperature, least, seeds, positions)
+    near_race_kernel[(rows, chunks)](
+        *shared, tops, keys, vocab, chunks, logits.stride(0), CHUNK=chunk, num_warps=warps
     )
-    keys = torch.empty((rows, chunks), dtype=torch.float64, device=device)
-    tokens = torch.empty((rows, chunks), dtype=torch.int64, device=device)
-    race_kernel[(rows, chunks)](
-        logits,
-        temperature,
-        least,
-        seeds,
-        positions,
+    tokens = torch.empty(rows, dtype=torch.int64, device=device)
+    race_kernel[(rows,)](
+        *shared,
         keys,
         tokens,
         vocab,
         chunks,
         logits.stride(0),
-        **config,
+        CHUNK=chunk,
+        CHUNKS_PAD=triton.next_power_of_2(chunks),
+        AHEAD=AHEAD,
+        SLACK=SLACK,
+        num_warps=warps,
     )
-    winner = keys.argmax(dim=1, keepdim=True)
-    return tokens.gather(1, winner).squeeze(1)
+    return tokens
 
 
 def log_probabilities(
@@ -188,111 +186,61 @@ def statistics_kernel(
 
 
 @triton.jit
-def scores_at(row_ptr, token, vocab, temperature):
-    """logit / temperature, correctly rounded as in the reference; -inf past the vocabulary."""
-    logits = tl.load(row_ptr + token, mask=token < vocab, other=float("-inf"))
-    return tl.div_rn(logits, temperature + tl.zeros_like(logits))
+def quads_of(chunk, seed, position, CHUNK: tl.constexpr):
+    """Tokens [CHUNK / 4, 4] of a chunk and the word of each: a Philox block serves four tokens."""
+    quad = chunk * (CHUNK // 4) + tl.arange(0, CHUNK // 4)
+    zero = tl.zeros_like(quad).to(tl.uint32)
+    word0, word1, word2, word3 = tl.philox(
+        seed,
+        quad.to(tl.uint32),
+        zero + (position & 0xFFFFFFFF).to(tl.uint32),
+        zero + ((position >> 32) & 0xFFFFFFFF).to(tl.uint32),
+        zero,
+    )
+    words = tl.join(tl.join(word0, word2), tl.join(word1, word3))
+    return quad[:, None] * 4 + tl.arange(0, 4)[None, :], tl.reshape(words, [CHUNK // 4, 4])
 
 
 @triton.jit
-def search(
-    row_ptr,
-    vocab,
-    temperature,
-    low,
-    high,
-    top,
-    floor,
-    wanted,
-    BY_MASS: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """The largest score v in [low, high] above which (v included) there are `wanted` scores, or
-    with BY_MASS, a sum of exp(score - top) of `wanted` among those from `floor` up.
+def near_exponential(word):
+    """-ln(1 - u) in float32, u = (word + ½) / 2³², with a relative error below 1e-5.
 
-    low: the smallest score, for which that is true; high: the largest."""
-    while low < high:
-        middle = low + (high - low) * 0.5
-        # Of two neighbouring floats the middle may be the lower one: then ask about the upper.
-        pivot = tl.where(middle > low, middle, high)
-        found = tl.zeros([TILE], dtype=tl.float32)
-        at_least = tl.full([TILE], float("inf"), dtype=tl.float32)
-        below = tl.full([TILE], float("-inf"), dtype=tl.float32)
-        for start in range(0, vocab, TILE):
-            token = start + tl.arange(0, TILE)
-            scores = scores_at(row_ptr, token, vocab, temperature)
-            above = scores >= pivot
-            if BY_MASS:
-                found += tl.where(above & (scores >= floor), tl.exp(scores - top), 0.0)
-            else:
-                found += above.to(tl.float32)
-            at_least = tl.minimum(at_least, tl.where(above, scores, float("inf")))
-            below = tl.maximum(below, tl.where(above, float("-inf"), scores))
-        if tl.sum(found, axis=0) >= wanted:
-            low = tl.min(at_least, axis=0)
-        else:
-            high = tl.maximum(tl.max(below, axis=0), low)
-    return low
+    For small u the series Σ uⁿ / n, whose sixth power is below 2⁻²⁴; for others ln of 1 - u, made
+    from the word's complement: it loses nothing near 1, and its logarithm is at least 1/16."""
+    u = (word.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    rest = ((word ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    series = 1.0 + u * (0.5 + u * (1 / 3 + u * (0.25 + u * (0.2 + u * (1 / 6)))))
+    return tl.where(u < 0.0625, u * series, -tl.log(rest))
 
 
 @triton.jit
-def threshold_kernel(
+def near_race_kernel(
     logit_ptr,
     temperature_ptr,
-    top_k_ptr,
-    top_p_ptr,
-    min_p_ptr,
     least_ptr,
+    seed_ptr,
+    position_ptr,
+    top_ptr,
+    key_ptr,
     vocab,
+    chunks,
     stride,
-    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
-    """The smallest score that one row keeps; -inf for a row without filters."""
+    """About the largest score - ln(E) among CHUNK tokens of one row; -inf where none may win."""
     row = tl.program_id(0).to(tl.int64)
-    row_ptr = logit_ptr + row * stride
-    temperature = tl.load(temperature_ptr + row)
-    top_k = tl.load(top_k_ptr + row).to(tl.int64)
-    top_p = tl.load(top_p_ptr + row)
-    min_p = tl.load(min_p_ptr + row)
-    least = float("-inf")
-    limited = (top_k > 0) & (top_k < vocab)
-    if limited | (top_p < 1) | (min_p > 0):
-        highest = tl.full([TILE], float("-inf"), dtype=tl.float32)
-        lowest = tl.full([TILE], float("inf"), dtype=tl.float32)
-        finite = tl.zeros([TILE], dtype=tl.int32)
-        for start in range(0, vocab, TILE):
-            token = start + tl.arange(0, TILE)
-            scores = scores_at(row_ptr, token, vocab, temperature)
-            possible = scores > float("-inf")
-            highest = tl.maximum(highest, scores)
-            lowest = tl.minimum(lowest, tl.where(possible, scores, float("inf")))
-            finite += possible.to(tl.int32)
-        top = tl.max(highest, axis=0)
-        bottom = tl.min(lowest, axis=0)
-        least = bottom
-        if limited & (tl.sum(finite, axis=0) > top_k):
-            wanted = top_k.to(tl.float32)
-            least = search(
-                row_ptr, vocab, temperature, bottom, top, top, bottom, wanted, False, TILE
-            )
-        if top_p < 1:
-            total = tl.zeros([TILE], dtype=tl.float32)
-            for start in range(0, vocab, TILE):
-                token = start + tl.arange(0, TILE)
-                scores = scores_at(row_ptr, token, vocab, temperature)
-                total += tl.where(scores >= least, tl.exp(scores - top), 0.0)
-            wanted = top_p * tl.sum(total, axis=0)
-            least = search(row_ptr, vocab, temperature, least, top, top, least, wanted, True, TILE)
-        if min_p > 0:
-            least = tl.maximum(least, top + tl.log(min_p))
-    tl.store(least_ptr + row, least)
-
-
-@triton.jit
-def better(key, token, other_key, other_token):
-    """The larger key with its token; of equals the lower token."""
-    wins = (other_key > key) | ((other_key == key) & (other_token < token))
-    return tl.where(wins, other_key, key), tl.where(wins, other_token, token)
+    chunk = tl.program_id(1)
+    least = tl.load(least_ptr + row)
+    largest = float("-inf")
+    # The chunk's largest score is known where the row has a threshold.
+    if (least == float("-inf")) | (tl.load(top_ptr + row * chunks + chunk) >= least):
+        seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
+        token, word = quads_of(chunk, seed, position, CHUNK)
+        scores = scores_at(logit_ptr + row * stride, token, vocab, tl.load(temperature_ptr + row))
+        keys = scores - tl.log(near_exponential(word))
+        keys = tl.where((scores >= least) & (token < vocab), keys, float("-inf"))
+        largest = tl.max(tl.max(keys, axis=1), axis=0)
+    tl.store(key_ptr + row * chunks + chunk, largest)
 
 
 @triton.jit
@@ -308,44 +256,35 @@ def race_kernel(
     chunks,
     stride,
     CHUNK: tl.constexpr,
+    CHUNKS_PAD: tl.constexpr,
+    AHEAD: tl.constexpr,
+    SLACK: tl.constexpr,
 ):
-    """The winner among CHUNK tokens of one row: the largest score - ln(E) in float64, with E the
-    exponential variate of (seed, position, token). One Philox block serves four tokens."""
+    """The winner of one row: the largest score - ln(E) in float64, with E the exponential variate
+    of (seed, position, token), of equals the lowest token. Only chunks that may hold it are read;
+    0 where nothing can win."""
     row = tl.program_id(0).to(tl.int64)
-    chunk = tl.program_id(1)
-    row_ptr = logit_ptr + row * stride
     temperature = tl.load(temperature_ptr + row)
     least = tl.load(least_ptr + row)
-    seed = tl.load(seed_ptr + row)
-    position = tl.load(position_ptr + row)
-    quad = chunk * (CHUNK // 4) + tl.arange(0, CHUNK // 4)
-    zero = tl.zeros_like(quad)
-    low = (position & 0xFFFFFFFF).to(tl.uint32)
-    high = ((position >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    word0, word1, word2, word3 = tl.philox(
-        seed,
-        quad.to(tl.uint32),
-        zero.to(tl.uint32) + low,
-        zero.to(tl.uint32) + high,
-        zero.to(tl.uint32),
-    )
-    token = quad * 4
-    key = keys_of(row_ptr, token, vocab, temperature, least, word0)
-    best = token
-    for which in tl.static_range(1, 4):
-        word = word1 if which == 1 else (word2 if which == 2 else word3)
-        other = keys_of(row_ptr, token + which, vocab, temperature, least, word)
-        key, best = better(key, best, other, token + which)
-    largest = tl.max(key, axis=0)
-    winner = tl.min(tl.where(key == largest, best, 0x7FFFFFFF), axis=0)
-    tl.store(key_ptr + row * chunks + chunk, largest)
-    tl.store(winner_ptr + row * chunks + chunk, winner.to(tl.int64))
-
-
-@triton.jit
-def keys_of(row_ptr, token, vocab, temperature, least, word):
-    """score - ln(-ln(1 - u)), u = (word + ½) / 2³²: 1 - u is exact in float64. -inf if filtered."""
-    scores = scores_at(row_ptr, token, vocab, temperature)
-    rest = 1.0 - (word.to(tl.float64) + 0.5) * 2.3283064365386963e-10
-    keys = scores.to(tl.float64) - tl.log(-tl.log(rest))
-    return tl.where((scores >= least) & (token < vocab), keys, float("-inf"))
+    seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
+    index = tl.arange(0, CHUNKS_PAD)
+    near = tl.load(key_ptr + row * chunks + index, mask=index < chunks, other=float("-inf"))
+    highest = tl.max(near, axis=0)
+    size = tl.abs(highest)
+    margin = tl.where(size < float("inf"), 4.0 * (AHEAD + SLACK * size), 0.0)
+    possible = (near >= highest - margin) & (near > float("-inf"))
+    best, winner = tl.full([], float("-inf"), dtype=tl.float64), tl.full([], 0, dtype=tl.int32)
+    chunk = tl.min(tl.where(possible, index, CHUNKS_PAD), axis=0)
+    while chunk < chunks:
+        token, word = quads_of(chunk, seed, position, CHUNK)
+        scores = scores_at(logit_ptr + row * stride, token, vocab, temperature)
+        # 1 - u is exact in float64.
+        rest = 1.0 - (word.to(tl.float64) + 0.5) * 2.3283064365386963e-10
+        keys = scores.to(tl.float64) - tl.log(-tl.log(rest))
+        keys = tl.where((scores >= least) & (token < vocab), keys, float("-inf"))
+        largest = tl.max(tl.max(keys, axis=1), axis=0)
+        first = tl.where(keys == largest, token, 0x7FFFFFFF)
+        if largest > best:  # a later chunk's equals are higher tokens
+            best, winner = largest, tl.min(tl.min(first, axis=1), axis=0)
+        chunk = tl.min(tl.where(possible & (index > chunk), index, CHUNKS_PAD), axis=0)
+    tl.store(winner_ptr + row, winner.to(tl.int64))

@@ -22,6 +22,7 @@ from pdserve.kernels import (
     triton_cache,
     triton_decode,
     triton_experts,
+    triton_filters,
     triton_matmul,
     triton_norm,
     triton_prefill,
@@ -72,7 +73,8 @@ POINTERS = {
     "least_ptr": "*fp32",
     "seed_ptr": "*i64",
     "position_ptr": "*i64",
-    "key_ptr": "*fp64",
+    "maximum_ptr": "*fp32",
+    "list_ptr": "*i32",
     "winner_ptr": "*i64",
     "pool_ptr": "*i32",
     "buffer_ptr": "*i32",
@@ -272,8 +274,23 @@ CASES: list[tuple[Any, dict[str, Any], dict[str, str]]] = [
     (triton_sampling.penalties_kernel, {"BLOCK": 256}, {}),
     (triton_sampling.bitmask_kernel, {"CHUNK": 4096}, {}),
     (triton_sampling.statistics_kernel, {"CHUNK": 4096}, {}),
-    (triton_sampling.threshold_kernel, {"TILE": 4096}, {}),
-    (triton_sampling.race_kernel, {"CHUNK": 4096}, {}),
+    (triton_filters.maxima_kernel, {"CHUNK": 4096, "GROUP": 64}, {}),
+    (
+        triton_filters.threshold_kernel,
+        {"CHUNKS_PAD": 64, "GROUPS_PAD": 4096, "GROUP": 64, "TILE": 4096, "WIDER": 16},
+        {},
+    ),
+    (triton_sampling.near_race_kernel, {"CHUNK": 4096}, {"key_ptr": "*fp32"}),
+    (
+        triton_sampling.race_kernel,
+        {
+            "CHUNK": 4096,
+            "CHUNKS_PAD": 64,
+            "AHEAD": triton_sampling.AHEAD,
+            "SLACK": triton_sampling.SLACK,
+        },
+        {"key_ptr": "*fp32"},
+    ),
     *[
         quantized_case(kind, group, many=many)
         for kind, group, many in [
