@@ -107,8 +107,7 @@ def sample(
 def log_probabilities(
     logits: torch.Tensor, token_ids: torch.Tensor, top: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See `pdserve.kernels.log_probabilities`. The most likely tokens are torch.topk's, a radix
-    selection on CUDA."""
+    """See `pdserve.kernels.log_probabilities`. The most likely tokens are torch.topk's."""
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     rows, vocab = logits.shape
     device = logits.device
@@ -116,15 +115,42 @@ def log_probabilities(
     tops = torch.empty((rows, chunks), dtype=torch.float32, device=device)
     sums = torch.empty((rows, chunks), dtype=torch.float32, device=device)
     above = torch.empty((rows, chunks), dtype=torch.int64, device=device)
+    maxima = torch.empty((rows, chunks * CHUNK // GROUP), dtype=torch.float32, device=device)
     if rows:
         statistics_kernel[(rows, chunks)](
-            logits, token_ids, tops, sums, above, vocab, chunks, logits.stride(0), CHUNK=CHUNK
+            logits,
+            token_ids,
+            tops,
+            sums,
+            above,
+            maxima,
+            vocab,
+            chunks,
+            logits.stride(0),
+            CHUNK=CHUNK,
+            GROUP=GROUP,
         )
     highest = tops.amax(dim=1, keepdim=True)
     total = highest + (sums * (tops - highest).exp()).sum(dim=1, keepdim=True).log()
     own = logits.gather(1, token_ids.unsqueeze(1))
-    values, ids = logits.topk(min(top, vocab), dim=-1)
+    values, ids = best_of(logits, maxima, min(top, vocab))
     return (own - total).squeeze(1), above.sum(dim=1) + 1, ids, values - total
+
+
+def best_of(
+    logits: torch.Tensor, maxima: torch.Tensor, top: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `top` largest of each row and their tokens: they lie in the `top` groups of the largest
+    maxima, so where these are few and whole, only these are looked at."""
+    vocab = logits.shape[1]
+    if vocab % GROUP or 2 * top * GROUP > vocab:
+        values, tokens = logits.topk(top, dim=-1)
+        return values, tokens
+    groups = maxima[:, : vocab // GROUP].topk(top, dim=-1, sorted=False).indices
+    tokens = groups.unsqueeze(2) * GROUP + torch.arange(GROUP, device=logits.device)
+    tokens = tokens.flatten(1)
+    values, places = logits.gather(1, tokens).topk(top, dim=-1)
+    return values, tokens.gather(1, places)
 
 
 @triton.jit(do_not_specialize=["entries"])
@@ -169,20 +195,34 @@ def bitmask_kernel(logit_ptr, row_ptr, mask_ptr, vocab, stride, mask_stride, CHU
 
 @triton.jit
 def statistics_kernel(
-    logit_ptr, token_ptr, top_ptr, sum_ptr, above_ptr, vocab, chunks, stride, CHUNK: tl.constexpr
+    logit_ptr,
+    token_ptr,
+    top_ptr,
+    sum_ptr,
+    above_ptr,
+    maximum_ptr,
+    vocab,
+    chunks,
+    stride,
+    CHUNK: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    """Of CHUNK tokens of one row: the largest logit, Σ exp(logit - it), and how many are larger
-    than the row's own token's."""
+    """Of CHUNK tokens of one row: the largest logit, Σ exp(logit - it), how many are larger than
+    the row's own token's, and the largest of each GROUP."""
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
-    token = chunk * CHUNK + tl.arange(0, CHUNK)
+    group = tl.arange(0, CHUNK // GROUP)
+    token = chunk * CHUNK + group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     logits = tl.load(logit_ptr + row * stride + token, mask=token < vocab, other=float("-inf"))
     own = tl.load(logit_ptr + row * stride + tl.load(token_ptr + row))
-    top = tl.max(logits, axis=0)
+    maxima = tl.max(logits, axis=1)
+    tl.store(maximum_ptr + (row * chunks + chunk) * (CHUNK // GROUP) + group, maxima)
+    top = tl.max(maxima, axis=0)
     base = tl.where(top == float("-inf"), 0.0, top)
     tl.store(top_ptr + row * chunks + chunk, top)
-    tl.store(sum_ptr + row * chunks + chunk, tl.sum(tl.exp(logits - base), axis=0))
-    tl.store(above_ptr + row * chunks + chunk, tl.sum((logits > own).to(tl.int64), axis=0))
+    tl.store(sum_ptr + row * chunks + chunk, tl.sum(tl.sum(tl.exp(logits - base), axis=1), axis=0))
+    above = tl.sum(tl.sum((logits > own).to(tl.int32), axis=1), axis=0)
+    tl.store(above_ptr + row * chunks + chunk, above.to(tl.int64))
 
 
 @triton.jit

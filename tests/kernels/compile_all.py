@@ -273,7 +273,7 @@ CASES: list[tuple[Any, dict[str, Any], dict[str, str]]] = [
     (triton_experts.combine_kernel, {"ACTIVE": 8, "BLOCK": 1024}, {}),
     (triton_sampling.penalties_kernel, {"BLOCK": 256}, {}),
     (triton_sampling.bitmask_kernel, {"CHUNK": 4096}, {}),
-    (triton_sampling.statistics_kernel, {"CHUNK": 4096}, {}),
+    (triton_sampling.statistics_kernel, {"CHUNK": 4096, "GROUP": 64}, {}),
     (triton_filters.maxima_kernel, {"CHUNK": 4096, "GROUP": 64}, {}),
     (
         triton_filters.threshold_kernel,

@@ -521,7 +521,10 @@ def test_bitmasks_forbid_tokens(vocab: int, monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.equal(logits, expected)
 
 
-@pytest.mark.parametrize(("rows", "vocab", "top"), [(0, 9, 3), (1, 1, 1), (3, 4097, 20), (2, 5, 9)])
+@pytest.mark.parametrize(
+    ("rows", "vocab", "top"),
+    [(0, 9, 3), (1, 1, 1), (3, 4097, 20), (2, 5, 9), (3, 4160, 20), (0, 4160, 2)],
+)
 def test_log_probabilities(rows: int, vocab: int, top: int) -> None:
     logits = torch.randn(rows, vocab) * 4
     tokens = torch.randint(0, vocab, (rows,))
