@@ -92,22 +92,28 @@ demo-model: install
 
 bench: install build/mid
 	@echo "==> comparing topologies: the demo model, then a random one of 32 million parameters"
-	@$(BIN)/pdserve bench compare --input-len 96 --output-len 48 --requests 40 --max-model-len 1024 \
-	  --rungs 3 --out build/bench/demo $(ARGS)
-	@$(BIN)/pdserve bench compare --model build/mid --vocab 10:10000 --requests 40 --rungs 3 \
+	@$(BIN)/pdserve bench compare --input-len 96 --output-len 48 --requests 60 --max-model-len 1024 \
+	  --out build/bench/demo $(ARGS)
+	@$(BIN)/pdserve bench compare --model build/mid --vocab 10:10000 --requests 60 \
 	  --max-model-len 1024 --out build/bench/mid $(ARGS)
 
 # 1P+1D wins where prompts are long and answers must not stutter, and loses where answers are long.
+# Targets and rates come from probes: 5 times the first token and twice the gap of a request that is alone.
 SPLIT := $(BIN)/pdserve bench compare --model build/mid --vocab 10:10000 --kv-total 4096 --rounds 1
+PROFILE := build/bench/profile.json
 
 bench-split: install build/mid
+	@echo "==> how long things take here, for the predictions"
+	@$(BIN)/pdserve bench profile --model build/mid --vocab 10000 --kv-total 4096 --out $(PROFILE)
 	@echo "==> a workload on which a prefill and a decode worker win, and one on which they lose"
-	@$(SPLIT) --requests 60 --rates "1 1.5 2 2.5 3 3.5" --input-len 768 --output-len 16 \
-	  --slo-ttft-ms 2500 --slo-itl-ms 12 --out build/bench/split-wins $(ARGS)
-	@$(SPLIT) --requests 100 --rates "4 6 8 10 12 14" --input-len 64 --output-len 128 \
-	  --slo-ttft-ms 500 --slo-itl-ms 12 --out build/bench/split-loses $(ARGS)
-	@$(BIN)/pdserve simulate --against build/bench/split-wins --out build/bench/split-wins-predicted
-	@$(BIN)/pdserve simulate --against build/bench/split-loses --out build/bench/split-loses-predicted
+	@$(SPLIT) --requests 60 --rungs 5 --lowest 0.25 --highest 0.9 --input-len 768 --output-len 16 \
+	  --out build/bench/split-wins $(ARGS)
+	@$(SPLIT) --requests 100 --rungs 5 --lowest 0.3 --highest 1.2 --input-len 64 --output-len 128 \
+	  --out build/bench/split-loses $(ARGS)
+	@$(BIN)/pdserve simulate --profile $(PROFILE) --against build/bench/split-wins \
+	  --out build/bench/split-wins-predicted
+	@$(BIN)/pdserve simulate --profile $(PROFILE) --against build/bench/split-loses \
+	  --out build/bench/split-loses-predicted
 
 build/mid:
 	@echo "==> making a random model (mid)"

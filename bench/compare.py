@@ -37,9 +37,8 @@ from pdserve.bench.topology import NAME, Cluster, Topology, up
 from pdserve.bench.verdict import Cell, sentences
 from pdserve.bench.workloads import Job, make
 
-TOP = 1.0
-"""The highest rate that is tried, as a share of what the first topology does when it is never idle;
-the others lie below at equal distances."""
+RESTART_S = 6.0
+"""Between two topologies, in the estimate of how long it all takes."""
 PROBE_CONCURRENCY = 16
 PROBE_REQUESTS = 32
 ALONE_REQUESTS = 6
@@ -81,6 +80,18 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--rungs", type=int, default=4, help="rates that are tried if none are given (default: 4)"
     )
+    for name, share, what in (
+        ("lowest", 0.0, "0: as far above nothing as they are from each other"),
+        ("highest", 1.0, "above 1 where other topologies may do more"),
+    ):
+        found.add_argument(
+            f"--{name}",
+            type=float,
+            default=share,
+            metavar="SHARE",
+            help=f"{name} of these rates, as a share of what the first topology does when it is "
+            f"never idle; {what} (default: {share:g})",
+        )
     found.add_argument("--rounds", type=int, default=2, help="of every topology (default: 2)")
     found.add_argument(
         "--kv-total", type=int, default=1024, help="KV cache of all workers, MiB (default: 1024)"
@@ -100,6 +111,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             if getattr(args, name) < 1:
                 option = name.replace("_", "-")
                 raise BenchError(f"--{option} must be at least 1, not {getattr(args, name)}.")
+        if not 0 <= args.lowest < args.highest < math.inf:
+            raise BenchError(
+                f"--lowest ({args.lowest:g}) must be at least 0 and below --highest "
+                f"({args.highest:g})."
+            )
         cells, plan = _measure_all(topologies, args, more)
     except BenchError as error:
         print(f"pdserve bench compare: error: {error}", file=sys.stderr)
@@ -124,6 +140,12 @@ def _measure_all(
 ) -> tuple[list[Cell], Plan]:
     plan = _plan(topologies, args, more)
     args.out.mkdir(parents=True, exist_ok=True)
+    starts = args.rounds * (len(topologies) + 1)
+    tried = ", ".join(f"{rate:g}" for rate in plan.rates)
+    _say(
+        f"about {minutes(plan, starts):.1f} minutes: {starts} starts of a topology, {tried} "
+        "requests per second at each"
+    )
     cells: list[Cell] = []
     for number in range(args.rounds):
         # Every second round backwards, so that a drift of the machine hits all alike.
@@ -169,7 +191,7 @@ def _plan(topologies: Sequence[Topology], args: argparse.Namespace, more: Sequen
     ttft, itl = (min(each[name]["p50"] for each in alone) for name in ("ttft", "tpot"))
     return dataclasses.replace(
         plan,
-        rates=plan.rates or ladder(capacity * TOP, args.rungs),
+        rates=plan.rates or ladder(capacity * args.lowest, capacity * args.highest, args.rungs),
         slo=Slo(
             ttft_ms=slo.ttft_ms if math.isfinite(slo.ttft_ms) else ttft * TTFT_SLACK,
             itl_ms=slo.itl_ms if math.isfinite(slo.itl_ms) else itl * ITL_SLACK,
@@ -177,9 +199,18 @@ def _plan(topologies: Sequence[Topology], args: argparse.Namespace, more: Sequen
     )
 
 
-def ladder(top: float, rungs: int) -> tuple[float, ...]:
-    """`rungs` rates up to `top`, at equal distances, to three digits."""
-    return tuple(float(f"{top * number / rungs:.3g}") for number in range(1, rungs + 1))
+def ladder(lowest: float, highest: float, rungs: int) -> tuple[float, ...]:
+    """`rungs` rates up to the highest, at equal distances, to three digits; the lowest is the first
+    of them, or, if it is 0, what comes before the first."""
+    first = highest if rungs == 1 else lowest or highest / rungs
+    step = (highest - first) / max(1, rungs - 1)
+    return tuple(float(f"{first + step * number:.3g}") for number in range(rungs))
+
+
+def minutes(plan: Plan, starts: int) -> float:
+    """How long so many starts of a topology take, each at every rate."""
+    arriving = sum(len(plan.jobs) / rate for rate in plan.rates)
+    return starts * (RESTART_S + arriving) / 60
 
 
 def rates_given(text: str) -> tuple[float, ...]:

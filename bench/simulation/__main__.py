@@ -157,7 +157,7 @@ class _Study:
 
     def _rates(self) -> tuple[float, ...]:
         given = rates_given(self._args.rates)
-        return given or ladder(TOP * capacity(self.profile, self.lengths, self.sample), RUNGS)
+        return given or ladder(0.0, TOP * capacity(self.profile, self.lengths, self.sample), RUNGS)
 
     def report(self, argv: Sequence[str]) -> str:
         """Search, replay, write the folder; returns text for a terminal."""

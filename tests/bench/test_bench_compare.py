@@ -142,8 +142,9 @@ def test_the_verdict_names_the_winner_and_the_phase() -> None:
 
 
 def test_rates_that_nobody_gave_rise_to_what_the_cluster_can_do() -> None:
-    assert compare.ladder(8.0, 4) == (2.0, 4.0, 6.0, 8.0)
-    assert compare.ladder(1 / 3, 1) == (0.333,)
+    assert compare.ladder(0.0, 8.0, 4) == (2.0, 4.0, 6.0, 8.0)
+    assert compare.ladder(4.0, 8.0, 3) == (4.0, 6.0, 8.0)
+    assert compare.ladder(0.1, 1 / 3, 1) == (0.333,)
 
 
 def test_a_trace_is_stretched_to_the_rate() -> None:
@@ -167,6 +168,7 @@ def test_a_trace_is_stretched_to_the_rate() -> None:
     [
         ["--topologies", "1P"],
         ["--topologies", "2C,2C"],
+        ["--lowest", "1", "--highest", "0.5"],
         ["--rates", "fast"],
         ["--rates", "0"],
         ["--rounds", "0"],
