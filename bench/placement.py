@@ -7,7 +7,8 @@ equal tokens. Each conversation (by its first blocks) begins with one of 50 shar
 Workers compute prompts one after the other at a fixed speed, keep an LRU prefix cache of 16-token
 blocks, and report to Redis as real ones do; choices are made by the routers' script. The clock is
 simulated: arrivals are spaced so that the workers would be busy for the share `--busy` of the time
-if they had the hits of one worker with all the cache ("ideal").
+if they had the hits of one worker with all the cache ("ideal"). With more than 64 workers a choice
+is about 64 of them, and the one that was chosen for the conversation last.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pdserve.bench.workloads import MOONCAKE, mooncake_rows
-from pdserve.cluster.placement import LoadReport, Option, Placement, ask, pack_options
+from pdserve.bench.arrivals import BenchError
+from pdserve.bench.workloads import MOONCAKE, MOONCAKE_BLOCK, mooncake_rows
+from pdserve.cluster.placement import LoadReport, Placement
 from pdserve.cluster.process import start, stop
+from pdserve.cluster.records import Role
 from pdserve.cluster.redis_server import private_folder, private_redis, until_answering
 from pdserve.protocol.blocks import (
     block_hashes,
@@ -34,7 +37,9 @@ from pdserve.protocol.blocks import (
     route_hashes,
     route_index,
 )
-from pdserve.router.placement import COMPUTE
+from pdserve.router.candidates import CandidateSet
+from pdserve.router.chooser import OWN_VIEW, Chooser, Need, Verdict
+from pdserve.router.placement import Candidate, Policy, WorkerLoad
 
 SCALE = 64
 """Lengths of the trace are divided by this."""
@@ -169,29 +174,32 @@ class Result:
     ttft_p99_ms: float
 
 
-def read_jobs(trace: Path, limit: int) -> list[Job]:
-    """The trace's requests, at most `limit` (0: all), with system prompts in front."""
+def read_jobs(
+    trace: Path, limit: int, scale: int = SCALE, systems: int = SYSTEM_PROMPTS
+) -> list[Job]:
+    """The trace's requests, at most `limit` (0: all), lengths divided by `scale`, with one of
+    `systems` system prompts in front."""
     jobs = []
     for row in itertools.islice(mooncake_rows(trace), limit or None):
-        tokens = _tokens(row.hashes, max(1, row.input_len // SCALE))
+        tokens = _tokens(row.hashes, max(1, row.input_len // scale), scale, systems)
         jobs.append(
             Job(
                 row.second,
                 block_hashes(tokens, BLOCK, ROOT),
                 route_hashes(tokens),
                 len(tokens),
-                max(1, row.output_len // SCALE),
+                max(1, row.output_len // scale),
             )
         )
     return jobs
 
 
-def _tokens(hash_ids: Sequence[int], length: int) -> list[int]:
+def _tokens(hash_ids: Sequence[int], length: int, scale: int, systems: int) -> list[int]:
     """A system prompt, then for each hash id the tokens that are always the same for it. The second
     id is that of the conversation: the first is 0 throughout the trace."""
-    system = hash_ids[min(1, len(hash_ids) - 1)] % SYSTEM_PROMPTS
+    system = hash_ids[min(1, len(hash_ids) - 1)] % systems
     tokens = [100_000 + system * SYSTEM_TOKENS + i for i in range(SYSTEM_TOKENS)]
-    each = 512 // SCALE
+    each = MOONCAKE_BLOCK // scale
     body = [1_000_000 + hash_id * each + i for hash_id in hash_ids for i in range(each)]
     return tokens + body[:length]
 
@@ -222,8 +230,10 @@ async def simulate(
     """Serve the jobs under one policy."""
     workers = [Worker(f"w{i}", Cache(capacity)) for i in range(count)]
     placement = Placement(url, f"sim-{policy}-{count}-{random.getrandbits(40)}")
-    options = pack_options([Option(worker.name, 1, 0, COMPUTE) for worker in workers])
-    rng = random.Random(1)
+    known = [WorkerLoad(worker_id=one.name, role=Role.PREFILL, epoch=1) for one in workers]
+    chooser = Chooser(placement, Policy(policy), lambda name: None, random.Random(1))
+    among = CandidateSet([Candidate(one) for one in known])
+    named = {worker.name: worker for worker in workers}
 
     async def report() -> None:
         for worker in workers:
@@ -249,23 +259,30 @@ async def simulate(
                 await report()
             for worker in workers:
                 worker.advance(now)
-            index = number % count
-            if policy != "round-robin":
-                routes = job.routes if policy == "prefix" else ()
-                question = ask(
-                    options, routes, job.length, charge_tokens=True, random=rng.getrandbits(30)
-                )
-                index = (await placement.choose([question]))[0].index
-            workers[index].queue.append((job, now))
-            workers[index].advance(now)
-            workers[index].changed = True
+            if policy == "round-robin":
+                worker = workers[number % count]
+            else:
+                worker = named[await _chosen(chooser, among, job)]
+            worker.queue.append((job, now))
+            worker.advance(now)
+            worker.changed = True
         for worker in workers:
             worker.advance(float("inf"))
     finally:
         for worker in workers:
             await placement.leave(worker.name, 1)
-        await placement.close()
+        await chooser.close()
     return _result(policy, workers)
+
+
+async def _chosen(chooser: Chooser, among: CandidateSet, job: Job) -> str:
+    """The worker that a router chooses for the job."""
+    done: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
+    chooser.pick(among, Need(job.length, lambda: job.routes), done.set_result)
+    verdict = await done
+    if verdict.how == OWN_VIEW:
+        raise BenchError("Redis was too slow for a choice.")
+    return verdict.candidate.worker.worker_id
 
 
 def _result(policy: str, workers: Sequence[Worker]) -> Result:
@@ -281,13 +298,18 @@ def _result(policy: str, workers: Sequence[Worker]) -> Result:
 
 
 async def compare(
-    url: str, jobs: Sequence[Job], count: int, capacity: int, busy: float
+    url: str,
+    jobs: Sequence[Job],
+    count: int,
+    capacity: int,
+    busy: float,
+    policies: Sequence[str] = POLICIES,
 ) -> tuple[float, list[Result]]:
     """The ideal hit rate, and what each policy makes of the same jobs."""
     hits, computed = ideal(jobs, capacity * count)
     duration_s = computed / TOKENS_PER_S / count / busy
     results = [
-        await simulate(url, policy, jobs, count, capacity, duration_s) for policy in POLICIES
+        await simulate(url, policy, jobs, count, capacity, duration_s) for policy in policies
     ]
     return hits / (hits + computed), results
 
@@ -299,15 +321,27 @@ async def main() -> None:
     parser.add_argument("--requests", type=int, default=400, help="0: all of the trace")
     parser.add_argument("--cache", type=int, default=65_536, help="tokens per worker")
     parser.add_argument("--busy", type=float, default=0.5, help="share of the time, at ideal hits")
+    parser.add_argument(
+        "--policies", nargs="+", default=POLICIES, choices=POLICIES, help="(default: all)"
+    )
+    parser.add_argument("--scale", type=int, default=SCALE, help="lengths are divided by it")
+    parser.add_argument("--systems", type=int, default=SYSTEM_PROMPTS, help="system prompts")
     arguments = parser.parse_args()
-    jobs = read_jobs(arguments.trace, arguments.requests)
+    if not 1 <= arguments.scale <= MOONCAKE_BLOCK or arguments.systems < 1:
+        parser.error(f"--scale takes 1 to {MOONCAKE_BLOCK}, --systems at least 1.")
+    jobs = read_jobs(arguments.trace, arguments.requests, arguments.scale, arguments.systems)
     folder = private_folder()
     redis = private_redis(folder, folder / "redis.log")
     child = start(redis.command)
     try:
         await until_answering(redis.url, child)
         best, results = await compare(
-            redis.url, jobs, arguments.workers, arguments.cache // BLOCK, arguments.busy
+            redis.url,
+            jobs,
+            arguments.workers,
+            arguments.cache // BLOCK,
+            arguments.busy,
+            arguments.policies,
         )
     finally:
         await stop([child], 2.0)

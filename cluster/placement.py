@@ -5,6 +5,8 @@ Keys, in the hash slot of the membership's (see there):
     {pdserve}:blocks:<worker>#<epoch>   set   route hashes that the worker's prefix cache holds
     {pdserve}:loads                     hash  worker → its last report, msgpack
     {pdserve}:charges                   hash  worker → what routers have sent it since, msgpack
+    {pdserve}:last:<0 or 1>:<hash>      string  the option that was chosen for the prompt with this
+                                        last route hash; in large clusters, expires after LAST_S
 
 A worker reports changes in batches with sequence numbers. A batch that does not follow the last one
 (Redis was away, or has lost its memory) is refused, and the worker sends everything it has. All of
@@ -17,6 +19,7 @@ charge counts until the worker's second report after it, which contains the requ
 from __future__ import annotations
 
 import asyncio
+import enum
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -35,6 +38,21 @@ BLOCKS_TTL_S = 10.0
 UNKNOWN = -1
 CHARGE_S = 2.0
 """A charge is dropped after so long whatever the worker reports."""
+LAST_S = 600.0
+"""It is remembered for so long who was chosen for a prompt."""
+LAST_LOOKS = 32
+"""Route hashes of a prompt, the last ones, for which it is looked up who was chosen: four doublings
+of its length."""
+
+
+class Recall(enum.IntEnum):
+    """What a choice makes of who was chosen for the beginning of a prompt."""
+
+    NOTHING = 0
+    """All workers are asked about anyway."""
+    STORE = 1
+    CONSIDER = 2
+    """Store, and ask about the one that was chosen last, too."""
 
 
 class LoadReport(msgspec.Struct, frozen=True, array_like=True):
@@ -119,6 +137,8 @@ class Choice(msgspec.Struct, frozen=True, array_like=True):
 
     index: int
     scores: list[Score]
+    recalled: tuple[str, int] | None = None
+    """Worker and epoch of one more option behind those that were given, with the last score."""
 
 
 class _Known(msgspec.Struct, frozen=True, array_like=True):
@@ -178,22 +198,46 @@ return 1
 """
 )
 
-# KEYS: loads, charges, prefix of blocks. ARGV: options, hashes, hash length, tokens, random number,
-# tokens charged by each missing one (0 or 1), unit of the route positions, life of a charge in ms
+# KEYS: loads, charges, prefixes of blocks and of those chosen last. ARGV: options, hashes, hash
+# length, tokens, random number, tokens charged by each missing one (0 or 1), unit of the route
+# positions, life of a charge in ms, what to recall, for how many hashes, life of that in ms
 _CHOOSE = (
     _NOW
     + """
 local options = cmsgpack.unpack(ARGV[1])
 local hashes, size, tokens = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local random, unit = tonumber(ARGV[5]), tonumber(ARGV[7])
+local count, recall, given = #hashes / size, tonumber(ARGV[9]), #options
+local function hash(index) return hashes:sub((index - 1) * size + 1, index * size) end
+local function last(index) return KEYS[4] .. ARGV[6] .. ':' .. hash(index) end
+
+local function chosen_last()
+  local keys = {}
+  for i = count, math.max(1, count - tonumber(ARGV[10]) + 1), -1 do keys[#keys + 1] = last(i) end
+  for _, text in ipairs(redis.call('MGET', unpack(keys))) do
+    if text then return cmsgpack.unpack(text) end
+  end
+end
+if recall == 2 and count > 0 then
+  local known = chosen_last()
+  for _, option in ipairs(options) do
+    if known and option[1] == known[1] then known = nil end
+  end
+  local load = known and redis.call('HGET', KEYS[1], known[1])
+  if load and cmsgpack.unpack(load)[1] == known[2] then
+    -- What was this request's own then is that of this one now: floor, most requests.
+    known[3], known[4][7] = options[1][3], options[1][4][7]
+    options[given + 1] = known
+  end
+end
+
 local ids = {}
 for i, option in ipairs(options) do ids[i] = option[1] end
 local loads = redis.call('HMGET', KEYS[1], unpack(ids))
 local charges = redis.call('HMGET', KEYS[2], unpack(ids))
-local count = #hashes / size
 
 local function holds(key, index)
-  return redis.call('SISMEMBER', key, hashes:sub((index - 1) * size + 1, index * size)) == 1
+  return redis.call('SISMEMBER', key, hash(index)) == 1
 end
 local function covered(index)
   if index == 0 then return 0 end
@@ -248,7 +292,12 @@ local list = kept[chosen]
 list[#list + 1] = {options[chosen][2], reports + 2, missing * tonumber(ARGV[6]), missing,
   now + tonumber(ARGV[8])}
 redis.call('HSET', KEYS[2], ids[chosen], cmsgpack.pack(list))
-return cmsgpack.pack({chosen - 1, scores})
+if recall > 0 and count > 0 then
+  redis.call('SET', last(count), cmsgpack.pack(options[chosen]), 'PX', ARGV[11])
+end
+local answer = {chosen - 1, scores}
+if #options > given then answer[3] = {options[given + 1][1], options[given + 1][2]} end
+return cmsgpack.pack(answer)
 """
 )
 
@@ -271,22 +320,24 @@ def ask(
     *,
     charge_tokens: bool,
     random: int,
+    recall: Recall = Recall.NOTHING,
 ) -> Ask:
     """One question to `Placement.choose`: the option (see `pack_options`; at least one) with the
     least cost (see `Price`). Options that are full come last, that is those whose room is less than
     what is missing, or that have their most requests; `random` decides between equal ones.
     `hashes` are the prompt's route hashes; without them nothing counts as cached.
-    `charge_tokens`: the missing tokens will be computed there.
+    `charge_tokens`: the missing tokens will be computed there. `recall`: where not all workers are
+    among the options, whether the one that was chosen for the beginning of the prompt is another.
     """
     return packed(
         options, b"".join(hashes), ROUTE_BYTES, tokens, random, int(charge_tokens), ROUTE_UNIT,
-        round(CHARGE_S * 1000),
+        round(CHARGE_S * 1000), int(recall), LAST_LOOKS, round(LAST_S * 1000),
     )  # fmt: skip
 
 
 Ask = bytes
 """The arguments of one choice, made by `ask`."""
-_ASK_PARTS = 8
+_ASK_PARTS = 11
 
 _CHOICE = msgspec.msgpack.Decoder(Choice)
 _KNOWN = msgspec.msgpack.Decoder(_Known)
@@ -323,7 +374,7 @@ class Placement:
                 socket_connect_timeout=timeout_s,
                 retry=Retry(NoBackoff(), 0),
             )
-            keys = [*self._keys("loads", "charges"), self._slot + "blocks:"]
+            keys = self._keys("loads", "charges", "blocks:", "last:")
             self._line = ScriptLine(url, _CHOOSE, keys, timeout_s)
         except ValueError as error:
             raise RedisUnavailable(

@@ -63,6 +63,14 @@ class CandidateSet:
         return self._options(range(len(self.candidates)))
 
     @functools.cached_property
+    def _by_incarnation(self) -> dict[tuple[str, int], Candidate]:
+        return {(one.worker.worker_id, one.worker.epoch): one for one in self.candidates}
+
+    def find(self, worker_id: str, epoch: int) -> Candidate | None:
+        """That incarnation, if it is one of them."""
+        return self._by_incarnation.get((worker_id, epoch))
+
+    @functools.cached_property
     def _ring(self) -> tuple[list[bytes], list[int]]:
         """Digests of the workers' names in order, and whose they are."""
         ring = sorted((_place(one.worker.worker_id.encode()), i) for i, one in

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pdserve.cluster.membership import RedisUnavailable
-from pdserve.cluster.placement import Ask, Placement, Score, ask
+from pdserve.cluster.placement import Ask, Choice, Placement, Recall, Score, ask
 from pdserve.router.candidates import CandidateSet
 from pdserve.router.placement import (
     Candidate,
@@ -67,6 +67,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class _Waiting:
+    among: CandidateSet
     candidates: Sequence[Candidate]
     """Those that Redis is asked about."""
     need: Need
@@ -136,15 +137,24 @@ class Chooser:
         return Verdict(candidates[index or 0], OWN_VIEW, need.tokens, candidates)
 
     def _question(
-        self, among: CandidateSet, need: Need, done: Callable[[Verdict], None]
+        self,
+        among: CandidateSet,
+        need: Need,
+        done: Callable[[Verdict], None],
+        recall: Recall = Recall.CONSIDER,
     ) -> _Waiting:
         draw = self._rng.getrandbits(30)
         routes = () if self._policy is Policy.LEAST_LOAD else need.routes()
-        key = near(routes, draw)
-        candidates, options = among.asked(key, self._rng)
-        charge_tokens = not need.fetches
-        question = ask(options, routes, need.tokens, charge_tokens=charge_tokens, random=draw)
-        return _Waiting(candidates, need, question, done)
+        candidates, options = among.asked(near(routes, draw), self._rng)
+        question = ask(
+            options,
+            routes,
+            need.tokens,
+            charge_tokens=not need.fetches,
+            random=draw,
+            recall=recall if len(candidates) < len(among) else Recall.NOTHING,
+        )
+        return _Waiting(among, candidates, need, question, done)
 
     async def _ask(self) -> None:
         """Until nobody waits: one round trip for all who do."""
@@ -158,19 +168,10 @@ class Chooser:
 
     async def _ask_for(self, batch: Sequence[_Waiting]) -> None:
         assert self._placement is not None
-        verdicts: list[Verdict]
+        verdicts: Sequence[Verdict | None]
         try:
             choices = await self._placement.choose([one.question for one in batch])
-            verdicts = [
-                Verdict(
-                    one.candidates[choice.index],
-                    "redis",
-                    one.need.tokens,
-                    one.candidates,
-                    choice.scores,
-                )
-                for one, choice in zip(batch, choices, strict=True)
-            ]
+            verdicts = [_verdict(one, choice) for one, choice in zip(batch, choices, strict=True)]
         except RedisUnavailable as error:
             log.warning("%s Choosing over the own view for a while.", error)
             self._away_until = time.monotonic() + PAUSE_S
@@ -179,6 +180,10 @@ class Chooser:
             log.exception("Choosing in Redis failed; choosing over the own view.")
             verdicts = [self._own_view(one.candidates, one.need) for one in batch]
         for one, verdict in zip(batch, verdicts, strict=True):
+            if verdict is None:
+                again = self._question(one.among, one.need, one.done, Recall.STORE)
+                self._waiting.append(again)
+                continue
             try:
                 one.done(verdict)
             except Exception:
@@ -190,3 +195,18 @@ class Chooser:
             await asyncio.gather(self._asking, return_exceptions=True)
         if self._placement is not None:
             await self._placement.close()
+
+
+def _verdict(asked: _Waiting, choice: Choice) -> Verdict | None:
+    """None: the worker that was chosen for the prompt's beginning must not be chosen now: it
+    leaves, does something else or fails. That is rare, and another round trip is bearable."""
+    candidates, scores = list(asked.candidates), choice.scores
+    if choice.recalled is not None:
+        recalled = asked.among.find(*choice.recalled)
+        if recalled is not None:
+            candidates.append(recalled)
+        elif choice.index == len(candidates):
+            return None
+        else:
+            scores = scores[:-1]
+    return Verdict(candidates[choice.index], "redis", asked.need.tokens, candidates, scores)

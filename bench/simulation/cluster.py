@@ -7,7 +7,7 @@ import itertools
 import math
 import random
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -15,6 +15,7 @@ from pdserve.bench.simulation.profile import Profile
 from pdserve.bench.simulation.texts import Prompt
 from pdserve.bench.simulation.worker import Clock, Happened, Simulated, Worker, request_of
 from pdserve.bench.topology import Topology
+from pdserve.cluster.placement import LAST_LOOKS
 from pdserve.cluster.records import Role
 from pdserve.engine.scheduler import FetchOrder
 from pdserve.protocol.events import FETCH_STARTED, FETCHED, FINISHED, FIRST_TOKEN, SCHEDULED
@@ -117,6 +118,8 @@ class Simulation:
             for index, role in enumerate(roles)
         ]
         self._named = {worker.name: worker for worker in self.workers}
+        self._last: dict[tuple[bool, bytes], tuple[str, int]] = {}
+        """Who was chosen to compute, or to fetch, the prompt with this last route hash."""
         self._stories: dict[str, _Story] = {}
         self._following: dict[int, Arrival] = {}
         """Later turns of conversations, by the number of the request before."""
@@ -254,10 +257,26 @@ class Simulation:
     def _choose(self, among: CandidateSet, prompt: Prompt) -> Candidate:
         routes, held = (prompt.routes, prompt.held) if self._prefixes else ((), ())
         few, _ = among.asked(near(routes, self._rng.getrandbits(30)), self._rng)
+        large = bool(routes) and len(few) < len(among)
+        if large:
+            last = self._chosen_last(among, routes)
+            few = [*few, *(one for one in last if not any(one is other for other in few))]
         found = [self._named[one.worker.worker_id].candidate(one, held) for one in few]
         index = by_cost(found, prompt.length, self._rng.getrandbits(30))
         assert index is not None
+        if large:
+            worker = few[index].worker
+            self._last[among is self._first, routes[-1]] = worker.worker_id, worker.epoch
         return found[index]
+
+    def _chosen_last(self, among: CandidateSet, routes: Sequence[bytes]) -> list[Candidate]:
+        """Who was chosen for the longest known beginning of a prompt."""
+        for route in reversed(routes[-LAST_LOOKS:]):
+            known = self._last.get((among is self._first, route))
+            if known is not None:
+                found = among.find(*known)
+                return [found] if found is not None else []
+        return []
 
     def _take(self, worker: Worker, happened: Happened) -> None:
         """What a step brought for a request."""

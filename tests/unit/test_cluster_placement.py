@@ -13,19 +13,24 @@ from redis_for_tests import RedisForTests, redis_for_tests
 
 from pdserve.cluster.membership import Membership, RedisUnavailable
 from pdserve.cluster.placement import (
+    LAST_S,
     UNKNOWN,
     Choice,
     LoadReport,
     Option,
     Placement,
     Price,
+    Recall,
     ask,
     pack_options,
 )
 from pdserve.cluster.records import Role, WorkerRecord, WorkerState
 from pdserve.protocol.blocks import route_hashes, route_position
 from pdserve.protocol.messages import WorkerStatus
-from pdserve.router.placement import Candidate, WorkerLoad, by_cost, rank
+from pdserve.router import candidates as candidates_module
+from pdserve.router.candidates import CandidateSet
+from pdserve.router.chooser import Chooser, Need, Verdict
+from pdserve.router.placement import Candidate, Policy, WorkerLoad, by_cost, rank
 from pdserve.worker.reporter import Reporter
 
 Scenario = Callable[[RedisForTests, Placement], Awaitable[None]]
@@ -66,6 +71,80 @@ def test_the_longest_prefix_is_found_whatever_its_length() -> None:
             assert choice.scores[0].cached_tokens == expected
         other = [*PROMPT[:100], 1001, *PROMPT[101:]]
         assert (await choose(placement, "w", tokens=other)).scores[0].cached_tokens == 96
+
+    run(scenario)
+
+
+def test_who_was_chosen_for_the_beginning_is_asked_about_again() -> None:
+    """Though it is not among the options, for as long as it is the same incarnation."""
+
+    async def scenario(redis: RedisForTests, placement: Placement) -> None:
+        longer = [*PROMPT, *range(1000)]
+        for name in "abc":
+            await placement.report(name, 1, 1, IDLE, [], whole=True)
+        await choose(placement, "a", recall=Recall.STORE)
+        await placement.report("a", 1, 2, IDLE, route_hashes(PROMPT))
+        await placement.report("a", 1, 3, IDLE, [])
+        others = {"tokens": longer, "recall": Recall.CONSIDER}
+        found = await choose(placement, "b", "c", **others, charge_tokens=False)
+        assert found.recalled is None, "what is fetched is another matter"
+        found = await choose(placement, "a", "c", **others)
+        assert found.index == 0 and found.recalled is None and len(found.scores) == 2
+        found = await choose(placement, "b", "c", **others)
+        assert (found.index, found.recalled) == (2, ("a", 1))
+        assert found.scores[2].cached_tokens == 1920 and found.scores[1].cached_tokens == 0
+        assert (await choose(placement, "b", "c", tokens=longer)).recalled is None
+        price = Price(most_requests=0)
+        found = await choose(placement, "b", "c", **others, price=price)
+        assert all(score.full for score in found.scores), "limits are this request's"
+        other = [*PROMPT[:100], 1001, *PROMPT[101:]]
+        assert (await choose(placement, "b", tokens=other, recall=Recall.CONSIDER)).index == 0
+        await placement.report("a", 2, 1, IDLE, route_hashes(PROMPT), whole=True)
+        assert (await choose(placement, "b", "c", **others)).recalled is None
+        raw = Redis.from_url(redis.url)
+        async for key in raw.scan_iter("{pdserve}:last:*"):
+            assert 0 < await raw.ttl(key) <= LAST_S
+        await raw.aclose()
+
+    run(scenario)
+
+
+def test_of_many_workers_the_one_of_the_last_turn_is_among_those_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(candidates_module, "MOST_ASKED", 2)
+
+    def some(*names: str) -> CandidateSet:
+        known = [WorkerLoad(worker_id=name, role=Role.PREFILL, epoch=1) for name in names]
+        return CandidateSet([Candidate(one) for one in known])
+
+    async def scenario(_: RedisForTests, placement: Placement) -> None:
+        chooser = Chooser(placement, Policy.PREFIX, lambda name: None, random.Random(0))
+
+        async def pick(among: CandidateSet, tokens: Sequence[int]) -> Verdict:
+            done: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
+            chooser.pick(among, Need(len(tokens), lambda: route_hashes(tokens)), done.set_result)
+            return await done
+
+        names = [f"w{number}" for number in range(40)]
+        for name in names:
+            await placement.report(name, 1, 1, IDLE, [], whole=True)
+        tokens = PROMPT
+        home = (await pick(some(*names), tokens)).candidate.worker.worker_id
+        for turn in range(2, 6):
+            held = route_hashes(tokens)
+            await placement.report(home, 1, 2 * turn, IDLE, held, whole=True)
+            await placement.report(home, 1, 2 * turn + 1, IDLE, [])
+            tokens = [*tokens, *range(300)]
+            verdict = await pick(some(*names), tokens)
+            assert verdict.candidate.worker.worker_id == home, turn
+            assert len(verdict.scores) == len(verdict.among) <= 3
+        # It leaves: another one is chosen, and remembered in its stead.
+        rest = some(*(name for name in names if name != home))
+        verdict = await pick(rest, tokens)
+        assert verdict.how == "redis" and verdict.candidate.worker.worker_id != home
+        again = await choose(placement, home, tokens=tokens, recall=Recall.CONSIDER)
+        assert again.recalled == (verdict.candidate.worker.worker_id, 1)
 
     run(scenario)
 
