@@ -382,7 +382,7 @@ class Generation:
             submitted_s=max(0.0, clock.submitted - start),
             first_token_s=max(0.0, clock.first_token - start),
             error=self._error,
-            prompt_tokens=sum(len(prompt.token_ids) for prompt in self.request.prompts),
+            prompt_tokens=self.request.prompt_tokens,
             answers=[
                 answer_story(answer.legs, text.count, text.finish_reason, start)
                 for answer, text in told
@@ -390,17 +390,17 @@ class Generation:
             more_answers=len(self._answers) - len(told),
         )
 
-    def request_record(self, router: str) -> RequestRecord:
+    def request_record(self) -> RequestRecord:
         """Where the request is now, for whoever looks in Redis."""
         now, moment = time.time(), time.monotonic()
         answers = self._flight.answers
         return RequestRecord(
             id=self.request.response_id,
             request_id=self._inquiry.request_id,
-            router=router,
+            router=self._router,
             received=now - (moment - self._clock.received),
             deadline=now + (self._flight.deadline - moment),
-            prompt_tokens=sum(len(prompt.token_ids) for prompt in self.request.prompts),
+            prompt_tokens=self.request.prompt_tokens,
             tokens=sum(text.count for text in self._answers),
             holders=[
                 Holder(leg.link.worker_id, leg.link.epoch, leg.kind)

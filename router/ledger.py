@@ -11,8 +11,8 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from typing import Any, Protocol
 
 from pdserve.cluster.membership import RedisUnavailable
 from pdserve.cluster.requests import RequestRecord, RequestRecords
@@ -25,11 +25,41 @@ BEAT_S = 0.5
 class Carried(Protocol):
     """A request in flight."""
 
-    def request_record(self, router: str) -> RequestRecord:
+    def request_record(self) -> RequestRecord:
         """Where it is now."""
 
     def abort(self) -> None:
         """End it as it is."""
+
+
+class InLine:
+    """A request that waits for its turn."""
+
+    def __init__(self, record: RequestRecord) -> None:
+        self._record = record
+        self._ended = asyncio.Event()
+
+    @property
+    def aborted(self) -> bool:
+        return self._ended.is_set()
+
+    def abort(self) -> None:
+        self._ended.set()
+
+    def request_record(self) -> RequestRecord:
+        return self._record
+
+    async def until(self, gone: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Ends when it is aborted, or `gone()` ends."""
+        waits = [asyncio.create_task(gone()), asyncio.create_task(self._ended_at())]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for one in waits:
+                one.cancel()
+
+    async def _ended_at(self) -> None:
+        await self._ended.wait()
 
 
 class Ledger:
@@ -74,7 +104,7 @@ class Ledger:
     async def beat(self) -> None:
         """One heartbeat. Raises RedisUnavailable."""
         carried = itertools.chain.from_iterable(self._carried.values())
-        records = [request.request_record(self._router) for request in carried]
+        records = [request.request_record() for request in carried]
         for answer_id in await self._records.beat(self._router, records):
             log.info("%s is ended, as another router was asked to.", answer_id)
             self._abort_here(answer_id)

@@ -96,6 +96,11 @@ class GenerateRequest:
     keep_alive_s: float = 0.0
     """See Habits."""
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Of all prompts."""
+        return sum(len(prompt.token_ids) for prompt in self.prompts)
+
     def text(self, index: int) -> TextOptions:
         """Those of an answer."""
         return self.texts[index // self.n]

@@ -7,6 +7,7 @@ import os
 import random
 import secrets
 import socket
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -19,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 from pdserve.cluster.journal import Journal
 from pdserve.cluster.membership import Membership
 from pdserve.cluster.placement import Placement
-from pdserve.cluster.requests import RequestRecords
+from pdserve.cluster.requests import RequestRecord, RequestRecords
 from pdserve.cluster.router_settings import RouterSettings
 from pdserve.protocol.errors import ErrorCode, PdserveError
 from pdserve.router import load_report
@@ -37,7 +38,7 @@ from pdserve.router.generation import (
     until_gone,
 )
 from pdserve.router.http import JsonResponse, error_response
-from pdserve.router.ledger import Ledger
+from pdserve.router.ledger import InLine, Ledger
 from pdserve.router.openai import encode_json
 from pdserve.router.openai_writer import OpenAIWriter
 from pdserve.router.placement import Disaggregate, Policy
@@ -68,8 +69,8 @@ class GenerationResponse(Response):
         stream: bool,
         load: Callable[[], dict[str, str]],
     ) -> None:
-        """`wait` for room (see Admission.wait), then `launch` sends the request to workers; leaving
-        its context ends what still runs. `load` makes headers of a whole body."""
+        """`wait` for room (False: the client has left), then `launch` sends the request to workers;
+        leaving its context ends what still runs. `load` makes headers of a whole body."""
         self._load = load
         self._wait = wait
         self._launch = launch
@@ -215,6 +216,16 @@ class Router:
             )
             parsed = replace(parsed, answers=answers)
 
+        in_line = self._in_line(parsed, inquiry, received)
+
+        async def wait(gone: Callable[[], Coroutine[Any, Any, None]]) -> bool:
+            until, timeout_s = (
+                functools.partial(in_line.until, gone),
+                self.settings.request_timeout_s,
+            )
+            with self.ledger.carrying(parsed.response_id, in_line):
+                return await self.admission.wait(demand, timeout_s, until) or in_line.aborted
+
         @contextmanager
         def launch() -> Iterator[Generation]:
             with (
@@ -224,9 +235,26 @@ class Router:
                 ) as generation,
                 self.ledger.carrying(parsed.response_id, generation),
             ):  # fmt: skip
+                if in_line.aborted:
+                    generation.abort()
                 yield generation
 
-        wait = functools.partial(self.admission.wait, demand, self.settings.request_timeout_s)
         wanted = request.headers.get(load_report.WANTED, "")
         load = functools.partial(load_report.load_headers, wanted, self.pool)
         return GenerationResponse(wait, launch, parsed.stream, load)
+
+    def _in_line(self, parsed: GenerateRequest, inquiry: Inquiry, received: float) -> InLine:
+        """The request while it waits for its turn."""
+        came = time.time() - (time.monotonic() - received)
+        return InLine(
+            RequestRecord(
+                id=parsed.response_id,
+                request_id=inquiry.request_id,
+                router=self.pool.name,
+                received=came,
+                deadline=came + self.settings.request_timeout_s,
+                prompt_tokens=parsed.prompt_tokens,
+                tokens=0,
+                holders=[],
+            )
+        )

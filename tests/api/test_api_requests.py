@@ -9,12 +9,14 @@ from typing import Any
 
 import httpx
 import pytest
+from fake_worker import FakeWorker
 from router_harness import LONG, RouterHarness
 
 from pdserve.cluster.explain import explain
 from pdserve.cluster.records import Role
 from pdserve.cluster.requests import RequestRecord, RequestRecords
 from pdserve.cluster.status import status
+from pdserve.router import admission
 
 Start = Callable[..., RouterHarness]
 ABORT = "/inference/v1/abort_requests"
@@ -87,6 +89,32 @@ def test_any_router_ends_a_request_that_another_one_carries(start: Start) -> Non
     one.until_idle()
     one.run(one.router.ledger.beat())
     assert found(other, "chatcmpl-mine") is None
+
+
+def test_a_request_that_waits_for_its_turn_is_ended_too(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admission, "WAITING_PER_WORKER", 1)
+    one, other = of_two(start)
+    prefill = one.workers[0]
+    one.run(_hold(prefill))
+    first = Asked(one, "first")
+    one.wait(lambda: len(prefill.submits) == 1, "for the first one")
+    second = Asked(one, "second")
+    one.wait(lambda: found(other, "chatcmpl-second") is not None, "for a record")
+    assert one.router.admission.in_line == 1
+    assert other.client.post(ABORT, json={"request_ids": ["chatcmpl-second"]}).status_code == 200
+    second.join(10)
+    assert any('"finish_reason":"abort"' in line for line in second.lines)
+    assert one.router.admission.in_line == 0 and len(prefill.submits) <= 2
+    release(one)
+    first.join(10)
+    assert first.lines[-1] == "data: [DONE]"
+    one.until_idle()
+
+
+async def _hold(worker: FakeWorker) -> None:
+    worker.go.clear()
 
 
 def test_where_a_running_request_is(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
