@@ -180,8 +180,8 @@ def usage_of(progress: Progress) -> Json:
 
 def cached_tokens(progress: Progress) -> int:
     """Prompt tokens that a worker had already computed."""
-    n = progress.request.n
+    first = progress.answers[:: progress.request.n or 1]  # n is 0 of what came without choices
     return sum(
-        min(len(prompt.token_ids), progress.answers[place * n].cached_tokens or 0)
-        for place, prompt in enumerate(progress.request.prompts)
+        min(len(prompt.token_ids), answer.cached_tokens or 0)
+        for prompt, answer in zip(progress.request.prompts, first, strict=False)
     )

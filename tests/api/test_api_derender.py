@@ -316,3 +316,9 @@ def test_completions_that_do_not_fit(scaled: RouterHarness) -> None:
     ):
         answer = scaled.client.post(f"{COMPLETIONS}/derender", json=good | change)
         assert answer.status_code == 400, answer.text
+
+
+def test_an_answer_without_choices(scaled: RouterHarness) -> None:
+    nothing = {"request_id": "a", "created": 0, "choices": [], "usage": None}
+    body = {"prompt_tokens": [3], "generate_responses": [nothing]}
+    assert post(scaled, f"{COMPLETIONS}/derender", body)["choices"] == []
