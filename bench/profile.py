@@ -24,7 +24,6 @@ import numpy as np
 
 from pdserve.bench.arrivals import Arrivals, BenchError
 from pdserve.bench.client import Run, Server, measure
-from pdserve.bench.figures import Slo, figures
 from pdserve.bench.machine import circumstances
 from pdserve.bench.phases import HEADER, phases_of
 from pdserve.bench.serve import EXIT_USAGE, ProgressBar
@@ -40,6 +39,8 @@ AT_ONCE = (1, 4, 8)
 LENGTHS = (64, 512)
 """Prompts, for what a request and a hand-over cost beyond the engine."""
 PROBES = 12
+FIRST_GAPS = 6
+"""Of an answer, in which the prompts of others may be computed."""
 TIMEOUT_S = 600.0
 PASSED_ON = ("max_num_batched_tokens", "max_num_seqs", "max_model_len", "block_size", "dtype",
              "device")  # fmt: skip
@@ -205,8 +206,11 @@ def _around(
     with up([*options, *Topology(colocated=args.workers).options(kv_total)]) as cluster:
         pauses = [_pause_s(cluster, args, count, step) for count in AT_ONCE]
         alone = [_alone(cluster, args, length) for length in LENGTHS]
-    # A step takes longer in a worker than over and over in a row: caches are cold, others run.
+        busy_s = _busy_prompt_s(cluster, args)
+    # A step takes longer in a worker than over and over in a row: caches are cold, others run, and
+    # more so while all workers have prompts.
     slower = [one.prompt_s / step.mixed_s(one.length, one.length**2 / 2) for one in alone]
+    slower.append(busy_s / step.mixed_s(LENGTHS[-1], LENGTHS[-1] ** 2 / 2))
     mixed = tuple(weight * max(1.0, statistics.mean(slower)) for weight in step.mixed)
     step = msgspec.structs.replace(step, mixed=mixed, loop=_line_through(AT_ONCE, pauses))
     split = Topology(prefill=max(1, args.workers - 1), decode=1)
@@ -229,6 +233,7 @@ def _around(
         measured={
             "steps": [msgspec.to_builtins(engine.samples) for engine in engines],
             "pauses_s": dict(zip(map(str, AT_ONCE), pauses, strict=True)),
+            "busy_prompt_s": busy_s,
             "alone": [dataclasses.asdict(one) for one in alone],
             "handed_over": [dataclasses.asdict(one) for one in asked],
         },
@@ -257,11 +262,21 @@ def _pause_s(cluster: Cluster, args: argparse.Namespace, count: int, step: StepT
     shape = Shape(kind="fixed", requests=at_once, input_len=64, output_len=48,
                   vocab=(10, args.vocab))  # fmt: skip
     _ask(cluster, args, dataclasses.replace(shape, output_len=4), at_once, f"warm-{count}")
-    gaps = [
-        figures(_ask(cluster, args, shape, at_once, f"{count}-{n}"), Slo()).latencies["itl"]["p50"]
-        for n in range(3)
-    ]
-    return statistics.median(gaps) / 1e3 - step.decode_s(count, count * (64 + 24))
+    means = []
+    for number in range(3):
+        run = _ask(cluster, args, shape, at_once, f"{count}-{number}")
+        # The mean, since what router and client take of the cores comes in bursts; without the
+        # gaps in which others' prompts were computed.
+        means.append(statistics.fmean(gap for r in run.records for gap in r.gaps[FIRST_GAPS:]))
+    return statistics.median(means) - step.decode_s(count, count * (64 + (FIRST_GAPS + 48) // 2))
+
+
+def _busy_prompt_s(cluster: Cluster, args: argparse.Namespace) -> float:
+    """A worker's time for a prompt of the longest of LENGTHS while no worker is ever idle."""
+    shape = Shape(kind="fixed", requests=PROBES * args.workers, input_len=LENGTHS[-1], output_len=1,
+                  vocab=(10, args.vocab), seed=2)  # fmt: skip
+    wall_s = _ask(cluster, args, shape, 3 * args.workers, "busy").wall_s
+    return wall_s / PROBES
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,15 +96,16 @@ class Child:
         self._ended.set()
 
 
+def die_with(parent: int) -> None:
+    """To be called in a new child of the process `parent`: it is killed when that has ended."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the call above
+        os._exit(1)
+
+
 def start(command: Command) -> Child:
     """Start it now. Raises OSError if that cannot be done."""
     parent = os.getpid()
-
-    def die_with_parent() -> None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the call above
-            os._exit(1)
-
     with command.log.open("ab") as log:
         start_of_log = log.tell()
         popen = subprocess.Popen(
@@ -114,7 +115,7 @@ def start(command: Command) -> Child:
             stderr=log,
             env=dict(command.env),
             start_new_session=True,
-            preexec_fn=die_with_parent,
+            preexec_fn=lambda: die_with(parent),
         )
     if popen.stdin is not None:
         with suppress(BrokenPipeError):

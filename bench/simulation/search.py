@@ -15,6 +15,7 @@ from pdserve.bench.simulation.load import Load
 from pdserve.bench.simulation.profile import Profile
 from pdserve.bench.topology import Topology
 from pdserve.bench.verdict import Goodput, crossing
+from pdserve.cluster.process import die_with
 
 HIGHER = 1.5
 """While even the highest rate is sustained, the ladder goes on with rates so much higher."""
@@ -99,7 +100,7 @@ class Search:
         self._policy = policy
         self._done = self._asked = 0
         self.rungs: dict[Topology, list[Rung]] = {}
-        self._pool = ProcessPoolExecutor(_cores())
+        self._pool = ProcessPoolExecutor(_cores(), initializer=die_with, initargs=(os.getpid(),))
 
     def __enter__(self) -> Self:
         return self
