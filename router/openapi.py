@@ -20,7 +20,7 @@ Route = TypeVar("Route", bound=Callable[..., Awaitable[Response]])
 
 _REFERENCE = "#/components/schemas/{model}"
 _BY_NAME = {body.__name__: body for body in BODIES}
-_OPEN = ("/health", "/load", "/metrics", "/ping", "/version")
+_OPEN = ("/health", "/kv_event_sources", "/load", "/metrics", "/ping", "/version")
 """Paths that never answer 4xx by themselves."""
 
 _ERROR: Json = {

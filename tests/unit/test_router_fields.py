@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, get_args
 
 import pytest
+from pydantic import BaseModel
 
 from pdserve.router import fields
 from pdserve.router.bodies import BODIES
 from pdserve.router.errors import BadRequest
-from pdserve.router.schemas import ChatCompletionRequest, RepetitionDetection, StreamOptions, parse
+from pdserve.router.schemas import ChatCompletionRequest, parse
 
-NESTED = (StreamOptions, RepetitionDetection)
-DECLARED = {name for body in (*BODIES, *NESTED) for name in body.model_fields}
+
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Every model in a type, those in its own fields too."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+        for field in annotation.model_fields.values():
+            yield from models_in(field.annotation)
+    for argument in get_args(annotation):
+        yield from models_in(argument)
+
+
+DECLARED = {name for body in BODIES for model in models_in(body) for name in model.model_fields}
 GROUPS = (fields.HONOURED, frozenset(fields.ADVISORY), frozenset(fields.REFUSED))
 
 SOMETHING: dict[str, Any] = {
