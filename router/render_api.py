@@ -5,11 +5,10 @@ They need no workers. In a router they answer 403 unless it was started with --e
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from fastapi import FastAPI, Request
-from pydantic import BaseModel
 from starlette.responses import Response
 
 from pdserve.cluster.router_settings import RouterSettings
@@ -18,7 +17,7 @@ from pdserve.router.errors import ApiError
 from pdserve.router.front import Front
 from pdserve.router.http import JsonResponse
 from pdserve.router.messages import as_chat
-from pdserve.router.openai import encode_json
+from pdserve.router.openai import Json, encode_json
 from pdserve.router.openapi import json_post
 from pdserve.router.render import rendered
 from pdserve.router.responses import chat_of, in_own_words
@@ -26,6 +25,7 @@ from pdserve.router.schemas import (
     ChatCompletionRequest,
     CompletionRequest,
     MessagesRequest,
+    RequestBody,
     ResponsesRequest,
     parse,
 )
@@ -35,7 +35,8 @@ from pdserve.router.token_schemas import (
     DerenderResponsesRequest,
 )
 
-Body = TypeVar("Body", bound=BaseModel)
+Body = TypeVar("Body", bound=RequestBody)
+Answer = Awaitable[Json | list[Json]]
 
 
 def check_scale_out(settings: RouterSettings) -> None:
@@ -49,80 +50,81 @@ def check_scale_out(settings: RouterSettings) -> None:
         )
 
 
+class Routes:
+    """Routes that answer bodies with JSON, by themselves."""
+
+    def __init__(self, app: FastAPI, front: Front) -> None:
+        self._app = app
+        self._front = front
+
+    def add(
+        self, path: str, summary: str, kind: type[Body], answer: Callable[[Body, str], Answer]
+    ) -> None:
+        """`answer(body, id from the header)`."""
+
+        @json_post(self._app, path, summary, kind)
+        async def route(request: Request) -> Response:
+            check_scale_out(self._front.settings)
+            body = parse(kind, await self._front.read(request))
+            content = await answer(body, request.scope["pdserve.request_id"])
+            return JsonResponse(encode_json(content))
+
+
 def add_render_routes(app: FastAPI, front: Front) -> None:
-    _add_conversation_routes(app, front)
-    _add_completion_route(app, front)
-    _add_derender_routes(app, front)
+    routes = Routes(app, front)
+    _add_conversation_routes(routes, front)
+    _add_completion_route(routes, front)
+    _add_derender_routes(routes, Derendering(front))
 
 
-def _add_conversation_routes(app: FastAPI, front: Front) -> None:
-    check = partial(check_scale_out, front.settings)
+def _add_conversation_routes(routes: Routes, front: Front) -> None:
+    async def chat(body: ChatCompletionRequest, header_id: str, name: str | None = None) -> Json:
+        parsed = await front.parser.chat(without_offsets(body), header_id)
+        named, special = name or parsed.response_id, bool(body.add_special_tokens)
+        return rendered(front, parsed, 0, named, body, body.return_token_offsets, special)
 
-    @json_post(
-        app,
+    async def messages(body: MessagesRequest, header_id: str) -> Json:
+        return await chat(as_chat(body, front.model.least_effort), header_id)
+
+    async def response(body: ResponsesRequest, header_id: str) -> Json:
+        with in_own_words():
+            return await chat(chat_of(front.model.speech, body), header_id, body.request_id)
+
+    routes.add(
         "/v1/chat/completions/render",
         "A conversation as a request for /inference/v1/generate",
         ChatCompletionRequest,
+        chat,
     )
-    async def render_chat(request: Request) -> Response:
-        check()
-        body = parse(ChatCompletionRequest, await front.read(request))
-        return await render(request, body, body.return_token_offsets)
-
-    @json_post(
-        app,
+    routes.add(
         "/v1/messages/render",
         "A conversation (Anthropic) as a request for /inference/v1/generate",
         MessagesRequest,
+        messages,
     )
-    async def render_messages(request: Request) -> Response:
-        check()
-        body = as_chat(parse(MessagesRequest, await front.read(request)), front.model.least_effort)
-        return await render(request, body, None)
-
-    @json_post(
-        app,
+    routes.add(
         "/v1/responses/render",
         "A conversation (OpenAI's Responses) as a request for /inference/v1/generate",
         ResponsesRequest,
+        response,
     )
-    async def render_responses(request: Request) -> Response:
-        check()
-        body = parse(ResponsesRequest, await front.read(request))
-        with in_own_words():
-            return await render(request, chat_of(front.model.speech, body), None, body.request_id)
-
-    async def render(
-        request: Request,
-        body: ChatCompletionRequest,
-        offsets: object,
-        response_id: str | None = None,
-    ) -> Response:
-        plain = without_offsets(body)
-        parsed = await front.parser.chat(plain, request.scope["pdserve.request_id"])
-        name = response_id or parsed.response_id
-        content = rendered(front, parsed, 0, name, body, offsets, bool(body.add_special_tokens))
-        return JsonResponse(encode_json(content))
 
 
-def _add_completion_route(app: FastAPI, front: Front) -> None:
-    @json_post(
-        app,
-        "/v1/completions/render",
-        "Prompts as requests for /inference/v1/generate",
-        CompletionRequest,
-    )
-    async def render_completions(request: Request) -> Response:
-        check_scale_out(front.settings)
-        body = parse(CompletionRequest, await front.read(request))
-        plain, offsets = without_offsets(body), body.return_token_offsets
-        parsed = await front.parser.completion(plain, request.scope["pdserve.request_id"])
-        special = body.add_special_tokens is not False
-        listed = [
+def _add_completion_route(routes: Routes, front: Front) -> None:
+    async def completions(body: CompletionRequest, header_id: str) -> list[Json]:
+        parsed = await front.parser.completion(without_offsets(body), header_id)
+        offsets, special = body.return_token_offsets, body.add_special_tokens is not False
+        return [
             rendered(front, parsed, place, f"{parsed.response_id}-{place}", body, offsets, special)
             for place in range(len(parsed.prompts))
         ]
-        return JsonResponse(encode_json(listed))
+
+    routes.add(
+        "/v1/completions/render",
+        "Prompts as requests for /inference/v1/generate",
+        CompletionRequest,
+        completions,
+    )
 
 
 def without_offsets(body: Body) -> Body:
@@ -130,40 +132,26 @@ def without_offsets(body: Body) -> Body:
     return body.model_copy(update={"return_token_offsets": None})
 
 
-def _add_derender_routes(app: FastAPI, front: Front) -> None:
-    check = partial(check_scale_out, front.settings)
-    derendering = Derendering(front)
+def _add_derender_routes(routes: Routes, derendering: Derendering) -> None:
+    async def response(body: DerenderResponsesRequest, _: str) -> Json:
+        with in_own_words():
+            return await derendering.response(body)
 
-    @json_post(
-        app,
+    routes.add(
         "/v1/chat/completions/derender",
         "What /inference/v1/generate said, as an answer of chat",
         DerenderChatRequest,
+        lambda body, _: derendering.chat(body),
     )
-    async def derender_chat(request: Request) -> Response:
-        check()
-        body = parse(DerenderChatRequest, await front.read(request))
-        return JsonResponse(encode_json(await derendering.chat(body)))
-
-    @json_post(
-        app,
+    routes.add(
         "/v1/completions/derender",
         "What /inference/v1/generate said, as an answer of completions",
         DerenderCompletionRequest,
+        lambda body, _: derendering.completion(body),
     )
-    async def derender_completions(request: Request) -> Response:
-        check()
-        body = parse(DerenderCompletionRequest, await front.read(request))
-        return JsonResponse(encode_json(await derendering.completion(body)))
-
-    @json_post(
-        app,
+    routes.add(
         "/v1/responses/derender",
         "What /inference/v1/generate said, as a response",
         DerenderResponsesRequest,
+        response,
     )
-    async def derender_responses(request: Request) -> Response:
-        check()
-        body = parse(DerenderResponsesRequest, await front.read(request))
-        with in_own_words():
-            return JsonResponse(encode_json(await derendering.response(body)))
