@@ -180,6 +180,28 @@ def test_arguments_come_while_they_are_written(
         worker.step_s = 0.0
 
 
+def test_a_call_goes_on_when_its_worker_dies(start: Callable[..., RouterHarness]) -> None:
+    router = start(enable_auto_tool_choice=True)
+    router.add(Role.PREFILL, router.answer(CALL))
+    dying = router.add(Role.DECODE, router.answer(CALL))
+    router.until_connected()
+    dying.die_at = 30
+    with client_of(router) as client:
+        stream = client.chat.completions.create(
+            model="demo", messages=MESSAGES, tools=TOOLS, stream=True
+        )
+        texts, seconds = [], []
+        for chunk in stream:
+            for call in chunk.choices[0].delta.tool_calls or ():
+                if call.function and call.function.arguments:
+                    texts.append(call.function.arguments)
+                elif not seconds:  # the call has begun
+                    seconds.append(router.add(Role.DECODE, router.answer(CALL)))
+    assert json.loads("".join(texts)) == json.loads(ARGUMENTS)
+    assert chunk.choices[0].finish_reason == "tool_calls"
+    assert len(seconds[0].submits[0].output_token_ids) > 20
+
+
 def test_no_tools_is_no_parsing(say: Callable[[str], OpenAI]) -> None:
     with say(CALL) as client:
         assert whole(client, tools=TOOLS, tool_choice="none")["message"]["content"] == CALL
