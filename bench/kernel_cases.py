@@ -200,23 +200,8 @@ def attention_float8(size: Sizes, device: str, dtype: torch.dtype) -> Iterator[C
     )
 
 
-def few_rows(size: Sizes, device: str, dtype: torch.dtype) -> Iterator[Case]:
-    """A decode step's products in the shape of Qwen3-8B's layers: they read their weights."""
-    hidden = size.hidden
-    for rows, columns in ((2 * hidden, hidden), (6 * hidden, hidden), (hidden, 3 * hidden)):
-        weight = torch.randn(rows, columns, device=device).div_(columns**0.5).to(dtype)
-        for tokens in (1, 4, 16):
-            x = torch.randn(tokens, columns, device=device).to(dtype)
-            yield Case(
-                name=f"linear {tokens} x {columns} x {rows}",
-                run=lambda x=x, weight=weight: kernels.linear(x, weight),  # type: ignore[misc]
-                nbytes=weight.nbytes + x.nbytes * (1 + rows / columns),
-                torch_run=lambda x=x, weight=weight: functional.linear(x, weight),  # type: ignore[misc]
-            )
-
-
 def products(size: Sizes, device: str, dtype: torch.dtype) -> Iterator[Case]:
-    """Batch-invariant products; torch's own are not."""
+    """Batch-invariant products, torch's own are not; then those of a step of few tokens."""
     rows, columns = 2 * size.hidden, size.hidden
     weight = torch.randn(rows, columns, device=device).to(dtype)
     for tokens in (1, size.batch, size.tokens):
@@ -244,6 +229,22 @@ def products(size: Sizes, device: str, dtype: torch.dtype) -> Iterator[Case]:
         # Token by token, each of another length: torch makes a plan for each, which takes minutes.
         compare=prompt <= 512,
     )
+    yield from step_products(size, device, dtype)
+
+
+def step_products(size: Sizes, device: str, dtype: torch.dtype) -> Iterator[Case]:
+    """In the shape of Qwen3-8B's layers: which share of a copy's bandwidth reads the weights."""
+    hidden = size.hidden
+    for rows, columns in ((2 * hidden, hidden), (6 * hidden, hidden), (hidden, 3 * hidden)):
+        weight = torch.randn(rows, columns, device=device).div_(columns**0.5).to(dtype)
+        for tokens in (1, 4, 64):
+            x = torch.randn(tokens, columns, device=device).to(dtype)
+            yield Case(
+                name=f"linear {tokens} x {columns} x {rows}",
+                run=lambda x=x, weight=weight: kernels.linear(x, weight),  # type: ignore[misc]
+                nbytes=weight.nbytes + x.nbytes * (1 + rows / columns),
+                compare=device == "cpu",  # on CUDA it is torch's own product
+            )
 
 
 def experts(size: Sizes, device: str, dtype: torch.dtype) -> Iterator[Case]:
@@ -423,7 +424,6 @@ GROUPS = {
     "wire": wire,
     "sampling": sampling,
     "quantized": quantized,
-    "few_rows": few_rows,
     "products": products,
     "experts": experts,
 }

@@ -69,14 +69,6 @@ TABLE: dict[str, tuple[Config, ...]] = {
         names=_TILED, COLUMNS=64, DEPTH=128,
     ),
     "linear wide": _tiles((64, 4, 3), (64, 4, 2), (64, 8, 3), names=_TILED, COLUMNS=64, DEPTH=32),
-    # DEPTH elements are 4 warps' and 8 each of a thread's, however many warps there are.
-    "few_rows": (
-        {"COLUMNS": 4, "DEPTH": 1024, "num_warps": 4},
-        {"COLUMNS": 8, "DEPTH": 1024, "num_warps": 8},
-        {"COLUMNS": 8, "DEPTH": 1024, "num_warps": 4},
-        {"COLUMNS": 2, "DEPTH": 1024, "num_warps": 4},
-        {"COLUMNS": 4, "DEPTH": 1024, "num_warps": 8},
-    ),
     "mixture": _tiles(
         (64, 4, 3), (64, 4, 2), (64, 4, 4), (64, 8, 3), (32, 4, 3),
         names=_TILED, COLUMNS=64, DEPTH=128,

@@ -38,7 +38,6 @@ MODULES: dict[str, dict[str, str]] = {
     "silu_and_mul": {"triton": "triton_activation"},
     "gelu_and_mul": {"triton": "triton_activation"},
     "linear": {"triton": "triton_matmul"},
-    "few_rows": {"triton": "triton_rows"},
     "route": {"triton": "triton_experts"},
     "mixture": {"triton": "triton_experts"},
     "rope": {"triton": "triton_cache"},

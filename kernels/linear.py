@@ -7,8 +7,6 @@ import torch.nn.functional as functional
 
 from pdserve.kernels import checks, dispatch, native
 
-FEW_ROWS, FEW_TYPES = 4, (torch.bfloat16, torch.float16)
-"""What the kernel of `few_rows` takes: with more rows tensor cores win."""
 FEW = 32
 """Up to so many rows the C kernel reads the weights faster than torch (bench/results)."""
 
@@ -25,8 +23,7 @@ def linear(
     Sums are float32, rounded once. invariant: a row of the result has the same bits alone and in
     any batch (of one process; another number of threads may give others). torch's products are not
     like that, so then Triton computes on CUDA, on the CPU the C kernel, or, without it or in
-    float16, torch row by row. Without `invariant` it holds on a CPU for up to FEW rows, and on CUDA
-    in FEW_TYPES for up to FEW_ROWS.
+    float16, torch row by row. Without `invariant` it holds on a CPU for up to FEW rows.
     """
     checks.shape("weight", weight, [None, None])
     checks.dtype("weight", weight, checks.FLOATS)
@@ -39,11 +36,6 @@ def linear(
         checks.same_device("bias", bias, "x", x)
     in_c = native.serves(weight) and weight.is_contiguous()
     if not invariant:
-        few = x.shape[0] <= FEW_ROWS and x.dtype in FEW_TYPES
-        fast = dispatch.implementation("few_rows", x) if few else None
-        if fast is not None:
-            product: torch.Tensor = fast(x, weight, bias)
-            return product
         if in_c and x.shape[0] <= FEW:
             return native.linear(x, weight, bias)
         return functional.linear(x, weight, bias)

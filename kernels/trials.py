@@ -15,7 +15,7 @@ from pdserve.kernels.blocks import gather_blocks, scatter_blocks
 from pdserve.kernels.checks import FLOAT8
 from pdserve.kernels.configs import attention_class
 from pdserve.kernels.experts import expert_weights, mixture, route
-from pdserve.kernels.linear import FEW_TYPES, linear
+from pdserve.kernels.linear import linear
 from pdserve.kernels.sampling import sample
 from pdserve.kernels.tuning import Run, Trial
 
@@ -77,12 +77,6 @@ def trials(pool: torch.Tensor, model: Model, sizes: Sizes | None = None) -> Iter
             )
             wide = " wide" if model.dtype == torch.float32 else ""
             yield Trial("linear" + wide, (), lambda: linear(x, weight, invariant=True))
-        if model.dtype in FEW_TYPES:
-            x, weight = (
-                torch.randn(rows, model.hidden_size, device=pool.device).to(model.dtype)
-                for rows in (1, min(4 * model.hidden_size, model.vocab_size))
-            )
-            yield Trial("few_rows", (), lambda: linear(x, weight))
         if model.experts:
             yield _mixture(pool.device, model, sizes)
         yield _sampling(pool.device, model, sizes)

@@ -122,7 +122,7 @@ decode() {
 }
 
 cluster="--device=cuda --kv-cache-memory=2GiB"
-groups="attention pointwise blocks sampling experts few_rows products quantized float8 wire"
+groups="attention pointwise blocks sampling experts products quantized float8 wire"
 tune=
 
 works() {

@@ -31,11 +31,6 @@ def operations(device: str, dtype: torch.dtype, hidden: int) -> Iterator[tuple[s
 
     x, weight = random(ROWS, hidden), random(hidden // 2 + 24, hidden)
     yield "linear", lambda part: kernels.linear(x[part], weight, invariant=True)
-    if device == "cuda" and dtype != torch.float32:  # what decode steps of up to four rows take
-        yield (
-            "linear of few rows",
-            lambda part: torch.cat([kernels.linear(few, weight) for few in x[part].split(4)]),
-        )
     whole = kernels.quantize(weight, "int8")
     yield (
         "quantized_linear",

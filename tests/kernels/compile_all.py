@@ -27,7 +27,6 @@ from pdserve.kernels import (
     triton_norm,
     triton_prefill,
     triton_quantized,
-    triton_rows,
     triton_sampling,
     triton_sums,
     triton_wire,
@@ -253,14 +252,6 @@ CASES: list[tuple[Any, dict[str, Any], dict[str, str]]] = [
         for packs in (True, False)
     ],
     *[(triton_matmul.linear_kernel, {**MATMUL, "BIASED": biased}, {}) for biased in (False, True)],
-    *[
-        (
-            triton_rows.few_rows_kernel,
-            {"ROWS": rows, "COLUMNS": 4 if rows == 1 else 2, "DEPTH": 1024, "BIASED": rows > 1},
-            {},
-        )
-        for rows in (1, 4)
-    ],
     *[
         (triton_experts.grouped_kernel, {**MATMUL, "KIND": kind}, {})
         for kind in ("silu", "erf", "")

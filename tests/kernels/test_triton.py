@@ -45,18 +45,6 @@ def test_everything_runs_in_triton() -> None:
         assert function.__module__.startswith("pdserve.kernels.triton_")
 
 
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize(("rows", "width"), [(1, 1), (7, 63), (33, 2500)])
-def test_products_of_few_rows(rows: int, width: int, biased: bool) -> None:
-    weight, x = (torch.randn(n, width + 1).half()[:, 1:] for n in (rows, 4))
-    bias = torch.randn(rows).half() if biased else None
-    whole = kernels.linear(x, weight, bias)
-    exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
-    assert_close(whole, exact)
-    for part in (slice(0, 1), slice(3, 4), slice(1, 3), slice(1, 4), slice(0, 0)):
-        assert torch.equal(kernels.linear(x[part], weight, bias), whole[part])
-
-
 @floats
 @pytest.mark.parametrize(("rows", "width"), [(0, 8), (1, 1), (17, 63), (3, 500), (2, 4097)])
 def test_rms_norm(dtype: torch.dtype, rows: int, width: int) -> None:
