@@ -9,9 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx
+import pytest
 from router_harness import BODY, CHAT, RouterHarness
 
 from pdserve.cluster.records import Role
+from pdserve.cluster.router_settings import RouterSettings
+from pdserve.protocol.errors import PdserveError
+from pdserve.router.app import create_app
 
 Start = Callable[..., RouterHarness]
 
@@ -153,6 +157,20 @@ def test_middleware_of_the_operator(start: Start) -> None:
     assert broken.status_code == 500 and broken.json()["error"]["type"] == "InternalServerError"
     refused = harness.client.get("/v1/models", headers={"x-break": "1"})
     assert refused.status_code == 401 and "x-layer" not in refused.headers
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"middleware": ("nowhere.Layer",)}, "--middleware nowhere.Layer cannot be imported"),
+        ({"middleware": ("json.decoder.NaN",)}, "must be an ASGI class or an async function"),
+        ({"fingerprint_mode": "custom"}, "need each other"),
+        ({"fingerprint_value": "x"}, "need each other"),
+    ],
+)
+def test_options_that_cannot_be_used(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(PdserveError, match=sentence):
+        create_app(RouterSettings(secret="x", **options))
 
 
 def test_fingerprints(start: Start) -> None:

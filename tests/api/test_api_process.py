@@ -41,8 +41,6 @@ def refused(*options: str) -> str:
         (["--redis", "http://x"], "Redis URL"),
         (["--max-queue", "0"], "--max-queue must be"),
         (["--uds", "/nowhere/socket"], "Cannot listen on /nowhere/socket: no such file"),
-        (["--middleware", "nowhere.Layer"], "--middleware nowhere.Layer cannot be imported"),
-        (["--fingerprint-mode", "custom"], "need each other"),
     ],
 )
 def test_what_it_cannot_start_with(options: list[str], sentence: str) -> None:
