@@ -10,10 +10,13 @@ Two tasks per request: this one, and a watcher that aborts everything when the c
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
+import types
+from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 from starlette.types import Message, Receive, Send
 
@@ -48,13 +51,35 @@ def impatient(send: Send) -> Send:
     """`send` that raises ClientGone if the client does not read."""
 
     async def bounded(message: Message) -> None:
+        step = send(message).__await__()
+        try:
+            first = next(step)
+        except StopIteration:
+            return  # as nearly always: what need not wait needs no timer, which costs more than it
         try:
             async with asyncio.timeout(STALL_S):
-                await send(message)
+                await _rest(step, first)
         except TimeoutError:
             raise ClientGone from None
 
     return bounded
+
+
+@types.coroutine
+def _rest(step: Generator[Any, Any, None], first: object) -> Generator[Any, Any, None]:
+    """What is left of something awaited that has come as far as waiting for `first`."""
+    waits_for = first
+    while True:
+        try:
+            sent = yield waits_for
+        except BaseException as error:
+            resume = functools.partial(step.throw, error)
+        else:
+            resume = functools.partial(step.send, sent)
+        try:
+            waits_for = resume()
+        except StopIteration:
+            return
 
 
 class ClientGone(Exception):
