@@ -15,6 +15,8 @@ from pathlib import Path
 
 import msgspec
 
+from pdserve.cluster.cores import thread_settings
+
 REPEATS = 5
 LEAST_S = 0.05
 """A point is repeated REPEATS times, and until so much time has gone."""
@@ -111,8 +113,7 @@ def main() -> int:
     job = msgspec.json.decode(sys.argv[1], type=Job)
     if job.cpus:
         os.sched_setaffinity(0, job.cpus)
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ[name] = str(job.threads)
+    os.environ.update(thread_settings(job.threads))
     # Only now: libraries size their thread pools when they are loaded.
     from pdserve.engine.build import build_runner
     from pdserve.engine.config import EngineConfig

@@ -42,6 +42,19 @@ def divide(cores: Sequence[int], workers: int, quota: int | None = None) -> list
     ]
 
 
+_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+SPINS = 10_000
+"""How often a thread of torch's pool looks for more work before it sleeps, about 0.2 ms. By itself
+it would look for some milliseconds, on the core that a thread of the C kernels wants meanwhile."""
+
+
+def thread_settings(threads: int) -> dict[str, str]:
+    """Environment of a process that computes with so many threads, for libraries that size their
+    pools when they are loaded."""
+    settings = dict.fromkeys(_VARIABLES, str(threads))
+    return {**settings, "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", str(SPINS))}
+
+
 def own_cores() -> list[int]:
     """The cores that this process may run on, those of one package and core side by side."""
     return sorted(os.sched_getaffinity(0), key=lambda cpu: (*_place(cpu), cpu))

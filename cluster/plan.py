@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pdserve.cluster.cores import Share
+from pdserve.cluster.cores import Share, thread_settings
 from pdserve.cluster.options import ENVIRONMENT_PREFIX
 from pdserve.cluster.process import Command
 from pdserve.cluster.records import Role
@@ -28,7 +28,6 @@ _MODULES = {
     Role.DECODE: ["pdserve.decode_worker"],
     Role.COLOCATED: ["pdserve.decode_worker", "--accept-prompts"],
 }
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,11 +97,10 @@ def plan_cluster(
 
 def worker_command(settings: WorkerSettings, logs: Path, base: Mapping[str, str]) -> Command:
     argv, environment = arguments(settings)
-    threads = dict.fromkeys(_THREAD_VARIABLES, str(settings.threads))
     return Command(
         name=settings.worker_id,
         argv=[sys.executable, "-P", "-m", *_MODULES[settings.role], *argv],
-        env={**base, **threads, **environment},
+        env={**base, **thread_settings(settings.threads), **environment},
         log=logs / f"{settings.worker_id}.log",
     )
 

@@ -21,6 +21,7 @@ from contextlib import AsyncExitStack
 from dataclasses import astuple, dataclass
 
 from pdserve.cluster.channel import ChannelServer
+from pdserve.cluster.cores import thread_settings
 from pdserve.cluster.membership import Membership
 from pdserve.cluster.options import EXIT_USAGE
 from pdserve.cluster.placement import Placement
@@ -73,8 +74,7 @@ def claim_cores(settings: WorkerSettings) -> None:
                 f"--cpus {wanted} cannot be had; this process may run on the cores {there}."
             ) from error
     threads = settings.threads or len(os.sched_getaffinity(0))
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ[name] = str(threads)
+    os.environ.update(thread_settings(threads))
 
 
 def _compose(context: Context) -> Assembly:

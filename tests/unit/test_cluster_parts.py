@@ -14,7 +14,7 @@ import pytest
 
 from pdserve.cluster import runfile
 from pdserve.cluster.console import Console
-from pdserve.cluster.cores import Share, divide, own_cores
+from pdserve.cluster.cores import SPINS, Share, divide, own_cores
 from pdserve.cluster.model_files import ModelError, check_model, read_json, resolve_model
 from pdserve.cluster.plan import ClusterPlan, plan_cluster, roles_of
 from pdserve.cluster.process import Command, Exit, start, stop
@@ -90,6 +90,7 @@ def test_a_plan_names_workers_by_role_and_pins_them() -> None:
     assert {"--worker-id=prefill-0", "--threads=1", "--cpus=0"} <= set(first.argv)
     assert list(last.argv)[3:5] == ["pdserve.decode_worker", "--accept-prompts"]
     assert first.env["OMP_NUM_THREADS"] == "1"
+    assert first.env["GOMP_SPINCOUNT"] == str(SPINS)
     assert "--port=1234" in plan.routers[0].argv
     assert first.log == Path("/logs/prefill-0.log")
 
