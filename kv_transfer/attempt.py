@@ -81,7 +81,7 @@ class Attempts:
             self._line(job, job.wait(self._stall_s)) as line,
             self._credits.account(job.ticket.source) as account,
         ):
-            self._unasked(line, job, half)
+            self._unasked(line, job, half, name)
             waiting = deque(_pieces(job.due, size, *getattr(half, "pieces", PIECES)))
             asked: deque[list[int]] = deque()
             while waiting or asked:
@@ -110,12 +110,14 @@ class Attempts:
         )
         line.send(fetch, job.wait(self._stall_s))
 
-    def _unasked(self, line: Line, job: Job, half: Receiver) -> None:
+    def _unasked(self, line: Line, job: Job, half: Receiver, name: str) -> None:
         """Copy out of the ticket's place, with checksums that the source has put into its ledger:
         without a word to it. What cannot be had so stays missing. The copy counts as a borrowed
         one does. Raises as `make` does."""
         place, copied = job.ticket.place, getattr(half, "copied", None)
-        if place is None or copied is None or place.host_id != self._host_id:
+        if place is None or copied is None:
+            return
+        if (place.transport, place.host_id) != (name, self._host_id):
             return
         alike = job.slices == 1 and job.unpacking is None
         if not alike or not job.missing or place.block_nbytes != self.nbytes(job):

@@ -34,7 +34,7 @@ from pdserve.kernels import copy_blocks_summed
 from pdserve.kv_transfer.device import DeviceMemory
 from pdserve.kv_transfer.device_sums import KIND, WORD, DeviceSums, has_words
 from pdserve.kv_transfer.line import Line
-from pdserve.kv_transfer.memory import NONCE_BYTES, Pool, host_id
+from pdserve.kv_transfer.memory import NONCE_BYTES, Numbers, Pool, host_id
 from pdserve.kv_transfer.streams import CudaStreams, Streams, opened, with_first
 from pdserve.kv_transfer.transports import (
     SinkHalf,
@@ -42,6 +42,7 @@ from pdserve.kv_transfer.transports import (
     TransportUnfit,
     Wait,
 )
+from pdserve.protocol.ticket import Place
 from pdserve.protocol.transfer import DevicePool, Fetch, FetchHeader
 
 log = logging.getLogger(__name__)
@@ -202,6 +203,10 @@ class IpcSource(_End):
             return "CUDA IPC needs both workers on one host, under one user."
         return "" if fetch.detail else "CUDA IPC needs a reader whose KV pool is on a GPU."
 
+    def where(self) -> tuple[str, bytes]:
+        """No path, and the name of the pool, for readers who have mapped it before."""
+        return "", self._nonce
+
     def describe(self, header: FetchHeader, block_ids: Sequence[int]) -> FetchHeader:
         return msgspec.structs.replace(
             header,
@@ -217,7 +222,8 @@ class IpcSource(_End):
 class _Mapping:
     """Another process' pool, open as long as this object lives."""
 
-    def __init__(self, runtime: Runtime, shared: DevicePool, words: int) -> None:
+    def __init__(self, runtime: Runtime, shared: DevicePool, words: int, nonce: bytes) -> None:
+        self.nonce = nonce
         address = runtime.open(shared.handle)
         self._closer = weakref.finalize(self, _close, runtime, address)
         end, extent = shared.offset + shared.num_blocks * words * WORD, runtime.extent(address)
@@ -258,9 +264,20 @@ class IpcSink(_End):
         shared, blocks = header.pool_device, header.pool_blocks
         if shared is None or len(blocks) != len(targets):
             raise TransportUnfit("The source did not say where all the wanted blocks lie.")
-        mapping = self._map(line, header, shared, wait)
-        count = mapping.words.numel() // self._sums.words.shape[1]  # not what this header says
-        if blocks and not 0 <= min(blocks) <= max(blocks) < count:
+        yield from self._copied(self._map(line, header, shared, wait), blocks, targets, wait)
+
+    def copied(
+        self, line: Line, place: Place, blocks: Numbers, targets: Sequence[int], wait: Wait
+    ) -> Iterator[list[int]]:
+        mapping = line.keeps.get("pool")
+        if isinstance(mapping, _Mapping) and mapping.nonce == place.nonce:
+            yield from self._copied(mapping, blocks, targets, wait)
+
+    def _copied(
+        self, mapping: _Mapping, blocks: Numbers, targets: Sequence[int], wait: Wait
+    ) -> Iterator[list[int]]:
+        count = mapping.words.numel() // self._sums.words.shape[1]  # not what a header says
+        if len(blocks) and not 0 <= min(blocks) <= max(blocks) < count:
             raise TransportUnfit(f"The source named a block outside its {count}.")
         chunk = max(1, CHUNK_BYTES // self._pool.block_nbytes)
         for start in range(0, len(targets), chunk):
@@ -269,7 +286,7 @@ class IpcSink(_End):
             yield self._copy(mapping, there, here, wait)
 
     def _copy(
-        self, mapping: _Mapping, there: Sequence[int], here: Sequence[int], wait: Wait
+        self, mapping: _Mapping, there: Numbers, here: Sequence[int], wait: Wait
     ) -> list[int]:
         own = self._sums.words
 
@@ -287,13 +304,13 @@ class IpcSink(_End):
             key = (line.peer, header.epoch, header.pool_nonce)
             mapping = self._mapped.get(key)
             if mapping is None:
-                mapping = self._mapped[key] = self._open(shared)
+                mapping = self._mapped[key] = self._open(shared, header.pool_nonce)
         finally:
             self._lock.release()
         line.keeps["pool"] = mapping
         return mapping
 
-    def _open(self, shared: DevicePool) -> _Mapping:
+    def _open(self, shared: DevicePool, nonce: bytes) -> _Mapping:
         if len(shared.handle) != HANDLE_BYTES or shared.offset < 0 or shared.offset % WORD:
             raise TransportUnfit("The source named its KV pool in a way that CUDA does not know.")
         try:
@@ -301,7 +318,7 @@ class IpcSink(_End):
                 raise TransportUnfit(
                     f"The GPU {self._runtime.bus_id()} cannot read the memory of {shared.bus_id}."
                 )
-            return _Mapping(self._runtime, shared, self._sums.words.shape[1])
+            return _Mapping(self._runtime, shared, self._sums.words.shape[1], nonce)
         except TransportUnfit:
             raise
         except Exception as error:  # CuPy's kinds

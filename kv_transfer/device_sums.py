@@ -14,10 +14,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from pdserve.kernels import sum_blocks
 from pdserve.kv_transfer.device import DeviceMemory
+from pdserve.kv_transfer.memory import Numbers
 from pdserve.kv_transfer.streams import Streams
 from pdserve.kv_transfer.transports import TransportUnfit, Wait
 
@@ -72,14 +74,14 @@ class DeviceSums:
         _wait_until_done(mark, wait)
         return numbers(sums)
 
-    def index(self, *rows: Sequence[int]) -> torch.Tensor:
+    def index(self, *rows: Numbers) -> torch.Tensor:
         """Numbers of blocks [rows, n] on the device, without waiting until they are there."""
         return index_of(rows, self.words.device)
 
 
-def index_of(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
+def index_of(rows: Sequence[Numbers], device: torch.device) -> torch.Tensor:
     """Numbers [rows, n] int64 on a device, without waiting until they are there."""
-    index = torch.tensor(rows, dtype=torch.int64)  # not pinned: that takes longer than the copy
+    index = torch.from_numpy(np.asarray(rows, np.int64))  # pinning would take longer than the copy
     return index.to(device, non_blocking=True)
 
 

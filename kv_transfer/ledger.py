@@ -32,6 +32,7 @@ import xxhash
 
 from pdserve.kv_transfer.line import Line
 from pdserve.kv_transfer.memory import (
+    HOST_SUMS,
     HostMemory,
     MappedPool,
     Numbers,
@@ -51,8 +52,11 @@ WORD = 8
 class Ledger:
     """The source's. Thread-safe."""
 
-    def __init__(self, num_blocks: int, fingerprint: LayoutFingerprint) -> None:
-        """num_blocks: of the pool."""
+    def __init__(
+        self, num_blocks: int, fingerprint: LayoutFingerprint, kind: str = HOST_SUMS
+    ) -> None:
+        """num_blocks: of the pool; kind: of the checksums that are put down here."""
+        self.kind = kind
         self._memory = HostMemory(1 + SLOTS + num_blocks, WORD)
         words: Words = np.frombuffer(self._memory.all, np.uint64)
         words[0] = layout_word(fingerprint)
@@ -77,7 +81,7 @@ class Ledger:
         self._sums[np.asarray(block_ids, np.int64)] = 0
 
     def know(self, block_ids: Sequence[int], sums: Sequence[int]) -> None:
-        """Checksums, `HOST_SUMS`, of blocks whose ticket stands."""
+        """Checksums, of its kind, of blocks whose ticket stands."""
         self._sums[np.asarray(block_ids, np.int64)] = np.asarray(sums, np.uint64)
 
     def strike(self, mark: LeaseMark) -> None:

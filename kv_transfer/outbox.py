@@ -44,7 +44,6 @@ from pdserve.kv_transfer.held import (
     check_wanted,
 )
 from pdserve.kv_transfer.ledger import Ledger
-from pdserve.kv_transfer.memory import HOST_SUMS
 from pdserve.protocol.ticket import RESHAPED, KVTicket, LayoutFingerprint, LeaseMark, Place
 from pdserve.protocol.transfer import Fetch, Outcome, Progress
 
@@ -297,7 +296,7 @@ class Outbox:
             with self._lock:
                 if held.ending is None:  # else the blocks may have been written to meanwhile
                     known.update(zip((index for index, _ in some), sums, strict=True))
-                    if self._ledger is not None and kind == HOST_SUMS:
+                    if self._ledger is not None and kind == self._ledger.kind:
                         self._ledger.know([block for _, block in some], sums)
 
     def end(self, read: Read) -> None:

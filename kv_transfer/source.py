@@ -153,6 +153,7 @@ class TransferSource:
             (summing(half, self._pool) for half in halves_of.values() if not _is_seldom(half)), None
         )
         """The checksums that most readers will take; None: who reads computes them."""
+        self._where = _where(halves_of, self._ahead)
         if not self._cuts.can(slices):
             raise ValueError(
                 f"A block of {self._pool.block_nbytes} bytes has no {slices} equal slices."
@@ -163,7 +164,9 @@ class TransferSource:
         self._max_connections = max_connections
         self._listener = _listen(bind or host, port)
         self.port = int(self._listener.getsockname()[1])
-        self._ledger, self._host_id = Ledger(self._pool.num_blocks, fingerprint), host_id()
+        kind = HOST_SUMS if self._ahead is None else self._ahead.kind
+        self._ledger = Ledger(self._pool.num_blocks, fingerprint, kind)
+        self._host_id = host_id()
         self.outbox = Outbox(
             worker_id=worker_id,
             epoch=epoch,
@@ -266,11 +269,11 @@ class TransferSource:
         return self.outbox.cut(request_id)
 
     def _place(self, block_ids: Sequence[int]) -> Callable[[LeaseMark], Place] | None:
-        if "shm" not in self._cuts.of(1).halves:
+        if self._where is None:
             return None
-        blocks = np.asarray(block_ids, "<u4").tobytes()
-        path, nonce = self._pool.path, self._pool.nonce
+        blocks, (transport, path, nonce) = np.asarray(block_ids, "<u4").tobytes(), self._where
         return lambda mark: Place(
+            transport=transport,
             host_id=self._host_id,
             path=path,
             nonce=nonce,
@@ -550,6 +553,19 @@ class Summing:
     """Blocks, for a reader, who may be told to stop in between."""
     ahead: int
     """Blocks, while nobody waits: when a reader comes, the rest is left to it."""
+
+
+def _where(
+    halves: Mapping[str, SourceHalf], ahead: Summing | None
+) -> tuple[str, str, bytes] | None:
+    """(transport, path, nonce) of the pool for readers who need not ask: over the best transport
+    whose other half can copy so and expects the checksums that are computed ahead."""
+    for name, half in halves.items():
+        where = getattr(half, "where", None)
+        if where is not None and ahead is not None:
+            fits = getattr(half, "sums_kind", HOST_SUMS) == ahead.kind
+            return (name, *where()) if fits else None
+    return None
 
 
 def summing(half: SourceHalf, pool: Pool) -> Summing:

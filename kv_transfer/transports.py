@@ -63,7 +63,8 @@ class SourceHalf(Sliceable, Protocol):
     """Stateless but for the pool, so that any number of threads may use it at once. One whose
     checksums are not the pool's, which its other half knows, has a name for them, `sums_kind`, and
     a method `digests(block_ids)` that gives those of many blocks at once or raises TransportUnfit.
-    For one that is `seldom` taken nothing is computed ahead."""
+    For one that is `seldom` taken nothing is computed ahead. One whose other half has `copied` says
+    `where() -> (path, nonce)` its pool is."""
 
     def objection(self, fetch: Fetch) -> str:
         """Why this reader cannot be served over this transport; "" if it can."""
@@ -95,7 +96,7 @@ class SinkHalf(Receiver, Sliceable, Protocol):
     """Shared by the sink's threads. One that has a method `detail(source, epoch) -> str` is asked
     for `Fetch.detail`, one that has `reaches(source) -> bool` whether to be tried at all, and one
     that has `copied(line, place, blocks, targets, wait)` copies whole blocks as `receive` does, but
-    out of the ticket's place and without a header."""
+    out of the ticket's place and without a header, or nothing if it does not know that yet."""
 
 
 class ParcelSource(Protocol):
@@ -231,6 +232,10 @@ class ShmSource:
         if fetch.host_id != self._host_id:
             return "Shared memory needs both workers on one host, under one user."
         return ""
+
+    def where(self) -> tuple[str, bytes]:
+        """Path and nonce of the pool, for readers who need not ask."""
+        return self._path, self._nonce
 
     def describe(self, header: FetchHeader, block_ids: Sequence[int]) -> FetchHeader:
         return msgspec.structs.replace(

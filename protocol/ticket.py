@@ -86,11 +86,13 @@ class LeaseMark(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 class Place(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where a ticket's blocks lie in memory that others on the host may map."""
 
+    transport: str
+    """Over which they can be copied from there."""
     host_id: str
     path: str
-    """Under which the source's pool can be opened."""
+    """"shm": under which the source's pool can be opened."""
     nonce: bytes
-    """Found at its end."""
+    """"shm": found at its end. "ipc": names a pool that a header has told of before."""
     block_nbytes: int
     blocks: bytes
     """The numbers of the ticket's blocks in that pool, in order: uint32, little-endian."""

@@ -16,6 +16,7 @@ from pdserve.kernels import copy_blocks_summed, sum_blocks
 from pdserve.kv_transfer import cuda_ipc, device_sums
 from pdserve.kv_transfer.cuda_ipc import open_ipc
 from pdserve.kv_transfer.device import DeviceMemory
+from pdserve.kv_transfer.device_sums import KIND
 from pdserve.kv_transfer.sink import TransferSink
 from pdserve.kv_transfer.source import TransferSource
 from pdserve.kv_transfer.transports import SINK_HALVES, SOURCE_HALVES, TransportSettingError
@@ -238,6 +239,25 @@ def test_the_device_sums_ahead(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> N
         assert done.acquire(timeout=10)
 
 
+def test_a_mapped_pool_is_copied_from_without_a_word(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends.fetch("ipc")
+
+    def asked(*_: object) -> None:
+        raise AssertionError("The source was asked.")
+
+    ticket = ends.rig.ticket(ends.source, "r", range(4, 9))
+    half = ends.source._cuts.of(1).halves["ipc"]
+    assert isinstance(half, cuda_ipc.IpcSource)
+    ends.source.outbox.sum_ahead(ticket.ticket_id, KIND, half.digests, 100)
+    monkeypatch.setattr(TransferSource, "_send", asked)
+    ends.ours[:] = 0
+    report = ends.rig.fetch(ends.sink, ticket, range(5), range(5)).only()
+    assert report.ok and report.transport == "ipc" and report.nbytes == 5 * NBYTES
+    assert torch.equal(ends.ours[:5], ends.theirs[4:9])
+
+
 def test_other_block_sizes_are_refused(rig: Rig) -> None:
     with pytest.raises(cuda_ipc.TransportUnfit, match="multiple of 8 bytes, not 1001"):
         cuda_ipc.IpcSource(DeviceMemory(pool(1, 1001)), FakeDriver().runtime())
@@ -276,4 +296,5 @@ def test_a_later_header_cannot_widen_the_mapping(
     ends.sink = ends.new_sink("ipc")
     assert ends.begin().only().ok
     monkeypatch.setattr(half, "describe", lying)
+    monkeypatch.setattr(ends.source, "_where", None)  # else it would not be asked
     assert "outside its" in ends.begin().only().reason

@@ -76,10 +76,10 @@ def test_others_take_another_transport_at_once(rig: Rig) -> None:
     source = rig.source(
         theirs, halves=loopback.source_halves(mine, SOURCE_HALVES), transports=("loopback", "shm")
     )
-    for loop, transport in ((Loop("decode-0"), "shm"), (Loop("prefill-0"), "shm")):
+    for number, loop in enumerate((Loop("decode-0"), Loop("prefill-0"))):
         sink = rig.sink(ours, halves=loopback.sink_halves(loop, SINK_HALVES))
-        report = rig.fetch(sink, rig.ticket(source, transport, [1]), [0], [2]).only()
-        assert report.ok and report.transport == transport
+        report = rig.fetch(sink, rig.ticket(source, f"r{number}", [1]), [0], [2]).only()
+        assert report.ok and report.transport == "shm"
         assert ours.view(2) == theirs.view(1)
     forced = rig.sink(ours, halves=loopback.sink_halves(Loop("prefill-0"), {}))
     report = rig.fetch(forced, rig.ticket(source, "forced", [1]), [0], [2]).only()

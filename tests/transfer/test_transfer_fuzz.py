@@ -215,6 +215,7 @@ def test_any_answer_to_a_sink(
     marks = st.builds(LeaseMark, path=PATHS, nonce=SHORT, slot=NUMBERS, stamp=NUMBERS)
     places = st.builds(
         Place,
+        transport=st.just(transport) | TEXTS,
         host_id=st.just(host_id()) | TEXTS,
         path=PATHS,
         nonce=SHORT,
