@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can tell, without a network, in two parts:
 #
-# works (2 to 3 minutes, its steps beside each other, so their times say nothing):
+# works (1 minute, its steps beside each other, so their times say nothing):
 #   every Triton and CUDA C++ kernel against its reference, at small sizes in three dtypes;
 #   the same bits for a row alone and in any batch, where --batch-invariant promises them;
 #   NCCL, and KV blocks through CUDA IPC, between two processes on this GPU; the tests that need one;
 #   clusters, disaggregated (over CUDA IPC, NCCL and TCP) and colocated, with CUDA graphs: the same
 #   tokens.
-# speed (5 to 6 minutes, one step after the other):
+# speed (4 minutes, one step after the other):
 #   kernels in bfloat16 at full size: error, time, share of the ceiling measured in the same run,
 #   and the ratio to torch's own;
 #   decode steps recorded as CUDA graphs, of a dense model and of a mixture of experts;
@@ -153,39 +153,37 @@ works() {
 }
 
 speed() {
-  local group
-  # What a worker does when it starts; what it finds is on disk for the processes after it.
+  local made=
   unset PDSERVE_TUNING
+  if has "$all"; then
+    step model 60 "$python" -P tests/support/checkpoints.py "$results/model" \
+      --arch qwen3 --shape qwen06b --dtype bfloat16 &
+    made=$!
+  fi
+  # What a worker does when it starts comes first; what it finds is on disk for the processes after.
   tune=--tune
-  step tuning 110 "$python" -P -m pdserve.bench.kernels --device cuda --dtype bfloat16 --tune \
-    --groups pointwise --only rms_norm --repeat 1 --check
-  local code=$?
-  [ $code -eq 0 ] || tune=
-  told tuning $code
-  for group in $groups; do
-    kernels bfloat16 large "$group" "$group"
-    cat "$results/kernels-bfloat16-$group.txt"
-  done
+  kernels bfloat16 large memory attention pointwise blocks wire float8
+  kernels bfloat16 large arithmetic sampling experts products quantized
+  cat "$results"/kernels-bfloat16-memory.txt "$results"/kernels-bfloat16-arithmetic.txt
   export PDSERVE_TUNING=off
-  decode dense --shape qwen3-8b --batches 1 64
-  decode int8 --shape qwen3-8b --batches 1 64 --quantization int8
-  decode experts --shape qwen3-30b-a3b --layers 12 --batches 1 64
-  decode invariant --shape qwen3-8b --batches 1 64 --batch-invariant
-  tell "$engine" transfer-ipc 60 "$python" -P -m pdserve.bench.transfer --device cuda \
-    --transport ipc --block-kib 2048 --max-mib 1024 --seconds 0.3
-  tell "$engine" transfer-nccl 45 "$python" -P -m pdserve.bench.transfer --device cuda \
-    --transport nccl --block-kib 2048 --max-mib 64 --seconds 0.3
+  tell "$engine" transfer-ipc 45 "$python" -P -m pdserve.bench.transfer --device cuda \
+    --transport ipc --block-kib 2048 --max-mib 8192 --seconds 0.2
+  tell "$engine" transfer-nccl 30 "$python" -P -m pdserve.bench.transfer --device cuda \
+    --transport nccl --block-kib 2048 --max-mib 64 --seconds 0.2
   cat "$results"/transfer-*.txt
-  if has "$all" && step model 60 "$python" -P tests/support/checkpoints.py "$results/model" \
-    --arch qwen3 --shape qwen06b --dtype bfloat16; then
+  if [ -n "$made" ] && wait "$made"; then
     # shellcheck disable=SC2086
     tell "$all" topologies 150 "$python" -P -m pdserve.bench.topologies --rounds 1 $cluster \
       --model "$results/model" --vocab 10000 --requests 64 --input-len 1024 --output-len 128 \
       --concurrency 16 --topologies 1P+1D 1C
     cat "$results/topologies.txt"
   else
-    note topologies - "left out: one of $all is not here, nor in $wheels"
+    note topologies - "left out: one of $all is not here, nor in $wheels, or there is no model"
   fi
+  decode dense --shape qwen3-8b --batches 1 64
+  decode experts --shape qwen3-30b-a3b --layers 12 --batches 1 64
+  decode invariant --shape qwen3-8b --batches 1 64 --batch-invariant
+  decode int8 --shape qwen3-8b --batches 1 64 --quantization int8
 }
 
 if [ -d "$wheels" ]; then
