@@ -4,7 +4,7 @@ A turn of the loop computes one step at most. Within a step each layer that is d
 progress, so that what counts is the time from one sign to the next. What that may take depends on
 model and machine, so it is measured, and on how much is computed: a layer of a long chunk is no
 stuck engine, a single token that takes as long is one. An engine is stuck that gives no sign for
-FACTOR times as long as the slowest stretches so far would let expect.
+FACTOR times as long as slow stretches so far would let expect.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from pdserve.protocol.messages import STEP_SIZES
 FACTOR = 10.0
 STEP_TOKENS = 64
 """What a step costs whatever it computes, in tokens of a prompt."""
-FORGETTING = 0.999
-"""Weight of the slowest turn against the next one: what was slow once counts for some hundreds."""
+RISE, FORGETTING = 0.2, 0.999
+"""A turn that is slower than what is held slow counts for a fifth: one that had to wait for a core
+does not excuse a stuck one. What is slow again and again counts for hundreds of turns."""
 LEAST_S, MOST_S = 2.4, 120.0
 """No stretch is called stuck earlier, none later. Before anything was measured, MOST_S is allowed.
 With the first, a worker is out within 3 s: it gives up its lease at once."""
@@ -56,8 +57,8 @@ class Pace:
         self._tokens = 0
         self._longest_s = 0.0
         """Of this turn's stretches."""
-        self._slowest_s = 0.0
-        """Of a stretch, per token of its step, STEP_TOKENS included."""
+        self._slow_s = 0.0
+        """What is slow for a stretch, per token of its step, STEP_TOKENS included."""
 
     def turn(self) -> None:
         """A turn ends, another one begins."""
@@ -79,15 +80,20 @@ class Pace:
         self._began = now
 
     def _learn(self) -> None:
-        slowest = FORGETTING * self._slowest_s
-        self._slowest_s = max(slowest, self._longest_s / (STEP_TOKENS + self._tokens))
+        took, slow = self._longest_s / (STEP_TOKENS + self._tokens), self._slow_s
+        if not slow:
+            self._slow_s = took
+        elif took > slow:
+            self._slow_s += RISE * (took - slow)
+        else:
+            self._slow_s = max(took, FORGETTING * slow)
 
     @property
     def allowed_s(self) -> float:
         """Seconds for this stretch."""
-        if not self._slowest_s:
+        if not self._slow_s:
             return MOST_S
-        expected = self._slowest_s * (STEP_TOKENS + self._tokens)
+        expected = self._slow_s * (STEP_TOKENS + self._tokens)
         return min(MOST_S, max(self._least_s, FACTOR * expected))
 
     @property

@@ -48,11 +48,15 @@ def test_a_token_must_come_soon_and_a_long_chunk_may_take_its_time(pace: Pace, c
     assert pace.allowed_s == MOST_S
 
 
-def test_the_slowest_turns_count_for_a_while(pace: Pace, clock: Hand) -> None:
+def test_what_is_slow_again_and_again_counts_for_a_while(pace: Pace, clock: Hand) -> None:
+    turns(pace, clock, 0.01)
     turns(pace, clock, 2.0)
-    assert pace.allowed_s == pytest.approx(FACTOR * 2.0 / (STEP_TOKENS + 1) * STEP_TOKENS)
+    assert pace.allowed_s < 5.0, "once may be chance"
+    turns(pace, clock, 2.0, count=20)
+    slow = FACTOR * 2.0 / (STEP_TOKENS + 1) * STEP_TOKENS
+    assert 0.95 * slow < pace.allowed_s <= slow
     turns(pace, clock, 0.01, count=100)
-    assert 0.85 * FACTOR * 2.0 < pace.allowed_s < 0.95 * FACTOR * 2.0
+    assert 0.85 * slow < pace.allowed_s < 0.95 * slow
     turns(pace, clock, 0.01, count=3000)
     assert pace.allowed_s == LEAST_S
 
@@ -88,6 +92,7 @@ def test_each_layer_is_progress(pace: Pace, clock: Hand) -> None:
     assert pace.stuck
     pace.advance()
     pace.turn()
-    step(24, 1.0)  # 24 s in all
+    for _ in range(30):
+        step(24, 1.0)  # 24 s in all
     pace.compute(512)
-    assert pace.allowed_s == pytest.approx(FACTOR * 1.0)
+    assert pace.allowed_s == pytest.approx(FACTOR * 1.0, rel=0.01)
