@@ -23,6 +23,8 @@ ROUTER_LEASE_S = 10.0
 """A router from which nothing comes for so long is gone: frozen, or its host is. Workers then end
 its requests (they hear of it each second), and its records here expire."""
 TIMEOUT_S = 1.0
+ABORTED_AT_ONCE = 100
+"""Ids of one script, which looks at all routers for each: choices wait for it."""
 
 
 class Holder(msgspec.Struct, frozen=True, array_like=True):
@@ -171,7 +173,11 @@ class RequestRecords:
         """Ask the other routers, but `by`, to end these; they hear of it with their next heartbeat.
         Ids that nobody carries are ignored by all."""
         lease_ms = round(ROUTER_LEASE_S * 1000)
-        await self._run(_ABORT, [self._routers], self._requests, self._aborts, lease_ms, by, *ids)
+        for first in range(0, len(ids), ABORTED_AT_ONCE):
+            some = ids[first : first + ABORTED_AT_ONCE]
+            await self._run(
+                _ABORT, [self._routers], self._requests, self._aborts, lease_ms, by, *some
+            )
 
     async def routers(self) -> Mapping[str, int]:
         """The living routers, and how many requests each carries."""

@@ -77,6 +77,10 @@ async def test_who_carries_a_request_is_told_to_end_it_once(records: RequestReco
     assert sorted(await records.beat("r1", [])) == ["a", "young"]
     assert sorted(await records.beat("r2", [])) == ["b", "young"]
     assert await records.beat("r1", []) == []
+    many = [str(number) for number in range(250)]
+    await records.abort(many, by="r3")
+    assert sorted(await records.beat("r2", [])) == sorted(many)
+    await records.beat("r1", [])
     await records.abort(["young"], by="r1")
     assert await records.beat("r1", []) == [] and await records.beat("r2", []) == ["young"]
 
