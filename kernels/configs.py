@@ -52,8 +52,8 @@ TABLE: dict[str, tuple[Config, ...]] = {
         (64, 4, 2), (64, 4, 1), (64, 4, 3), (64, 8, 2), (128, 8, 2), names=_TILED, KEYS=32
     ),
     "attention_decode": (  # the block table is a stage of its own: 5 hold twice the tiles of 3
-        {"KEYS": 64, "num_warps": 4, "num_stages": 3},
         {"KEYS": 64, "num_warps": 4, "num_stages": 2},
+        {"KEYS": 64, "num_warps": 4, "num_stages": 3},
         {"KEYS": 64, "num_warps": 4, "num_stages": 5},
         {"KEYS": 64, "num_warps": 4, "num_stages": 7},
         {"KEYS": 64, "num_warps": 2, "num_stages": 5},

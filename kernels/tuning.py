@@ -32,6 +32,8 @@ WORDS = ("on", "off")
 RUNS = 15
 """Timed runs of a configuration, after WARM ones; the median counts."""
 WARM = 3
+BUSY_CYCLES = 2_000_000
+"""Of the device before each run: a millisecond, for the host to launch what a run launches."""
 MARGIN = 0.98
 """Another configuration than the first must be faster than this share of its time."""
 
@@ -108,12 +110,14 @@ def tune(
 
 
 def cuda_seconds(run: Run) -> float:
-    """The median time of a run on the current CUDA device."""
+    """The median time of a run on the current CUDA device, launches aside: the device is kept busy
+    until they are in line."""
     for _ in range(WARM):
         run()
     times = []
     for _ in range(RUNS):
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(BUSY_CYCLES)
         first.record()
         run()
         last.record()
