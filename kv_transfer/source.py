@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import queue
 import socket
 import threading
@@ -26,9 +25,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-import numpy as np
-
 from pdserve.kernels.digest import digest_blocks
+from pdserve.kv_transfer.ahead import Ahead, Summing, summing
 from pdserve.kv_transfer.held import Read, Refusal
 from pdserve.kv_transfer.ledger import Ledger
 from pdserve.kv_transfer.line import (
@@ -39,7 +37,6 @@ from pdserve.kv_transfer.line import (
     answer_handshake,
 )
 from pdserve.kv_transfer.memory import (
-    HOST_SUMS,
     BlockMemory,
     Pool,
     as_pool,
@@ -55,7 +52,7 @@ from pdserve.kv_transfer.transports import (
     TransportUnfit,
 )
 from pdserve.protocol.errors import ProtocolError
-from pdserve.protocol.ticket import KVTicket, LayoutFingerprint, LeaseMark, Place
+from pdserve.protocol.ticket import KVTicket, LayoutFingerprint, LeaseMark
 from pdserve.protocol.transfer import (
     WATCH_S,
     Fetch,
@@ -75,15 +72,6 @@ from pdserve.protocol.wire import MessageDecoder
 log = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 3.0
-
-SUMMED_BYTES = 4 * 2**20
-"""Summed at once for a reader, who may be told to stop in between."""
-SUMMED_AHEAD_BYTES = 2**20
-"""Summed at once while nobody waits."""
-SUMMED_AT_ONCE_BYTES = 2**30
-"""The same by a transport that does it on a device."""
-SUMMING_NICENESS = 5
-"""Of the thread that computes checksums ahead: what the engine computes comes first."""
 
 _TO_SOURCE: MessageDecoder[Any] = MessageDecoder(ToSource)
 
@@ -148,12 +136,8 @@ class TransferSource:
         self._pool = as_pool(memory)
         self._cuts = Cuts(self._pool, {name: halves[name](self._pool) for name in transports})
         self._slices = slices
-        halves_of = self._cuts.of(1).halves
-        self._ahead = next(
-            (summing(half, self._pool) for half in halves_of.values() if not _is_seldom(half)), None
-        )
-        """The checksums that most readers will take; None: who reads computes them."""
-        self._where = _where(halves_of, self._ahead)
+        self._host_id = host_id()
+        self._ahead = Ahead(self._cuts.of(1).halves, self._pool, self._host_id)
         if not self._cuts.can(slices):
             raise ValueError(
                 f"A block of {self._pool.block_nbytes} bytes has no {slices} equal slices."
@@ -164,9 +148,7 @@ class TransferSource:
         self._max_connections = max_connections
         self._listener = _listen(bind or host, port)
         self.port = int(self._listener.getsockname()[1])
-        kind = HOST_SUMS if self._ahead is None else self._ahead.kind
-        self._ledger = Ledger(self._pool.num_blocks, fingerprint, kind)
-        self._host_id = host_id()
+        self._ledger = Ledger(self._pool.num_blocks, fingerprint, self._ahead.kind)
         self.outbox = Outbox(
             worker_id=worker_id,
             epoch=epoch,
@@ -186,12 +168,12 @@ class TransferSource:
         self._lines: dict[Line, threading.Thread] = {}
         self._bytes_out = self._bytes_early = 0
         self._closing = threading.Event()
-        self._fresh: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        """Tickets whose checksums nobody has computed yet; None: the end."""
         self._threads = [
             threading.Thread(target=self._accept, name="kv-source-accept", daemon=True),
             threading.Thread(target=self._expire, name="kv-source-leases", daemon=True),
-            threading.Thread(target=self._sum_ahead, name="kv-source-sums", daemon=True),
+            threading.Thread(
+                target=self._ahead.run, args=(self.outbox,), name="kv-source-sums", daemon=True
+            ),
         ]
         self._advances: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         """What a device has still to compute before it can be said; None: the end."""
@@ -211,9 +193,9 @@ class TransferSource:
     ) -> KVTicket:
         """See `Outbox.offer`. Raises ValueError also for blocks outside the pool."""
         self._check(block_ids)
-        place = self._place(block_ids)
+        place = self._ahead.place(block_ids)
         ticket = self.outbox.offer(request_id, block_ids, num_tokens, block_hashes, place)
-        self._sum_soon(ticket.ticket_id)
+        self._ahead.soon(ticket.ticket_id)
         return ticket
 
     def open(
@@ -230,7 +212,7 @@ class TransferSource:
     def extend(self, request_id: str, block_ids: Sequence[int]) -> None:
         """See `Outbox.extend`. Raises ValueError also for blocks outside the pool."""
         self._check(block_ids)
-        self._sum_soon(self.outbox.extend(request_id, block_ids))
+        self._ahead.soon(self.outbox.extend(request_id, block_ids))
 
     @property
     def slices(self) -> int:
@@ -261,30 +243,12 @@ class TransferSource:
         """See `Outbox.seal`. Raises ValueError also for blocks outside the pool."""
         self._check(block_ids)
         ticket = self.outbox.seal(request_id, block_ids)
-        self._sum_soon(ticket.ticket_id)
+        self._ahead.soon(ticket.ticket_id)
         return ticket
 
     def cut(self, request_id: str) -> bool:
         """See `Outbox.cut`."""
         return self.outbox.cut(request_id)
-
-    def _place(self, block_ids: Sequence[int]) -> Callable[[LeaseMark], Place] | None:
-        if self._where is None:
-            return None
-        blocks, (transport, path, nonce) = np.asarray(block_ids, "<u4").tobytes(), self._where
-        return lambda mark: Place(
-            transport=transport,
-            host_id=self._host_id,
-            path=path,
-            nonce=nonce,
-            block_nbytes=self._pool.block_nbytes,
-            blocks=blocks,
-            mark=mark,
-        )
-
-    def _sum_soon(self, ticket_id: str) -> None:
-        if self._ahead is not None:
-            self._fresh.put(ticket_id)
 
     def _check(self, block_ids: Sequence[int]) -> None:
         if any(not 0 <= block_id < self._pool.num_blocks for block_id in block_ids):
@@ -310,7 +274,7 @@ class TransferSource:
     def close(self) -> None:
         """Stop serving and return all blocks. Idempotent; takes at most CLOSE_TIMEOUT_S."""
         self._closing.set()
-        self._fresh.put(None)
+        self._ahead.close()
         self._advances.put(None)
         self.outbox.close()
         with contextlib.suppress(OSError):
@@ -338,16 +302,6 @@ class TransferSource:
             following = self.outbox.expire()
             left = self._lease_s if following is None else following - self._clock()
             self._closing.wait(max(0.0, left))
-
-    def _sum_ahead(self) -> None:
-        with contextlib.suppress(OSError):  # a matter of taste, not of correctness
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), SUMMING_NICENESS)
-        while (ticket_id := self._fresh.get()) is not None:
-            try:
-                if (how := self._ahead) is not None:
-                    self.outbox.sum_ahead(ticket_id, how.kind, how.compute, how.ahead)
-            except Exception:  # a device's: whoever reads finds out, too
-                log.exception("Computing the checksums of ticket %s failed.", ticket_id)
 
     def _advance(self) -> None:
         while (later := self._advances.get()) is not None:
@@ -541,45 +495,6 @@ class TransferSource:
 
     def _say(self, line: Line, message: FetchHeader | Refused | Grown | Released) -> None:
         line.send(message, time.monotonic() + self._stall_s)
-
-
-@dataclass(frozen=True, slots=True)
-class Summing:
-    """How checksums of blocks are computed."""
-
-    kind: str
-    compute: Callable[[Sequence[int]], Sequence[int]]
-    at_once: int
-    """Blocks, for a reader, who may be told to stop in between."""
-    ahead: int
-    """Blocks, while nobody waits: when a reader comes, the rest is left to it."""
-
-
-def _where(
-    halves: Mapping[str, SourceHalf], ahead: Summing | None
-) -> tuple[str, str, bytes] | None:
-    """(transport, path, nonce) of the pool for readers who need not ask: over the best transport
-    whose other half can copy so and expects the checksums that are computed ahead."""
-    for name, half in halves.items():
-        where = getattr(half, "where", None)
-        if where is not None and ahead is not None:
-            fits = getattr(half, "sums_kind", HOST_SUMS) == ahead.kind
-            return (name, *where()) if fits else None
-    return None
-
-
-def summing(half: SourceHalf, pool: Pool) -> Summing:
-    """The checksums that the other half expects."""
-    kind = getattr(half, "sums_kind", HOST_SUMS)
-    if kind != HOST_SUMS:
-        many = max(1, SUMMED_AT_ONCE_BYTES // pool.block_nbytes)
-        return Summing(kind, half.digests, many, many)  # type: ignore[attr-defined]
-    at_once, ahead = (max(1, n // pool.block_nbytes) for n in (SUMMED_BYTES, SUMMED_AHEAD_BYTES))
-    return Summing(kind, pool.digests, at_once, ahead)
-
-
-def _is_seldom(half: SourceHalf) -> bool:
-    return getattr(half, "seldom", False)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -296,5 +296,5 @@ def test_a_later_header_cannot_widen_the_mapping(
     ends.sink = ends.new_sink("ipc")
     assert ends.begin().only().ok
     monkeypatch.setattr(half, "describe", lying)
-    monkeypatch.setattr(ends.source, "_where", None)  # else it would not be asked
+    monkeypatch.setattr(ends.source._ahead, "_where", None)  # else it would not be asked
     assert "outside its" in ends.begin().only().reason
