@@ -128,7 +128,9 @@ class Attempts:
         if len(place.blocks) != job.ticket.num_blocks * NUMBER_BYTES:
             return
         wanted, targets = list(job.missing), list(job.missing.values())
-        blocks = np.frombuffer(place.blocks, "<u4")[wanted]
+        blocks = np.frombuffer(place.blocks, "<u4")
+        if len(wanted) < len(blocks):
+            blocks = blocks[wanted]
         expected = lease.sums(blocks)
         if expected is None:
             return

@@ -101,30 +101,39 @@ def layout_word(fingerprint: LayoutFingerprint) -> int:
     return xxhash.xxh3_64_intdigest(fingerprint.digest().encode())
 
 
-class Lease:
-    """A ticket as a reader sees it in its source's ledger. Keeps that mapped."""
+class View:
+    """A source's ledger, mapped as long as this object lives."""
 
-    def __init__(self, pool: MappedPool, mark: LeaseMark) -> None:
-        """Raises PoolError if there cannot be such a mark in it."""
-        self._pool, self._mark = pool, mark
-        words: Words = pool.all.view(np.uint64)
-        if len(words) <= SLOTS or not 0 <= mark.slot < SLOTS or mark.stamp < 1:
-            raise PoolError(f"A ledger of {len(words)} words has no {mark}.")
+    def __init__(self, path: str, nonce: bytes) -> None:
+        """Raises PoolError if there is none."""
+        words: Words = MappedPool(path, WORD, nonce).all.view(np.uint64)
+        if len(words) <= SLOTS:
+            raise PoolError(f"A ledger has more than {len(words)} words.")
         self.layout = int(words[0])
         """The source's `layout_word`."""
-        self._slots, self._sums = words[1 : 1 + SLOTS], words[1 + SLOTS :]
+        self.slots, self.sums = words[1 : 1 + SLOTS], words[1 + SLOTS :]
+
+
+class Lease:
+    """A ticket as a reader sees it in its source's ledger."""
+
+    def __init__(self, view: View, mark: LeaseMark) -> None:
+        """Raises PoolError if there cannot be such a mark."""
+        if not 0 <= mark.slot < SLOTS or mark.stamp < 1:
+            raise PoolError(f"A ledger has no {mark}.")
+        self._view, self._mark, self.layout = view, mark, view.layout
 
     def stands(self) -> bool:
         """Whether the ticket stands. To be called after the last byte was copied, not before; the
         source must be asked if not, since it may not have come to see that it is over."""
         with _ORDER:
-            return int(self._slots[self._mark.slot]) == self._mark.stamp
+            return int(self._view.slots[self._mark.slot]) == self._mark.stamp
 
     def sums(self, blocks: Numbers) -> Words | None:
         """The checksums of these blocks of the source's pool; None if one is not known yet. Of
         blocks that are no longer the ticket's they may be anything: look whether it stands."""
         try:
-            found = self._sums[blocks]
+            found = self._view.sums[blocks]
         except IndexError:
             return None
         return found if found.all() else None
@@ -139,7 +148,7 @@ class Ledgers:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._mapped: weakref.WeakValueDictionary[tuple[str, bytes], MappedPool] = (
+        self._mapped: weakref.WeakValueDictionary[tuple[str, bytes], View] = (
             weakref.WeakValueDictionary()
         )
 
@@ -150,11 +159,11 @@ class Ledgers:
         key = (mark.path, mark.nonce)
         try:
             with self._lock:
-                pool = self._mapped.get(key)
-                if pool is None:
-                    pool = self._mapped[key] = MappedPool(mark.path, WORD, mark.nonce)
-            line.keeps["ledger"] = pool
-            return Lease(pool, mark)
+                view = self._mapped.get(key)
+                if view is None:
+                    view = self._mapped[key] = View(mark.path, mark.nonce)
+            line.keeps["ledger"] = view
+            return Lease(view, mark)
         except PoolError as error:
             log.debug("A ticket's mark cannot be seen: %s", error)
             return None

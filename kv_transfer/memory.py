@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import copy
 import fcntl
+import itertools
 import mmap
+import operator
 import os
 import re
 import secrets
@@ -298,7 +300,7 @@ def runs(block_ids: Iterable[int], longest: int) -> Iterator[tuple[int, int]]:
 
 def ascending(numbers: Sequence[int]) -> bool:
     """Whether each is greater than the one before it."""
-    return list(numbers) == sorted(set(numbers))
+    return all(map(operator.lt, numbers, itertools.islice(numbers, 1, None)))
 
 
 def host_id() -> str:

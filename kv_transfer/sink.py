@@ -329,6 +329,7 @@ class TransferSink:
         # to be the ticket's still.
         if not job.borrowed or (job.lease is not None and job.lease.stands()):
             self._report(job)
+            time.sleep(0)  # the engine's thread comes first, which waits for the interpreter
         if self._leases.release(job):
             self._report(job)
         else:

@@ -49,6 +49,8 @@ class LayoutFingerprint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     def difference(self, other: LayoutFingerprint, apart_from: Collection[str] = ()) -> str | None:
         """None if equal (in all fields but those in `apart_from`), else a sentence that names the
         first differing field and both values."""
+        if self == other:
+            return None
         for name in self.__struct_fields__:
             if name in apart_from:
                 continue

@@ -14,15 +14,15 @@ from transfer_rig import FINGERPRINT, HostMemory, Rig, is_poison, poison, scramb
 from pdserve.kernels.digest import copy_blocks
 from pdserve.kv_transfer import ledger as ledger_module
 from pdserve.kv_transfer import transports
-from pdserve.kv_transfer.ledger import SLOTS, Lease, Ledger, layout_word
-from pdserve.kv_transfer.memory import HOST_SUMS, MappedPool, PoolError
+from pdserve.kv_transfer.ledger import SLOTS, Lease, Ledger, View, layout_word
+from pdserve.kv_transfer.memory import HOST_SUMS, PoolError
 from pdserve.kv_transfer.source import TransferSource
 from pdserve.protocol.ticket import KVTicket, LeaseMark
 from pdserve.protocol.transfer import Fetch
 
 
 def seen(mark: LeaseMark) -> Lease:
-    return Lease(MappedPool(mark.path, ledger_module.WORD, mark.nonce), mark)
+    return Lease(View(mark.path, mark.nonce), mark)
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_marks_that_cannot_be(ledger: Ledger, changes: dict[str, Any]) -> None:
 def test_another_file_is_no_ledger(ledger: Ledger) -> None:
     memory = HostMemory(4, ledger_module.WORD)
     try:
-        with pytest.raises(PoolError, match="A ledger of 4 words"):
+        with pytest.raises(PoolError, match="more than 4 words"):
             seen(LeaseMark(path=memory.path, nonce=memory.nonce, slot=0, stamp=1))
     finally:
         memory.close()
