@@ -6,6 +6,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from pdserve.router.errors import BadRequest, NotFound
 from pdserve.router.sampling import Defaults, check_defaults
 from pdserve.router.speech import Speech, find_speech
 from pdserve.router.tokenizer import TextTokenizer, load_tokenizer
+
+log = logging.getLogger(__name__)
 
 DEFAULT_MODEL_LEN = 2048
 """For a config.json that says nothing."""
@@ -95,6 +98,21 @@ class ServedModel:
             )
 
 
+def _template(source: str | None, wanted: str) -> ChatTemplate | None:
+    """The chat template, and a line in the log that says how it takes a message's content: as one
+    text, or as the list of its parts."""
+    if not source:
+        return None
+    template = ChatTemplate(source, wanted)
+    found, used = template.detected_format, template.content_format
+    text = f"The chat template's content format was detected to be {found!r}"
+    if wanted == "auto":
+        log.info("%s; --chat-template-content-format sets another.", text)
+    elif used != found:
+        log.warning("%s; --chat-template-content-format %s is used.", text, used)
+    return template
+
+
 def load_model(settings: RouterSettings) -> ServedModel:
     """Read everything that the router needs of the model's folder. Raises ModelError, and
     TemplateError for a bad --chat-template."""
@@ -115,7 +133,7 @@ def load_model(settings: RouterSettings) -> ServedModel:
         names=names,
         folder=folder,
         tokenizer=tokenizer,
-        template=ChatTemplate(source, settings.chat_template_content_format) if source else None,
+        template=_template(source, settings.chat_template_content_format),
         template_kwargs=_template_kwargs(settings.default_chat_template_kwargs),
         defaults=_defaults(generation),
         eos_token_ids=_eos_ids(generation, config, text_config, tokenizer),

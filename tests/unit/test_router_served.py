@@ -46,3 +46,22 @@ def test_an_end_of_sequence_token_can_be_given() -> None:
 def test_overrides_that_make_no_sense(text: str, words: str) -> None:
     with pytest.raises(ModelError, match=words):
         defaults(override_generation_config=text)
+
+
+def test_the_log_says_how_the_template_takes_content(caplog: pytest.LogCaptureFixture) -> None:
+    def said(**settings: Any) -> list[tuple[str, str]]:
+        caplog.clear()
+        with caplog.at_level("INFO", logger="pdserve.router.served"):
+            load_model(RouterSettings(secret="x", **settings))
+        return [(record.levelname, record.getMessage()) for record in caplog.records]
+
+    parts = (
+        "{% for m in messages %}{% for c in m['content'] %}{{ c['text'] }}{% endfor %}{% endfor %}"
+    )
+    ((level, text),) = said()
+    assert level == "INFO" and "detected to be 'string'" in text
+    ((level, text),) = said(chat_template=parts)
+    assert level == "INFO" and "detected to be 'openai'" in text
+    ((level, text),) = said(chat_template=parts, chat_template_content_format="string")
+    assert level == "WARNING" and text.endswith("--chat-template-content-format string is used.")
+    assert said(chat_template=parts, chat_template_content_format="openai") == []
