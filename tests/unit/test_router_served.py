@@ -55,10 +55,9 @@ def test_the_log_says_how_the_template_takes_content(caplog: pytest.LogCaptureFi
             load_model(RouterSettings(secret="x", **settings))
         return [(record.levelname, record.getMessage()) for record in caplog.records]
 
-    parts = (
-        "{% for m in messages %}{% for c in m['content'] %}{{ c['text'] }}{% endfor %}{% endfor %}"
-    )
-    ((level, text),) = said()
+    each = "{%% for m in messages %%}%s{%% endfor %%}"
+    parts = each % "{% for c in m['content'] %}{{ c['text'] }}{% endfor %}"
+    ((level, text),) = said(chat_template=each % "{{ m['content'] }}")
     assert level == "INFO" and "detected to be 'string'" in text
     ((level, text),) = said(chat_template=parts)
     assert level == "INFO" and "detected to be 'openai'" in text
