@@ -126,10 +126,10 @@ class Cluster:
         return next(record for record in self.workers() if record["role"] == role)
 
     def until_routed(self, role: str, within_s: float = 10.0) -> dict[str, Any]:
-        """The worker's record, once it says from whom it has fetched: it is renewed a little
-        after."""
+        """The worker's record, once it says from whom it has fetched, and how much: it is renewed
+        a little after, and the two are not of the same moment."""
         deadline = time.monotonic() + within_s
-        while not (record := self.worker(role))["routes"]:
+        while not (record := self.worker(role))["routes"] or not record["status"]["bytes_in"]:
             assert time.monotonic() < deadline, f"the {role} worker has fetched nothing: {record}"
             time.sleep(0.05)
         return record
