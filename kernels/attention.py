@@ -20,6 +20,8 @@ sequence's result depends on its own data and its own split into queries, never 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as functional
 
@@ -93,6 +95,11 @@ def attention_prefill(
             k_scale=k_scale,
             v_scale=v_scale,
         )
+    if soft_cap is None and native.prefills(query, cache):
+        _check_lengths(query_start.diff().tolist(), context_lens.tolist())
+        return native.attention_prefill(
+            query, cache, query_start, context_lens, block_table, scale=scale, window=window
+        )
     out = _prefill(
         query, cache, query_start, context_lens, block_table, scale * k_scale, window, soft_cap
     )
@@ -110,18 +117,23 @@ def _prefill(
     soft_cap: float | None,
 ) -> torch.Tensor:
     out = torch.empty_like(query)
-    starts = query_start.tolist()
-    for row, length in enumerate(context_lens.tolist()):
+    starts, lens = query_start.tolist(), context_lens.tolist()
+    _check_lengths(query_start.diff().tolist(), lens)
+    for row, length in enumerate(lens):
         first, last = starts[row], starts[row + 1]
         if first == last:
             continue
-        if last - first > length:
-            raise checks.KernelError(
-                f"Sequence {row} has {last - first} queries but a context of only {length} tokens."
-            )
         key, value = _gather(cache, block_table[row], 0, length, query.dtype)
         out[first:last] = _chunk(query[first:last], key, value, scale, window, soft_cap)
     return out
+
+
+def _check_lengths(queries: Sequence[int], context_lens: Sequence[int]) -> None:
+    for row, (count, length) in enumerate(zip(queries, context_lens, strict=True)):
+        if count > length:
+            raise checks.KernelError(
+                f"Sequence {row} has {count} queries but a context of only {length} tokens."
+            )
 
 
 def attention_decode(

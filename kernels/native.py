@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 HEADER = "native.h"
 SOURCES = (
     *("native_threads.c", "native_products.c", "native_attention.c", "native_step.c"),
-    "native_digest.c",
+    *("native_digest.c", "native_prefill.c"),
 )
 """Compiled together, in this folder."""
 FLAGS = (
@@ -67,6 +67,10 @@ class _Attention(ctypes.Structure):
         *((name, _Pointer) for name in ("lens", "table")),
         *((name, ctypes.c_float) for name in ("scale", "soft_cap")),
     ]
+
+
+class _Prefill(ctypes.Structure):
+    _fields_ = [("attention", _Attention), ("starts", _Pointer), ("window", _Long)]
 
 
 class _Layer(ctypes.Structure):
@@ -112,6 +116,10 @@ def library() -> ctypes.CDLL | None:
     loaded.pdserve_linear.restype = None
     loaded.pdserve_attention.argtypes = [
         ctypes.c_int, ctypes.POINTER(_Attention), *[_Pointer] * 3, _Long, ctypes.c_int
+    ]  # fmt: skip
+    loaded.pdserve_prefills.argtypes = [_Long, _Long]
+    loaded.pdserve_prefill.argtypes = [
+        ctypes.POINTER(_Prefill), _Pointer, _Pointer, _Pointer, ctypes.c_int
     ]  # fmt: skip
     loaded.pdserve_decode.argtypes = [
         ctypes.c_int, ctypes.POINTER(_Step), ctypes.POINTER(_Layer), ctypes.c_int
@@ -229,6 +237,45 @@ def attention_decode(
         room, longest = table.shape[1] * cache.shape[2], int(lens.max())
         if longest > room:
             raise KernelError(f"block_table has room for {room} tokens, the context has {longest}.")
+        raise KernelError(_OUT_OF_RANGE)
+    return out
+
+
+def prefills(query: torch.Tensor, cache: torch.Tensor) -> bool:
+    """Whether `attention_prefill` can do it here."""
+    if query.dtype is not torch.bfloat16 or cache.dtype != query.dtype or not serves(query):
+        return False
+    heads, dim = cache.shape[3:]
+    follows = cache.stride(1) == cache.shape[2] * heads * dim
+    return follows and bool(_loaded().pdserve_prefills(dim, query.shape[1] // heads))
+
+
+def attention_prefill(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    query_start: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+) -> torch.Tensor:
+    """See `pdserve.kernels.attention_prefill`, which has checked the arguments' shapes."""
+    query = query.contiguous()
+    lens, table = context_lens.long().contiguous(), block_table.long().contiguous()
+    starts = query_start.long().contiguous()
+    job = _Prefill(
+        _attention(cache, query.shape[1], lens, table, scale, None), starts.data_ptr(), window or 0
+    )
+    out = torch.empty_like(query)
+    done = _loaded().pdserve_prefill(
+        ctypes.byref(job),
+        query.data_ptr(),
+        cache.data_ptr(),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if not done:
         raise KernelError(_OUT_OF_RANGE)
     return out
 
