@@ -45,6 +45,8 @@ ALONE_REQUESTS = 6
 TTFT_SLACK, ITL_SLACK = 5.0, 2.0
 """Targets where none are given, as multiples of an undisturbed request's (DistServe and Splitwise
 use 2 to 6 times, too)."""
+LEAST_TTFT_MS, LEAST_ITL_MS = 100.0, 5.0
+"""But no less than this: nobody notices what is faster, and a small model's noise would decide."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,10 +194,16 @@ def _plan(topologies: Sequence[Topology], args: argparse.Namespace, more: Sequen
     return dataclasses.replace(
         plan,
         rates=plan.rates or ladder(capacity * args.lowest, capacity * args.highest, args.rungs),
-        slo=Slo(
-            ttft_ms=slo.ttft_ms if math.isfinite(slo.ttft_ms) else ttft * TTFT_SLACK,
-            itl_ms=slo.itl_ms if math.isfinite(slo.itl_ms) else itl * ITL_SLACK,
-        ),
+        slo=targets(slo, ttft, itl),
+    )
+
+
+def targets(given: Slo, ttft_ms: float, itl_ms: float) -> Slo:
+    """What was given, and for the rest what follows from an undisturbed request's times."""
+    ttft, itl = max(ttft_ms * TTFT_SLACK, LEAST_TTFT_MS), max(itl_ms * ITL_SLACK, LEAST_ITL_MS)
+    return Slo(
+        ttft_ms=given.ttft_ms if math.isfinite(given.ttft_ms) else ttft,
+        itl_ms=given.itl_ms if math.isfinite(given.itl_ms) else itl,
     )
 
 

@@ -212,3 +212,9 @@ def test_a_whole_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     other.write_text(json.dumps(changed))
     assert diff.main([str(one), str(other)]) == 2
     assert "differ in requests: 4 and 5" in capsys.readouterr().err
+
+
+def test_targets_that_were_not_given_are_not_below_what_anybody_notices() -> None:
+    assert compare.targets(Slo(), 200.0, 10.0) == Slo(ttft_ms=1000.0, itl_ms=20.0)
+    assert compare.targets(Slo(), 3.0, 0.5) == Slo(ttft_ms=100.0, itl_ms=5.0)
+    assert compare.targets(Slo(ttft_ms=7.0, itl_ms=1.0), 3.0, 0.5) == Slo(ttft_ms=7.0, itl_ms=1.0)
