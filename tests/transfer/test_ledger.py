@@ -195,7 +195,7 @@ def test_a_source_that_was_killed_leaves_what_it_said(rig: Rig) -> None:
     kept = child.ticket("b", 2)
     assert kept.place is not None
     lease = seen(kept.place.mark)
-    child.kill()
+    child.close()  # and waits: as long as its connection lives, its blocks can be had
     assert lease.stands()
     assert rig.fetch(sink, kept, [0], [2]).only().failed == (0,), "nobody answers any more"
 
