@@ -378,8 +378,9 @@ class TransferSource:
             valid = self.outbox.release(
                 message.ticket_id, message.epoch, message.outcome, line.peer
             )
-            with self._lock:
-                self._bytes_out += message.nbytes
+            if valid:
+                with self._lock:
+                    self._bytes_out += max(0, message.nbytes)
         self._say(line, Released(ticket_id=message.ticket_id, valid=valid))
 
     def _tell(self, line: Line, watch: Watch) -> None:
