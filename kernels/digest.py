@@ -20,10 +20,14 @@ SHORTEST = 241
 """Bytes; shorter blocks are summed by other rules, which only the package knows."""
 
 Bytes: TypeAlias = np.ndarray[tuple[int], np.dtype[np.uint8]]
+Sums: TypeAlias = np.ndarray[Any, np.dtype[np.uint64]]
+"""Checksums, one per block."""
 
 
-def digest_blocks(data: Bytes, block_ids: Sequence[int], nbytes: int) -> list[int]:
-    """xxh3-64 of each block.
+def digest_blocks(
+    data: Bytes, block_ids: Sequence[int] | np.ndarray[Any, Any], nbytes: int
+) -> Sums:
+    """xxh3-64 of each block: [n] uint64.
 
     data: [N · nbytes] uint8, contiguous; block i begins at i · nbytes. Raises IndexError for a
     block outside.
@@ -31,27 +35,27 @@ def digest_blocks(data: Bytes, block_ids: Sequence[int], nbytes: int) -> list[in
     count = _whole(data, nbytes)
     loaded = _loaded(nbytes)
     if loaded is None:
-        return [_digest(data, block, count, nbytes) for block in block_ids]
+        return np.array([_digest(data, block, count, nbytes) for block in block_ids], np.uint64)
     ids = np.asarray(block_ids, np.int64)
     sums = np.empty(len(ids), np.uint64)
     if not loaded.pdserve_digest(
         data.ctypes.data, count, ids.ctypes.data, len(ids), nbytes, sums.ctypes.data
     ):
         raise IndexError(f"A block to be summed lies outside the {count}.")
-    found: list[int] = sums.tolist()
-    return found
+    return sums
 
 
 def copy_blocks(
     source: Bytes,
     source_ids: Sequence[int] | np.ndarray[Any, Any],
     target: Bytes,
-    target_ids: Sequence[int],
+    target_ids: Sequence[int] | np.ndarray[Any, Any],
     nbytes: int,
     *,
     streamed: bool = False,
-) -> list[int]:
-    """Copy block source_ids[i] to block target_ids[i]; returns xxh3-64 of each, as it lies there.
+) -> Sums:
+    """Copy block source_ids[i] to block target_ids[i]; returns xxh3-64 of each, as it lies there:
+    [n] uint64.
 
     source, target: [N · nbytes] uint8, contiguous, no block of both; target writable. `streamed`:
     the copy goes past the caches, which is faster for more than they hold. Raises IndexError for a
@@ -80,8 +84,7 @@ def copy_blocks(
         sums.ctypes.data,
     ):
         raise IndexError(f"A block to be copied lies outside: {limits} blocks, source and target.")
-    found: list[int] = sums.tolist()
-    return found
+    return sums
 
 
 def _whole(data: Bytes, nbytes: int) -> int:
@@ -106,10 +109,10 @@ def _copy(
     source: Bytes,
     source_ids: Sequence[int] | np.ndarray[Any, Any],
     target: Bytes,
-    target_ids: Sequence[int],
+    target_ids: Sequence[int] | np.ndarray[Any, Any],
     nbytes: int,
     limits: tuple[int, int],
-) -> list[int]:
+) -> Sums:
     for ids, limit in ((source_ids, limits[0]), (target_ids, limits[1])):
         if any(not 0 <= block < limit for block in ids):
             raise IndexError(f"A block to be copied lies outside the {limit}.")
@@ -118,4 +121,4 @@ def _copy(
         part = target[mine * nbytes : (mine + 1) * nbytes]
         np.copyto(part, source[theirs * nbytes : (theirs + 1) * nbytes])
         sums.append(xxhash.xxh3_64_intdigest(part.data))
-    return sums
+    return np.array(sums, np.uint64)

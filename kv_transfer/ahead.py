@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pdserve.kernels.digest import Sums
 from pdserve.kv_transfer.memory import HOST_SUMS, Pool
 from pdserve.kv_transfer.outbox import Outbox
 from pdserve.kv_transfer.transports import SourceHalf
@@ -35,7 +36,7 @@ class Summing:
     """How checksums of blocks are computed."""
 
     kind: str
-    compute: Callable[[Sequence[int]], Sequence[int]]
+    compute: Callable[[Sequence[int]], Sums]
     at_once: int
     """Blocks, for a reader, who may be told to stop in between."""
     ahead: int

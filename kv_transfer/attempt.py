@@ -10,18 +10,26 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from pdserve.kernels.digest import Sums
 from pdserve.kv_transfer.credits import Credits
 from pdserve.kv_transfer.job import Ended, Job
 from pdserve.kv_transfer.ledger import Ledgers, layout_word
 from pdserve.kv_transfer.line import Address, Line, LinePool
 from pdserve.kv_transfer.memory import host_id
+from pdserve.kv_transfer.missing import Units
 from pdserve.kv_transfer.slices import Cuts
-from pdserve.kv_transfer.transports import PIECES, Receiver, SinkHalf, TransportUnfit
+from pdserve.kv_transfer.transports import (
+    PIECES,
+    Arriving,
+    Receiver,
+    SinkHalf,
+    TransportUnfit,
+)
 from pdserve.protocol.errors import ProtocolError
 from pdserve.protocol.ticket import LayoutFingerprint
 from pdserve.protocol.transfer import Fetch, FetchHeader, Refused, ToReader
@@ -83,7 +91,7 @@ class Attempts:
         ):
             self._unasked(line, job, half, name)
             waiting = deque(_pieces(job.due, size, *getattr(half, "pieces", PIECES)))
-            asked: deque[list[int]] = deque()
+            asked: deque[Units] = deque()
             while waiting or asked:
                 ahead = len(asked) < ASKED_AHEAD and bool(waiting)
                 if ahead and account.take(len(waiting[0]) * size, lambda: job.wait(self._stall_s)):
@@ -93,7 +101,7 @@ class Attempts:
                 self._receive(line, job, half, asked[0])
                 account.give(len(asked.popleft()) * size)
 
-    def _ask(self, line: Line, job: Job, name: str, piece: Sequence[int]) -> None:
+    def _ask(self, line: Line, job: Job, name: str, piece: Units) -> None:
         ticket = job.ticket
         detail = getattr(self._cuts.of(1).halves[name], "detail", None)
         fetch = Fetch(
@@ -102,7 +110,7 @@ class Attempts:
             epoch=ticket.epoch,
             fingerprint=self._fingerprint,
             transport=name,
-            wanted=tuple(piece),
+            wanted=tuple(piece.tolist()),
             host_id=self._host_id,
             detail=detail(ticket.source, ticket.epoch) if detail else "",
             parcels=None if job.unpacking is None else job.unpacking.theirs.parcels,
@@ -127,7 +135,7 @@ class Attempts:
             return
         if len(place.blocks) != job.ticket.num_blocks * NUMBER_BYTES:
             return
-        wanted, targets = list(job.missing), list(job.missing.values())
+        wanted, targets = job.missing.units, job.missing.targets
         blocks = np.frombuffer(place.blocks, "<u4")
         if len(wanted) < len(blocks):
             blocks = blocks[wanted]
@@ -136,44 +144,48 @@ class Attempts:
             return
         job.borrowed, job.lease, before = True, lease, job.nbytes
         arriving = copied(line, place, blocks, targets, lambda: job.wait(self._stall_s))
-        self._verify(job, wanted, expected.tolist(), arriving, place.block_nbytes)
+        self._verify(job, wanted, expected, arriving, place.block_nbytes)
         job.unasked += job.nbytes - before
 
-    def _receive(self, line: Line, job: Job, half: Receiver, piece: Sequence[int]) -> None:
+    def _receive(self, line: Line, job: Job, half: Receiver, piece: Units) -> None:
         header = line.receive(_TO_READER, job.wait(self._stall_s))
-        self._check_header(header, job, len(piece))
+        expected = self._expected(header, job, len(piece))
         if half.borrows:
             job.borrowed, job.lease = True, self._ledgers.lease(line, header.mark)
-        targets = list(map(job.missing.__getitem__, piece))
+        targets = job.missing.targets_of(piece).tolist()
         arriving = half.receive(line, header, targets, lambda: job.wait(self._stall_s))
-        self._verify(job, piece, header.checksums, arriving, header.block_nbytes)
+        self._verify(job, piece, expected, arriving, header.block_nbytes)
 
     def _verify(
         self,
         job: Job,
-        piece: Sequence[int],
-        checksums: Sequence[int],
-        arriving: Iterable[Sequence[int]],
+        piece: Units,
+        expected: Sums,
+        arriving: Arriving,
         nbytes: int,
     ) -> None:
-        """Take blocks with their checksums as they arrive off the job's list."""
-        verified, begun = 0, time.monotonic()
-        for digests in arriving:
-            complete = verified + len(digests)
-            expected = checksums[verified:complete]
-            wrong = set() if digests == list(expected) else _different(digests, expected)
-            for number, index in enumerate(piece[verified:complete]):
-                if number not in wrong:
-                    del job.missing[index]
-                else:
-                    job.reason = f"The checksum of block {index // job.slices} differs."
-                    log.warning("%s (%s)", job.reason, job.ticket.request_id)
-            job.nbytes += (complete - verified) * nbytes
-            verified = complete
+        """Take blocks that arrive with the expected checksums off the job's list."""
+        verified, intact, begun = 0, np.zeros(len(piece), bool), time.monotonic()
+        try:
+            with contextlib.closing(arriving):
+                for sums in arriving:
+                    complete = verified + len(sums)
+                    if complete > len(piece):
+                        raise ProtocolError(f"More than {len(piece)} blocks arrived.")
+                    intact[verified:complete] = sums == expected[verified:complete]
+                    job.nbytes += len(sums) * nbytes
+                    verified = complete
+        finally:
+            good = int(np.count_nonzero(intact))
+            job.missing.arrived(piece if good == len(piece) else piece[intact])
+        if good < verified:
+            for index in piece[:verified][~intact[:verified]].tolist():
+                job.reason = f"The checksum of block {index // job.slices} differs."
+                log.warning("%s (%s)", job.reason, job.ticket.request_id)
         job.moving_s += time.monotonic() - begun
 
-    def _check_header(self, header: Any, job: Job, count: int) -> None:
-        """Raises what a wrong or refusing answer means."""
+    def _expected(self, header: Any, job: Job, count: int) -> Sums:
+        """The checksums that a header announces. Raises what a wrong or refusing answer means."""
         ticket, nbytes = job.ticket, self.nbytes(job)
         if isinstance(header, Refused):
             reason = header.reason or "The source refused and did not say why."
@@ -190,6 +202,10 @@ class Attempts:
             raise ProtocolError(
                 f"The source's blocks have {header.block_nbytes} bytes, the own ones {nbytes}."
             )
+        try:
+            return np.array(header.checksums, np.uint64)
+        except OverflowError:
+            raise ProtocolError("The source announced a checksum that is none.") from None
 
     @contextlib.contextmanager
     def _line(self, job: Job, deadline: float) -> Iterator[Line]:
@@ -201,18 +217,12 @@ class Attempts:
                 job.attach(None)
 
 
-def _different(digests: Sequence[int], expected: Sequence[int]) -> set[int]:
-    """Where they differ. Raises ValueError if there are more of one."""
-    pairs = zip(digests, expected, strict=True)
-    return {number for number, (digest, right) in enumerate(pairs) if digest != right}
-
-
-def _pieces(indices: list[int], block_nbytes: int, first: int, largest: int) -> list[list[int]]:
-    """`indices` cut into growing pieces of `first` to `largest` bytes."""
+def _pieces(units: Units, block_nbytes: int, first: int, largest: int) -> list[Units]:
+    """`units` cut into growing pieces of `first` to `largest` bytes."""
     pieces, start, nbytes = [], 0, first
-    while start < len(indices):
+    while start < len(units):
         length = max(1, nbytes // block_nbytes)
-        pieces.append(indices[start : start + length])
+        pieces.append(units[start : start + length])
         start += length
         nbytes = min(4 * nbytes, largest)
     return pieces

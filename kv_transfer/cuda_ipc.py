@@ -23,20 +23,24 @@ import logging
 import secrets
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, Self
 
 import msgspec
+import numpy as np
 import torch
 import torch.utils.dlpack
 
 from pdserve.kernels import copy_blocks_summed
+from pdserve.kernels.digest import Sums
 from pdserve.kv_transfer.device import DeviceMemory
-from pdserve.kv_transfer.device_sums import KIND, WORD, DeviceSums, has_words
+from pdserve.kv_transfer.device_sums import KIND, WORD, DeviceSums, Launched, has_words
 from pdserve.kv_transfer.line import Line
 from pdserve.kv_transfer.memory import NONCE_BYTES, Numbers, Pool, host_id
 from pdserve.kv_transfer.streams import CudaStreams, Streams, opened, with_first
 from pdserve.kv_transfer.transports import (
+    Arriving,
     SinkHalf,
     SourceHalf,
     TransportUnfit,
@@ -52,6 +56,8 @@ HANDLE_BYTES = 64
 CHUNK_BYTES = 2**30
 """Asked for at once and copied by one launch: it cannot be called back, and between two GPUs takes
 some 20 ms at most."""
+LAUNCHED_AHEAD = 1
+"""Chunks launched while the one before them is copied: the device need not wait for the host."""
 LOOK_S = 0.05
 """Who waits for a mapping that another thread opens looks this often whether it is still wanted."""
 
@@ -171,7 +177,7 @@ class _End:
         _End.__init__(other, self._pool.sliced(slices), self._runtime)
         return other
 
-    def digests(self, block_ids: Sequence[int]) -> list[int]:
+    def digests(self, block_ids: Sequence[int]) -> Sums:
         """The device's sums. Raises TransportUnfit."""
         return self._sums.digests(block_ids)
 
@@ -260,42 +266,47 @@ class IpcSink(_End):
 
     def receive(
         self, line: Line, header: FetchHeader, targets: Sequence[int], wait: Wait
-    ) -> Iterator[list[int]]:
+    ) -> Arriving:
         shared, blocks = header.pool_device, header.pool_blocks
         if shared is None or len(blocks) != len(targets):
             raise TransportUnfit("The source did not say where all the wanted blocks lie.")
         yield from self._copied(self._map(line, header, shared, wait), blocks, targets, wait)
 
     def copied(
-        self, line: Line, place: Place, blocks: Numbers, targets: Sequence[int], wait: Wait
-    ) -> Iterator[list[int]]:
+        self, line: Line, place: Place, blocks: Numbers, targets: Numbers, wait: Wait
+    ) -> Arriving:
         mapping = line.keeps.get("pool")
         if isinstance(mapping, _Mapping) and mapping.nonce == place.nonce:
             yield from self._copied(mapping, blocks, targets, wait)
 
-    def _copied(
-        self, mapping: _Mapping, blocks: Numbers, targets: Sequence[int], wait: Wait
-    ) -> Iterator[list[int]]:
-        count = mapping.words.numel() // self._sums.words.shape[1]  # not what a header says
-        if len(blocks) and not 0 <= min(blocks) <= max(blocks) < count:
-            raise TransportUnfit(f"The source named a block outside its {count}.")
-        chunk = max(1, CHUNK_BYTES // self._pool.block_nbytes)
-        for start in range(0, len(targets), chunk):
-            wait()
-            there, here = blocks[start : start + chunk], targets[start : start + chunk]
-            yield self._copy(mapping, there, here, wait)
-
-    def _copy(
-        self, mapping: _Mapping, there: Numbers, here: Sequence[int], wait: Wait
-    ) -> list[int]:
+    def _copied(self, mapping: _Mapping, blocks: Numbers, targets: Numbers, wait: Wait) -> Arriving:
         own = self._sums.words
+        pool = mapping.words.view(-1, own.shape[1])
+        both = np.array([blocks, targets], np.int64)
+        if both.size and not 0 <= both[0].min() <= both[0].max() < len(pool):  # not a header's word
+            raise TransportUnfit(f"The source named a block outside its {len(pool)}.")
+        chunk = max(1, CHUNK_BYTES // self._pool.block_nbytes)
+        ahead: deque[Launched] = deque()
+        try:
+            for start in range(0, both.shape[1], chunk):
+                wait()
+                ahead.append(self._copy(pool, both[:, start : start + chunk]))
+                if len(ahead) > LAUNCHED_AHEAD:
+                    yield ahead[0].wait(wait)
+                    ahead.popleft()
+            while ahead:
+                yield ahead[0].wait(wait)
+                ahead.popleft()
+        finally:  # what was launched writes into the targets, whoever stopped
+            for launched in ahead:
+                launched.settle()
 
-        def launch() -> torch.Tensor:
-            theirs, mine = self._sums.index(there, here)
-            pool = mapping.words.view(-1, own.shape[1])
-            return copy_blocks_summed(pool, theirs, own, mine)
+    def _copy(self, pool: torch.Tensor, numbers: np.ndarray[Any, np.dtype[np.int64]]) -> Launched:
+        def copies() -> torch.Tensor:
+            theirs, mine = self._sums.index(*numbers)
+            return copy_blocks_summed(pool, theirs, self._sums.words, mine)
 
-        return self._sums.compute(launch, wait)
+        return self._sums.launch(copies)
 
     def _map(self, line: Line, header: FetchHeader, shared: DevicePool, wait: Wait) -> _Mapping:
         while not self._lock.acquire(timeout=LOOK_S):

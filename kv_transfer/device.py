@@ -15,9 +15,10 @@ import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 
-from pdserve.kernels.digest import Bytes, digest_blocks
+from pdserve.kernels.digest import Bytes, Sums, digest_blocks
 from pdserve.kv_transfer.memory import Pool, runs
 
 STAGING_BYTES = 1 * 2**20
@@ -85,11 +86,12 @@ class DeviceMemory(Pool):
     def sliced(self, slices: int) -> DeviceMemory:
         return DeviceMemory(self._blocks.view(self.num_blocks * slices, -1))
 
-    def digests(self, block_ids: Sequence[int]) -> list[int]:
-        sums: list[int] = []
+    def digests(self, block_ids: Sequence[int]) -> Sums:
+        sums = [np.empty(0, np.uint64)]
         for first, count in runs(block_ids, self._longest):
-            sums += digest_blocks(self.read(first, count), range(count), self.block_nbytes)
-        return sums
+            part = self.read(first, count)
+            sums.append(digest_blocks(part, range(count), self.block_nbytes))
+        return np.concatenate(sums)
 
     def _part(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(blocks first .. first + count - 1, as much of the thread's buffer), [count, bytes]."""

@@ -12,12 +12,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from pdserve.kernels import sum_blocks
+from pdserve.kernels.digest import Sums
 from pdserve.kv_transfer.device import DeviceMemory
 from pdserve.kv_transfer.memory import Numbers
 from pdserve.kv_transfer.streams import Streams
@@ -43,6 +45,24 @@ def has_words(pool: DeviceMemory) -> bool:
     return pool.block_nbytes % WORD == 0 and pool.blocks.data_ptr() % WORD == 0
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Launched:
+    """Sums on their way to the host."""
+
+    sums: torch.Tensor
+    mark: Any
+
+    def wait(self, wait: Wait) -> Sums:
+        """Until they are there. What `wait` raises is raised when the device is done. Raises
+        TransportUnfit."""
+        _wait_until_done(self.mark, wait)
+        return numbers(self.sums)
+
+    def settle(self) -> None:
+        """Until the device is done with it, whatever becomes of the sums."""
+        _wait_until_done(self.mark, lambda: float("inf"))
+
+
 class DeviceSums:
     """What launches on a stream of the calling thread's own and waits for the sums that come of it.
     For a pool that `has_words`."""
@@ -53,26 +73,24 @@ class DeviceSums:
         self._streams = streams
         self._local = threading.local()
 
-    def digests(self, block_ids: Sequence[int]) -> list[int]:
+    def digests(self, block_ids: Sequence[int]) -> Sums:
         """As `Pool.digests`, of this kind. Raises TransportUnfit."""
         until = time.monotonic() + SUM_S
-        return self.compute(lambda: sum_blocks(self.words, self.index(block_ids)[0]), lambda: until)
+        launched = self.launch(lambda: sum_blocks(self.words, self.index(block_ids)[0]))
+        return launched.wait(lambda: until)
 
-    def compute(self, launch: Callable[[], torch.Tensor], wait: Wait) -> list[int]:
-        """Launch what computes sums [n] int64 and wait for them. What `wait` raises is raised when
-        the device is done. Raises TransportUnfit."""
+    def launch(self, kernel: Callable[[], torch.Tensor]) -> Launched:
+        """Launch what computes sums [n] int64, after what was launched by this thread before.
+        Raises TransportUnfit."""
         if not hasattr(self._local, "stream"):
             self._streams.enter()
             self._local.stream = self._streams.new()
         stream = self._local.stream
         try:
             with self._streams.on(stream):
-                sums = to_host(launch())
-                mark = self._streams.mark(stream)
+                return Launched(to_host(kernel()), self._streams.mark(stream))
         except RuntimeError as error:  # CUDA's, through torch
             raise TransportUnfit(f"The device cannot sum or copy blocks: {error}") from error
-        _wait_until_done(mark, wait)
-        return numbers(sums)
 
     def index(self, *rows: Numbers) -> torch.Tensor:
         """Numbers of blocks [rows, n] on the device, without waiting until they are there."""
@@ -91,9 +109,10 @@ def to_host(found: torch.Tensor) -> torch.Tensor:
     return sums.copy_(found, non_blocking=True)
 
 
-def numbers(sums: torch.Tensor) -> list[int]:
-    """As unsigned numbers, which is what a header holds."""
-    return [value & (2**64 - 1) for value in sums.tolist()]
+def numbers(sums: torch.Tensor) -> Sums:
+    """As unsigned numbers, which is what a header holds. sums: [n] int64 on the host."""
+    found: Sums = sums.numpy().view(np.uint64)
+    return found
 
 
 def _wait_until_done(mark: Any, wait: Wait) -> None:

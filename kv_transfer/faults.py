@@ -22,11 +22,11 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Self
 
-from pdserve.kernels.digest import Bytes
+from pdserve.kernels.digest import Bytes, Sums
 from pdserve.kv_transfer.line import Line
 from pdserve.kv_transfer.memory import (
     HOST_SUMS,
@@ -34,6 +34,7 @@ from pdserve.kv_transfer.memory import (
 )
 from pdserve.kv_transfer.transports import (
     PIECES,
+    Arriving,
     Receiver,
     SinkHalf,
     SourceHalf,
@@ -132,9 +133,9 @@ class FaultySource:
     def objection(self, fetch: Fetch) -> str:
         return self._inner.objection(fetch)
 
-    def digests(self, block_ids: Sequence[int]) -> list[int]:
+    def digests(self, block_ids: Sequence[int]) -> Sums:
         """If the inner one has its own."""
-        sums: list[int] = self._inner.digests(block_ids)  # type: ignore[attr-defined]
+        sums: Sums = self._inner.digests(block_ids)  # type: ignore[attr-defined]
         return sums
 
     def describe(self, header: FetchHeader, block_ids: Sequence[int]) -> FetchHeader:
@@ -185,7 +186,7 @@ class FaultyReceiver:
 
     def receive(
         self, line: Line, header: FetchHeader, targets: Sequence[int], wait: Wait
-    ) -> Iterator[list[int]]:
+    ) -> Arriving:
         drawn = self._dice.draw("delay", "drop", "truncate", "flip")
         if len(targets) > 1:
             drawn |= self._dice.draw(*MANY_BLOCKS)

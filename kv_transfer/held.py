@@ -6,6 +6,7 @@ import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from pdserve.kernels.digest import Sums
 from pdserve.kv_transfer.memory import ascending
 from pdserve.protocol.errors import PdserveError
 from pdserve.protocol.ticket import KVTicket, LeaseMark
@@ -92,9 +93,7 @@ class Read:
         """Whether to stop early: nobody wants the blocks any more and the pool wants them back."""
         return self.held.ending in (Ending.WITHDRAWN, Ending.FENCED, Ending.CLOSED)
 
-    def checksums(
-        self, kind: str, compute: Callable[[Sequence[int]], Sequence[int]]
-    ) -> tuple[int, ...]:
+    def checksums(self, kind: str, compute: Callable[[Sequence[int]], Sums]) -> tuple[int, ...]:
         """Of the wanted blocks, in order; `compute(block numbers)` only for blocks not yet asked.
         Two readers may compute the same one at once: they get the same number. Slices are asked
         for once as a rule, so theirs are not kept."""
@@ -102,7 +101,7 @@ class Read:
         if not known.keys() >= set(self.wanted):
             pairs = zip(self.wanted, self.block_ids, strict=True)
             fresh = [(index, block) for index, block in pairs if index not in known]
-            sums = compute([block for _, block in fresh])
+            sums = compute([block for _, block in fresh]).tolist()
             known.update(zip((index for index, _ in fresh), sums, strict=True))
         return tuple(map(known.__getitem__, self.wanted))
 

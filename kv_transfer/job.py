@@ -7,8 +7,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from pdserve.kv_transfer.ledger import Lease
 from pdserve.kv_transfer.line import Line
+from pdserve.kv_transfer.missing import Missing, Units, units_of
 from pdserve.kv_transfer.transports import Unpacking
 from pdserve.protocol.ticket import KVTicket
 from pdserve.protocol.transfer import FetchReport, Outcome, Progress
@@ -25,8 +28,8 @@ class Job:
     """One fetch. `missing` and the results belong to the thread that took the job."""
 
     ticket: KVTicket
-    missing: dict[int, int]
-    """Wanted slices that have not arrived intact yet → where they go, in a pool of slices."""
+    missing: Missing
+    """Wanted slices that have not arrived intact yet, and where they go in a pool of slices."""
     wanted: tuple[int, ...]
     deadline: float
     done: Done
@@ -67,20 +70,21 @@ class Job:
     """The ticket's, as it can be seen if the source is on this host."""
 
     @property
-    def due(self) -> list[int]:
+    def due(self) -> Units:
         """Missing slices that can be asked for now."""
-        ticket, ready = self.ticket, self.ready
+        ticket, ready, units = self.ticket, self.ready, self.missing.units
         if ready.blocks == ticket.num_blocks:
-            return list(self.missing)
+            return units
         if self.slices > 1 or self.block_size == ticket.fingerprint.block_size:
-            return [unit for unit in self.missing if ready.has(unit, self.slices)]
+            return units_of([unit for unit in units.tolist() if ready.has(unit, self.slices)])
         tokens = ready.blocks * ticket.fingerprint.block_size
-        return [index for index in self.missing if (index + 1) * self.block_size <= tokens]
+        return units[(units + 1) * self.block_size <= tokens]
 
     @property
     def failed(self) -> list[int]:
         """Blocks that have not arrived, ascending."""
-        return sorted({unit // self.slices for unit in self.missing})
+        failed: list[int] = np.unique(self.missing.units // self.slices).tolist()
+        return failed
 
     @property
     def num_blocks(self) -> int:

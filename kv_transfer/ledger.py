@@ -25,11 +25,11 @@ import logging
 import threading
 import weakref
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import xxhash
 
+from pdserve.kernels.digest import Sums
 from pdserve.kv_transfer.line import Line
 from pdserve.kv_transfer.memory import (
     HOST_SUMS,
@@ -41,8 +41,6 @@ from pdserve.kv_transfer.memory import (
 from pdserve.protocol.ticket import LayoutFingerprint, LeaseMark
 
 log = logging.getLogger(__name__)
-
-Words = np.ndarray[Any, np.dtype[np.uint64]]
 
 SLOTS = 8192
 """Tickets at once; those beyond have no mark, and their readers ask."""
@@ -58,7 +56,7 @@ class Ledger:
         """num_blocks: of the pool; kind: of the checksums that are put down here."""
         self.kind = kind
         self._memory = HostMemory(1 + SLOTS + num_blocks, WORD)
-        words: Words = np.frombuffer(self._memory.all, np.uint64)
+        words: Sums = np.frombuffer(self._memory.all, np.uint64)
         words[0] = layout_word(fingerprint)
         self._words, self._sums = words[1 : 1 + SLOTS], words[1 + SLOTS :]
         self._lock = threading.Lock()
@@ -80,9 +78,9 @@ class Ledger:
         anybody."""
         self._sums[np.asarray(block_ids, np.int64)] = 0
 
-    def know(self, block_ids: Sequence[int], sums: Sequence[int]) -> None:
+    def know(self, block_ids: Sequence[int], sums: Sums) -> None:
         """Checksums, of its kind, of blocks whose ticket stands."""
-        self._sums[np.asarray(block_ids, np.int64)] = np.asarray(sums, np.uint64)
+        self._sums[np.asarray(block_ids, np.int64)] = sums
 
     def strike(self, mark: LeaseMark) -> None:
         """The ticket has ended. Before its blocks go back; once per mark."""
@@ -106,7 +104,7 @@ class View:
 
     def __init__(self, path: str, nonce: bytes) -> None:
         """Raises PoolError if there is none."""
-        words: Words = MappedPool(path, WORD, nonce).all.view(np.uint64)
+        words: Sums = MappedPool(path, WORD, nonce).all.view(np.uint64)
         if len(words) <= SLOTS:
             raise PoolError(f"A ledger has more than {len(words)} words.")
         self.layout = int(words[0])
@@ -129,14 +127,14 @@ class Lease:
         with _ORDER:
             return int(self._view.slots[self._mark.slot]) == self._mark.stamp
 
-    def sums(self, blocks: Numbers) -> Words | None:
+    def sums(self, blocks: Numbers) -> Sums | None:
         """The checksums of these blocks of the source's pool; None if one is not known yet. Of
         blocks that are no longer the ticket's they may be anything: look whether it stands."""
         try:
             found = self._view.sums[blocks]
         except IndexError:
             return None
-        return found if found.all() else None
+        return found if np.count_nonzero(found) == len(found) else None
 
 
 _ORDER = threading.Lock()

@@ -9,18 +9,19 @@ Both halves of a process share a `Loop`, which no other process can name: a fetc
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 import torch
 
-from pdserve.kernels.digest import copy_blocks
+from pdserve.kernels.digest import Sums, copy_blocks
 from pdserve.kv_transfer.device import DeviceMemory
 from pdserve.kv_transfer.line import Line
 from pdserve.kv_transfer.memory import Pool
 from pdserve.kv_transfer.transports import (
     COPIED_BYTES,
+    Arriving,
     SinkHalf,
     SourceHalf,
     TransportUnfit,
@@ -80,7 +81,7 @@ class LoopbackSink:
 
     def receive(
         self, line: Line, header: FetchHeader, targets: Sequence[int], wait: Wait
-    ) -> Iterator[list[int]]:
+    ) -> Arriving:
         blocks = header.pool_blocks
         if len(blocks) != len(targets) or not set(blocks) <= set(range(self._pool.num_blocks)):
             raise TransportUnfit("The source did not say where all the wanted blocks lie.")
@@ -95,7 +96,7 @@ class LoopbackSink:
                 yield copy_blocks(data, there, data, here, pool.block_nbytes)
 
 
-def _copy_on_device(pool: DeviceMemory, there: Sequence[int], here: Sequence[int]) -> list[int]:
+def _copy_on_device(pool: DeviceMemory, there: Sequence[int], here: Sequence[int]) -> Sums:
     blocks = pool.blocks
     with pool.stream():
         source = torch.tensor(there, dtype=torch.int64, device=blocks.device)

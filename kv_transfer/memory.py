@@ -25,14 +25,14 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
-from pdserve.kernels.digest import Bytes, digest_blocks
+from pdserve.kernels.digest import Bytes, Sums, digest_blocks
 from pdserve.protocol.errors import PdserveError
 
 NONCE_BYTES = 16
 """The last bytes of a pool's file: random, so that a path that names another file is noticed."""
 HOST_SUMS = "xxh3"
 """What the pools' own checksums are called."""
-Numbers: TypeAlias = Sequence[int] | np.ndarray[Any, np.dtype[np.uint32]]
+Numbers: TypeAlias = Sequence[int] | np.ndarray[Any, np.dtype[Any]]
 """Of blocks."""
 
 _POOL_PATH = re.compile(r"/proc/[0-9]+/fd/[0-9]+")
@@ -100,7 +100,7 @@ class Pool(Protocol):
     def write(self, first: int, count: int = 1) -> AbstractContextManager[Bytes]:
         """Where to put such blocks' bytes; they are in the pool when the block ends normally."""
 
-    def digests(self, block_ids: Sequence[int]) -> list[int]:
+    def digests(self, block_ids: Sequence[int]) -> Sums:
         """xxh3-64 of each of the blocks, as they lie in the pool."""
 
     def sliced(self, slices: int) -> Pool:
@@ -206,7 +206,7 @@ class Spans(Pool):
     def write(self, first: int, count: int = 1) -> AbstractContextManager[Bytes]:
         return nullcontext(self.span(first, count))
 
-    def digests(self, block_ids: Sequence[int]) -> list[int]:
+    def digests(self, block_ids: Sequence[int]) -> Sums:
         return digest_blocks(self._all, block_ids, self._block_nbytes)
 
 

@@ -44,6 +44,7 @@ from typing import Any, Self
 import torch
 
 from pdserve.kernels import gather_blocks, scatter_blocks, sum_blocks
+from pdserve.kernels.digest import Sums
 from pdserve.kv_transfer.device import DeviceMemory
 from pdserve.kv_transfer.device_sums import (
     KIND,
@@ -61,6 +62,7 @@ from pdserve.kv_transfer.memory import (
 from pdserve.kv_transfer.nccl_owner import NcclTrouble, Owner, load_nccl
 from pdserve.kv_transfer.streams import CudaStreams, opened, with_first
 from pdserve.kv_transfer.transports import (
+    Arriving,
     SinkHalf,
     SourceHalf,
     TransportUnfit,
@@ -221,7 +223,7 @@ class _End:
         """The device's own if the blocks are whole words, which both ends know."""
         return HOST_SUMS if self._sums is None else KIND
 
-    def digests(self, block_ids: Sequence[int]) -> list[int]:
+    def digests(self, block_ids: Sequence[int]) -> Sums:
         """Of that kind. Raises TransportUnfit."""
         sums = self._pool if self._sums is None else self._sums
         return sums.digests(block_ids)
@@ -333,7 +335,7 @@ class NcclSink(_End):
 
     def receive(
         self, line: Line, header: FetchHeader, targets: Sequence[int], wait: Wait
-    ) -> Iterator[list[int]]:
+    ) -> Arriving:
         try:
             yield from self._receive(line, (line.peer, header.epoch), targets, wait)
         except (OSError, ProtocolError, PdserveError) as error:
@@ -342,7 +344,7 @@ class NcclSink(_End):
 
     def _receive(
         self, line: Line, peer: tuple[str, int], targets: Sequence[int], wait: Wait
-    ) -> Iterator[list[int]]:
+    ) -> Arriving:
         ready = line.receive(_TO_READER, wait())
         if not isinstance(ready, Ready) or not 1 <= ready.blocks_per_send <= self._room:
             raise ProtocolError("The source did not say how it is going to send.")
@@ -358,7 +360,7 @@ class NcclSink(_End):
                 chunk = targets[start : start + ready.blocks_per_send]
                 yield self._receive_chunk(place.pair, chunk, wait)
 
-    def _receive_chunk(self, pair: _Pair, targets: Sequence[int], wait: Wait) -> list[int]:
+    def _receive_chunk(self, pair: _Pair, targets: Sequence[int], wait: Wait) -> Sums:
         """Returns the checksums of what lies in the pool then."""
         part, address, nbytes = self._of(pair.staging, len(targets))
         kind, sums = self._owner.nccl.NCCL_UINT8, list[torch.Tensor]()

@@ -34,6 +34,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from pdserve.kernels.digest import Sums
 from pdserve.kv_transfer.held import (
     Ending,
     Held,
@@ -276,7 +277,7 @@ class Outbox:
         self,
         ticket_id: str,
         kind: str,
-        compute: Callable[[Sequence[int]], Sequence[int]],
+        compute: Callable[[Sequence[int]], Sums],
         at_once: int = 1,
     ) -> None:
         """Compute the ticket's checksums, of so many blocks at once, before anybody asks for them,
@@ -295,7 +296,7 @@ class Outbox:
             sums = compute([block for _, block in some])
             with self._lock:
                 if held.ending is None:  # else the blocks may have been written to meanwhile
-                    known.update(zip((index for index, _ in some), sums, strict=True))
+                    known.update(zip((index for index, _ in some), sums.tolist(), strict=True))
                     if self._ledger is not None and kind == self._ledger.kind:
                         self._ledger.know([block for _, block in some], sums)
 

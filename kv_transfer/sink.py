@@ -22,6 +22,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
+import numpy as np
+
 from pdserve.kv_transfer.attempt import Attempts
 from pdserve.kv_transfer.credits import Credits
 from pdserve.kv_transfer.fair import FairQueue
@@ -30,7 +32,8 @@ from pdserve.kv_transfer.job import Done, Ended, Job
 from pdserve.kv_transfer.layout import LayoutError
 from pdserve.kv_transfer.leases import Leases
 from pdserve.kv_transfer.line import EpochChanged, LinePool
-from pdserve.kv_transfer.memory import BlockMemory, Pool, as_pool, ascending
+from pdserve.kv_transfer.memory import BlockMemory, Pool, as_pool
+from pdserve.kv_transfer.missing import Missing, Units, rising, units_of
 from pdserve.kv_transfer.parcels import Packing, agree
 from pdserve.kv_transfer.routes import Routes
 from pdserve.kv_transfer.slices import Cuts, units
@@ -155,11 +158,12 @@ class TransferSink:
     ) -> None:
         """See the engine's Importer. Raises ValueError for a caller's mistake: lengths that
         differ, indices or targets that repeat or lie outside, a request that is being fetched."""
-        self._check(ticket, wanted, targets)
+        blocks, places = units_of(wanted), units_of(targets)
+        self._check(ticket, blocks, places)
         slices = self._slices(ticket)
         job = Job(
             ticket=ticket,
-            missing=dict(zip(units(wanted, slices), units(targets, slices), strict=True)),
+            missing=Missing(units(blocks, slices), units(places, slices)),
             slices=slices,
             wanted=tuple(wanted),
             deadline=deadline,
@@ -209,17 +213,18 @@ class TransferSink:
                     self._growing.discard(thread)
         self._report(job, job.wanted, reason)
 
-    def _check(self, ticket: KVTicket, wanted: Sequence[int], targets: Sequence[int]) -> None:
+    def _check(self, ticket: KVTicket, wanted: Units, targets: Units) -> None:
         if len(wanted) != len(targets):
             raise ValueError(f"{len(wanted)} blocks cannot go into {len(targets)} targets.")
-        if not ascending(wanted):
+        if not rising(wanted):
             raise ValueError("The wanted blocks must be in ascending order, each once.")
         count = -(-ticket.num_tokens // self._fingerprint.block_size)
-        if wanted and not 0 <= wanted[0] <= wanted[-1] < count:
+        if len(wanted) and not 0 <= wanted[0] <= wanted[-1] < count:
             raise ValueError(f"A wanted block lies outside the ticket's {count}.")
-        if len(set(targets)) != len(targets):
+        ordered = targets if rising(targets) else np.sort(targets)
+        if not rising(ordered):
             raise ValueError("Two blocks cannot go into the same target.")
-        if targets and not 0 <= min(targets) <= max(targets) < self._pool.num_blocks:
+        if len(targets) and not 0 <= ordered[0] <= ordered[-1] < self._pool.num_blocks:
             raise ValueError(f"A target lies outside the pool of {self._pool.num_blocks} blocks.")
 
     def keep(self, ticket: KVTicket) -> None:
@@ -312,7 +317,7 @@ class TransferSink:
                 if not job.growing:
                     job.start(self._limit_s)
                 self._fetch_due(job)
-                if job.due or not job.growing:
+                if len(job.due) or not job.growing:
                     break
         except Ended as ended:
             job.reason = str(ended)
@@ -363,7 +368,7 @@ class TransferSink:
                 f"this worker uses {', '.join(self._routes.names)}."
             )
         tries = 0
-        while job.due and tries < TRIES:
+        while len(job.due) and tries < TRIES:
             name = names[0]
             try:
                 tries += 1
@@ -401,7 +406,8 @@ class TransferSink:
         except LayoutError as error:
             raise Ended(str(error)) from None
         if parcels is not None and job.unpacking is None:
-            numbers = {target: index for index, target in job.missing.items()}
+            missing = job.missing
+            numbers = dict(zip(missing.targets.tolist(), missing.units.tolist(), strict=True))
             own, other = Packing(mine, parcels), Packing(theirs, parcels)
             job.unpacking = Unpacking(self._pool, own, other, numbers)
 

@@ -12,11 +12,14 @@ Nothing in a transport knows of slices: it works over the finer pool.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Generic, Protocol, Self, TypeVar
 
+import numpy as np
+
 from pdserve.kv_transfer.memory import Pool
+from pdserve.kv_transfer.missing import Units
 
 MOST = 64
 """Slices of a block."""
@@ -63,11 +66,11 @@ class Cuts(Generic[Half]):
         return cut
 
 
-def units(blocks: Sequence[int], slices: int) -> Sequence[int]:
+def units(blocks: Units, slices: int) -> Units:
     """The numbers of all slices of these blocks."""
     if slices == 1:
         return blocks
-    return [block * slices + part for block in blocks for part in range(slices)]
+    return (blocks[:, None] * slices + np.arange(slices)).ravel()
 
 
 def slices_of(num_layers: int) -> int:

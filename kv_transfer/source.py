@@ -25,7 +25,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from pdserve.kernels.digest import digest_blocks
+import numpy as np
+
+from pdserve.kernels.digest import Sums, digest_blocks
 from pdserve.kv_transfer.ahead import Ahead, Summing, summing
 from pdserve.kv_transfer.held import Read, Refusal
 from pdserve.kv_transfer.ledger import Ledger
@@ -451,7 +453,7 @@ class TransferSource:
             packed = packing.pack(blocks_of(self._pool), blocks, fetch.wanted).cpu()
         data, nbytes = packed.view(-1).numpy(), int(packed.shape[1])
         sums = digest_blocks(data, range(len(fetch.wanted)), nbytes)
-        header = self._header(fetch, nbytes, tuple(sums), read.held.mark)
+        header = self._header(fetch, nbytes, tuple(sums.tolist()), read.held.mark)
         self._say(line, half.describe_parcels(header, blocks))
         half.send_parcels(line, data, lambda: self._patience(read))
         return len(data)
@@ -474,12 +476,12 @@ class TransferSource:
             raise _Stopped("The ticket was withdrawn.")
         return time.monotonic() + self._stall_s
 
-    def _checksums(self, read: Read, how: Summing, blocks: Sequence[int]) -> list[int]:
-        sums: list[int] = []
+    def _checksums(self, read: Read, how: Summing, blocks: Sequence[int]) -> Sums:
+        sums = [np.empty(0, np.uint64)]
         for start in range(0, len(blocks), how.at_once):
             self._patience(read)
-            sums += how.compute(blocks[start : start + how.at_once])
-        return sums
+            sums.append(how.compute(blocks[start : start + how.at_once]))
+        return np.concatenate(sums)
 
     def _refuse(
         self, line: Line, fetch: Fetch, reason: str, retry_other_transport: bool = False

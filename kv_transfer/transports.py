@@ -10,14 +10,14 @@ from __future__ import annotations
 import copy
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import msgspec
 import torch
 
-from pdserve.kernels.digest import Bytes, copy_blocks, digest_blocks
+from pdserve.kernels.digest import Bytes, Sums, copy_blocks, digest_blocks
 from pdserve.kv_transfer.line import Line
 from pdserve.kv_transfer.memory import (
     BlockMemory,
@@ -49,6 +49,9 @@ not summed them all since the offer), and there are few exchanges, each of which
 its core for a while."""
 Wait = Callable[[], float]
 """Gives the deadline (time.monotonic seconds) of the next wait; raises to stop the transfer."""
+Arriving: TypeAlias = Generator[Sums, None, None]
+"""Blocks as they arrive: their checksums, a few at a time. To be closed by whoever stops early: it
+may have more on the way into the targets."""
 
 
 class TransportUnfit(PdserveError):
@@ -86,8 +89,8 @@ class Receiver(Protocol):
 
     def receive(
         self, line: Line, header: FetchHeader, targets: Sequence[int], wait: Wait
-    ) -> Iterator[list[int]]:
-        """Fill the target blocks in order; yields, after every few, the xxh3-64 of the next ones
+    ) -> Arriving:
+        """Fill the target blocks in order; yields, after every few, the checksums of the next ones
         that are complete, as they lie in the pool. Raises TransportUnfit, OSError or
         ProtocolError."""
 
@@ -131,7 +134,7 @@ class Unpacking:
         """Of one parcel."""
         return self.theirs.nbytes(self.theirs.fingerprint.dtype)
 
-    def put(self, parcels: torch.Tensor, targets: Sequence[int]) -> list[int]:
+    def put(self, parcels: torch.Tensor, targets: Sequence[int]) -> Sums:
         """Put parcels [n, nbytes] uint8 into their targets; returns their checksums."""
         flat = parcels.view(-1).numpy()
         with stream_of(self.pool):
@@ -190,7 +193,7 @@ class TcpSink:
 
     def receive(
         self, line: Line, header: FetchHeader, targets: Sequence[int], wait: Wait
-    ) -> Iterator[list[int]]:
+    ) -> Arriving:
         for first, count in runs(targets, _chunk(self._pool, CHUNK_BYTES)):
             with self._pool.write(first, count) as part:
                 line.receive_into(part.data, wait)
@@ -208,7 +211,7 @@ class TcpParcels:
 
     def receive(
         self, line: Line, header: FetchHeader, targets: Sequence[int], wait: Wait
-    ) -> Iterator[list[int]]:
+    ) -> Arriving:
         for chunk in self._job.chunks(targets):
             parcels = torch.empty((len(chunk), self._job.nbytes), dtype=torch.uint8)
             line.receive_into(parcels.view(-1).numpy().data, wait)
@@ -275,7 +278,7 @@ class ShmSink:
 
     def receive(
         self, line: Line, header: FetchHeader, targets: Sequence[int], wait: Wait
-    ) -> Iterator[list[int]]:
+    ) -> Arriving:
         if len(header.pool_blocks) != len(targets):
             raise TransportUnfit("The source named another number of blocks than were wanted.")
         try:
@@ -285,8 +288,8 @@ class ShmSink:
             raise TransportUnfit(str(error)) from None
 
     def copied(
-        self, line: Line, place: Place, blocks: Numbers, targets: Sequence[int], wait: Wait
-    ) -> Iterator[list[int]]:
+        self, line: Line, place: Place, blocks: Numbers, targets: Numbers, wait: Wait
+    ) -> Arriving:
         try:
             theirs = self._map(line, place.path, place.nonce, self._pool.block_nbytes)
             yield from self._copy(theirs, blocks, targets, wait)
@@ -296,9 +299,7 @@ class ShmSink:
     def unpacking(self, job: Unpacking) -> Receiver:
         return ShmParcels(job, self._map)
 
-    def _copy(
-        self, theirs: MappedPool, blocks: Numbers, targets: Sequence[int], wait: Wait
-    ) -> Iterator[list[int]]:
+    def _copy(self, theirs: MappedPool, blocks: Numbers, targets: Numbers, wait: Wait) -> Arriving:
         pool, size = self._pool, self._pool.block_nbytes
         if pool.in_place:
             mine, chunk = pool.read(0, pool.num_blocks), _chunk(pool, self._copied_bytes)
@@ -339,7 +340,7 @@ class ShmParcels:
 
     def receive(
         self, line: Line, header: FetchHeader, targets: Sequence[int], wait: Wait
-    ) -> Iterator[list[int]]:
+    ) -> Arriving:
         job = self._job
         try:
             size = job.theirs.block_nbytes

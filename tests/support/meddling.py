@@ -11,14 +11,16 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
+from pdserve.kernels.digest import Sums
 from pdserve.kv_transfer.line import Line
 from pdserve.kv_transfer.memory import (
     HOST_SUMS,
     Pool,
 )
 from pdserve.kv_transfer.transports import (
+    Arriving,
     SinkHalf,
     SourceHalf,
 )
@@ -112,9 +114,9 @@ class _Source:
     def objection(self, fetch: Fetch) -> str:
         return self._inner.objection(fetch)
 
-    def digests(self, block_ids: Sequence[int]) -> list[int]:
+    def digests(self, block_ids: Sequence[int]) -> Sums:
         """If the inner one has its own."""
-        sums: list[int] = self._inner.digests(block_ids)  # type: ignore[attr-defined]
+        sums: Sums = self._inner.digests(block_ids)  # type: ignore[attr-defined]
         return sums
 
     def describe(self, header: FetchHeader, block_ids: Sequence[int]) -> FetchHeader:
@@ -137,6 +139,6 @@ class _Sink:
 
     def receive(
         self, line: Line, header: FetchHeader, targets: Sequence[int], wait: Wait
-    ) -> Iterator[list[int]]:
+    ) -> Arriving:
         yield from self._inner.receive(line, header, targets, wait)
         self._meddler.pull(header.ticket_id)

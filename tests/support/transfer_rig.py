@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ from pdserve.kv_transfer.memory import HostMemory, Spans
 from pdserve.kv_transfer.nccl_owner import Owner
 from pdserve.kv_transfer.sink import TransferSink
 from pdserve.kv_transfer.source import TransferSource
-from pdserve.kv_transfer.transports import SINK_HALVES, SOURCE_HALVES, ShmSink, SinkHalf
+from pdserve.kv_transfer.transports import SINK_HALVES, SOURCE_HALVES, Arriving, ShmSink, SinkHalf
 from pdserve.protocol.ticket import KVTicket, LayoutFingerprint
 from pdserve.protocol.transfer import FetchHeader, FetchReport
 
@@ -244,7 +244,7 @@ class _Gated:
 
     def receive(
         self, line: Line, header: FetchHeader, targets: Sequence[int], wait: Callable[[], float]
-    ) -> Iterator[list[int]]:
+    ) -> Arriving:
         for sums in self._inner.receive(line, header, targets, wait):
             yield sums
             self._gate.reached.set()
@@ -264,7 +264,7 @@ class Flipping:
 
     def receive(
         self, line: Line, header: FetchHeader, targets: Sequence[int], wait: Callable[[], float]
-    ) -> Iterator[list[int]]:
+    ) -> Arriving:
         before = 0
         for sums in self._inner.receive(line, header, targets, wait):
             part = targets[before : before + len(sums)]

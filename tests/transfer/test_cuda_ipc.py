@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -98,6 +99,34 @@ def test_a_mapping_is_opened_once_and_closed_with_the_lines(ends: Ends) -> None:
 def test_chunks_are_copied_one_after_the_other(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_ipc, "CHUNK_BYTES", 3 * NBYTES)
     ends.fetch("ipc", range(16))
+
+
+def test_a_chunk_is_launched_while_the_one_before_it_is_copied(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever stops then waits for both, which write into the targets, and launches no more."""
+    monkeypatch.setattr(cuda_ipc, "CHUNK_BYTES", 3 * NBYTES)
+    marks: list[threading.Event] = []
+    launched = threading.Semaphore(0)
+
+    def mark(stream: int) -> SimpleNamespace:
+        marks.append(threading.Event())
+        launched.release()
+        return SimpleNamespace(query=marks[-1].is_set)
+
+    half = ends.sink._cuts.of(1).halves["ipc"]
+    assert isinstance(half, cuda_ipc.IpcSink)
+    monkeypatch.setattr(half._runtime.streams, "mark", mark)
+    reports = ends.begin()
+    assert launched.acquire(timeout=10) and launched.acquire(timeout=10)
+    ends.sink.cancel("r1")
+    marks[0].set()
+    time.sleep(0.1)
+    assert reports.got == []
+    marks[1].set()
+    report = reports.only()
+    assert report.failed and "cancelled" in report.reason
+    assert len(marks) == 2
 
 
 def test_a_new_epoch_closes_the_mapping(ends: Ends) -> None:

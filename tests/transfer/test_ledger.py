@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from transfer_rig import FINGERPRINT, HostMemory, Rig, is_poison, poison, scramble
 
-from pdserve.kernels.digest import copy_blocks
+from pdserve.kernels.digest import Sums, copy_blocks
 from pdserve.kv_transfer import ledger as ledger_module
 from pdserve.kv_transfer import transports
 from pdserve.kv_transfer.ledger import SLOTS, Lease, Ledger, View, layout_word
@@ -148,7 +149,7 @@ def test_whoever_cannot_be_sure_asks(ends: Ends, changes: dict[str, Any]) -> Non
 
 def test_other_bytes_than_were_summed_are_not_taken(ends: Ends) -> None:
     ticket = ends.summed([3, 9])
-    ends.source._ledger.know([9], [1])
+    ends.source._ledger.know([9], np.array([1], np.uint64))
     report = ends.rig.fetch(ends.sink, ticket, [0, 1], [7, 8]).only()
     assert report.ok and [fetch.wanted for fetch in ends.asked] == [(1,)]
     assert ends.same([3, 9], [7, 8])
@@ -159,7 +160,7 @@ def test_a_ticket_that_ends_meanwhile_makes_the_copy_void(
 ) -> None:
     ticket = ends.summed([3, 9])
 
-    def copied(*given: Any, **more: Any) -> list[int]:
+    def copied(*given: Any, **more: Any) -> Sums:
         sums = copy_blocks(*given, **more)
         ends.source.withdraw("r3")
         return sums

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transfer_rig import HostMemory, Rig, scramble
 
-from pdserve.kernels.digest import copy_blocks
+from pdserve.kernels.digest import Sums, copy_blocks
 from pdserve.kv_transfer import loopback
 from pdserve.kv_transfer.device import DeviceMemory
 from pdserve.kv_transfer.faults import Dice, Faults, faulty_sink, faulty_source
@@ -58,7 +58,7 @@ def test_a_lease_that_ended_meanwhile_is_noticed(rig: Rig, monkeypatch: pytest.M
     source = rig.source(memory, halves=giving, transports=("loopback",))
     sink = rig.sink(memory, halves=taking)
 
-    def copied(*given: Any) -> list[int]:
+    def copied(*given: Any) -> Sums:
         sums = copy_blocks(*given)
         source.withdraw("r")
         return sums

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
+import numpy as np
 import pytest
 
+from pdserve.kernels.digest import Sums
 from pdserve.kv_transfer.held import Read, Refusal, TicketState
 from pdserve.kv_transfer.outbox import Outbox
 from pdserve.protocol.ticket import KVTicket, LayoutFingerprint
 from pdserve.protocol.transfer import Fetch, Outcome, Progress
+
+
+def sums(numbers: Iterable[int]) -> Sums:
+    return np.array(list(numbers), np.uint64)
 
 
 class Clock:
@@ -247,9 +253,9 @@ def test_checksums_are_computed_once(outbox: Outbox) -> None:
     ticket = offer(outbox)
     computed: list[int] = []
 
-    def compute(blocks: Sequence[int]) -> list[int]:
+    def compute(blocks: Sequence[int]) -> Sums:
         computed.extend(blocks)
-        return [block * 2 for block in blocks]
+        return sums(block * 2 for block in blocks)
 
     assert outbox.begin(ask(ticket, 0, 2)).checksums("k", compute) == (20, 24)
     assert outbox.begin(ask(ticket, 0, 1, 2)).checksums("k", compute) == (20, 22, 24)
@@ -276,14 +282,14 @@ def test_a_failing_callback_does_not_stop_the_outbox(fingerprint: LayoutFingerpr
 
 def test_sums_are_computed_ahead_once_and_given_to_readers(outbox: Outbox) -> None:
     ticket = offer(outbox)
-    outbox.sum_ahead(ticket.ticket_id, "k", lambda blocks: [block * 100 for block in blocks], 2)
+    outbox.sum_ahead(ticket.ticket_id, "k", lambda blocks: sums(block * 100 for block in blocks), 2)
     read = outbox.begin(ask(ticket, 0, 2))
 
-    def nobody(blocks: Sequence[int]) -> list[int]:
+    def nobody(blocks: Sequence[int]) -> Sums:
         raise AssertionError("computed a second time")
 
     assert read.checksums("k", nobody) == (1000, 1200)
-    assert read.checksums("another", lambda blocks: list(blocks)) == (10, 12)
+    assert read.checksums("another", lambda blocks: sums(blocks)) == (10, 12)
 
 
 def test_sums_of_a_block_that_went_back_meanwhile_are_not_kept(outbox: Outbox) -> None:
@@ -291,14 +297,14 @@ def test_sums_of_a_block_that_went_back_meanwhile_are_not_kept(outbox: Outbox) -
     ticket = offer(outbox)
     reads: list[Read] = []
 
-    def withdrawn_meanwhile(blocks: Sequence[int]) -> list[int]:
+    def withdrawn_meanwhile(blocks: Sequence[int]) -> Sums:
         reads.append(outbox.begin(ask(ticket)))
         outbox.withdraw("r")
-        return [1 for _ in blocks]
+        return sums(1 for _ in blocks)
 
     outbox.sum_ahead(ticket.ticket_id, "k", withdrawn_meanwhile)
     (read,) = reads  # and no further block was looked at
-    assert read.checksums("k", lambda blocks: [2 for _ in blocks]) == (2,)
+    assert read.checksums("k", lambda blocks: sums(2 for _ in blocks)) == (2,)
     outbox.end(read)
 
 
@@ -306,9 +312,9 @@ def test_sums_are_left_to_a_reader_that_has_come(outbox: Outbox) -> None:
     ticket = offer(outbox)
     seen: list[Sequence[int]] = []
 
-    def compute(blocks: Sequence[int]) -> list[int]:
+    def compute(blocks: Sequence[int]) -> Sums:
         seen.append(blocks)
-        return [1 for _ in blocks]
+        return sums(1 for _ in blocks)
 
     read = outbox.begin(ask(ticket))
     outbox.sum_ahead(ticket.ticket_id, "k", compute)

@@ -24,7 +24,7 @@ from transfer_rig import (
 from pdserve.kv_transfer import attempt as attempt_module
 from pdserve.kv_transfer.faults import Dice, Faults, faulty_sink
 from pdserve.kv_transfer.memory import HostMemory
-from pdserve.kv_transfer.transports import COPIED_BYTES, SINK_HALVES, SinkHalf
+from pdserve.kv_transfer.transports import COPIED_BYTES, SINK_HALVES, Arriving, SinkHalf
 
 BIG = 8 * 2**20
 """More than the sockets' buffers hold, so that a sender must wait for a reader."""
@@ -378,7 +378,7 @@ def test_a_fault_in_a_transport_is_reported(rig: Rig) -> None:
     class Broken:
         borrows = False
 
-        def receive(self, *_: object) -> Iterator[list[int]]:
+        def receive(self, *_: object) -> Arriving:
             raise ZeroDivisionError("a bug")
 
     def make(pool: object) -> SinkHalf:
