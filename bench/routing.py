@@ -171,7 +171,7 @@ async def measure(
     many = await choose(chooser, candidates.for_prompt, need, max(1, rounds // BATCH), BATCH)
     _, options = candidates.for_prompt().asked(hashes[15], random.Random(0))
     question = ask(options, hashes, len(tokens), charge_tokens=True, random=0)
-    size = len(question) + len(msgspec.msgpack.encode(one.last.scores if one.last else ()))
+    size = len(question) + len(msgspec.msgpack.encode(one.last.choice if one.last else ()))
     await raw.flushall()
     await raw.aclose()
     await chooser.close()

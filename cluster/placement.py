@@ -136,9 +136,14 @@ class Choice(msgspec.Struct, frozen=True, array_like=True):
     """What a script chose: an index into the options, and a score for each of them."""
 
     index: int
-    scores: list[Score]
+    packed_scores: msgspec.Raw
     recalled: tuple[str, int] | None = None
     """Worker and epoch of one more option behind those that were given, with the last score."""
+
+    @property
+    def scores(self) -> list[Score]:
+        """Unpacked for whoever asks: nobody does until the choice is told of, and they are long."""
+        return _SCORES.decode(self.packed_scores)
 
 
 class _Known(msgspec.Struct, frozen=True, array_like=True):
@@ -198,22 +203,24 @@ return 1
 """
 )
 
-# KEYS: loads, charges, prefixes of blocks and of those chosen last. ARGV: options, hashes, hash
-# length, tokens, random number, tokens charged by each missing one (0 or 1), unit of the route
-# positions, life of a charge in ms, what to recall, for how many hashes, life of that in ms
+# KEYS: loads, charges, prefixes of blocks and of those chosen last. ARGV: options; hashes; tokens,
+# random number, tokens charged by each missing one (0 or 1) and what to recall
 _CHOOSE = (
     _NOW
+    + f"""
+local size, unit, charge_ms = {ROUTE_BYTES}, {ROUTE_UNIT}, {CHARGE_S * 1000:.0f}
+local looks, last_ms = {LAST_LOOKS}, {LAST_S * 1000:.0f}
+"""
     + """
 local options = cmsgpack.unpack(ARGV[1])
-local hashes, size, tokens = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
-local random, unit = tonumber(ARGV[5]), tonumber(ARGV[7])
-local count, recall, given = #hashes / size, tonumber(ARGV[9]), #options
+local tokens, random, charged, recall = unpack(cmsgpack.unpack(ARGV[3]))
+local hashes, count, given = ARGV[2], #ARGV[2] / size, #options
 local function hash(index) return hashes:sub((index - 1) * size + 1, index * size) end
-local function last(index) return KEYS[4] .. ARGV[6] .. ':' .. hash(index) end
+local function last(index) return KEYS[4] .. charged .. ':' .. hash(index) end
 
 local function chosen_last()
   local keys = {}
-  for i = count, math.max(1, count - tonumber(ARGV[10]) + 1), -1 do keys[#keys + 1] = last(i) end
+  for i = count, math.max(1, count - looks + 1), -1 do keys[#keys + 1] = last(i) end
   for _, text in ipairs(redis.call('MGET', unpack(keys))) do
     if text then return cmsgpack.unpack(text) end
   end
@@ -289,11 +296,11 @@ local chosen = ties[random % #ties + 1]
 local reports = loads[chosen] and cmsgpack.unpack(loads[chosen])[3] or 0
 local missing = tokens - scores[chosen][1]
 local list = kept[chosen]
-list[#list + 1] = {options[chosen][2], reports + 2, missing * tonumber(ARGV[6]), missing,
-  now + tonumber(ARGV[8])}
+list[#list + 1] = {options[chosen][2], reports + 2, missing * charged, missing,
+  now + charge_ms}
 redis.call('HSET', KEYS[2], ids[chosen], cmsgpack.pack(list))
 if recall > 0 and count > 0 then
-  redis.call('SET', last(count), cmsgpack.pack(options[chosen]), 'PX', ARGV[11])
+  redis.call('SET', last(count), cmsgpack.pack(options[chosen]), 'PX', last_ms)
 end
 local answer = {chosen - 1, scores}
 if #options > given then answer[3] = {options[given + 1][1], options[given + 1][2]} end
@@ -329,17 +336,16 @@ def ask(
     `charge_tokens`: the missing tokens will be computed there. `recall`: where not all workers are
     among the options, whether the one that was chosen for the beginning of the prompt is another.
     """
-    return packed(
-        options, b"".join(hashes), ROUTE_BYTES, tokens, random, int(charge_tokens), ROUTE_UNIT,
-        round(CHARGE_S * 1000), int(recall), LAST_LOOKS, round(LAST_S * 1000),
-    )  # fmt: skip
+    numbers = _ENCODE((tokens, random, int(charge_tokens), int(recall)))
+    return options + packed(b"".join(hashes), numbers)
 
 
 Ask = bytes
 """The arguments of one choice, made by `ask`."""
-_ASK_PARTS = 11
+_ASK_PARTS = 3
 
 _CHOICE = msgspec.msgpack.Decoder(Choice)
+_SCORES = msgspec.msgpack.Decoder(list[Score])
 _KNOWN = msgspec.msgpack.Decoder(_Known)
 _ENCODE = msgspec.msgpack.Encoder().encode
 
@@ -350,8 +356,8 @@ def pack_option(option: Option) -> bytes:
 
 
 def join_options(packed_options: Sequence[bytes]) -> bytes:
-    """At most 65,535 packed options as `ask` wants them: a msgpack array."""
-    return b"\xdc%b%b" % (len(packed_options).to_bytes(2, "big"), b"".join(packed_options))
+    """At most 65,535 packed options as `ask` wants them: a msgpack array, as an argument."""
+    return packed(b"\xdc%b%b" % (len(packed_options).to_bytes(2, "big"), b"".join(packed_options)))
 
 
 def pack_options(options: Sequence[Option]) -> bytes:

@@ -44,13 +44,16 @@ def command(*parts: Part) -> bytes:
 class _Call:
     missing: int
     done: asyncio.Future[list[bytes | LineError]]
+    timer: asyncio.TimerHandle
     replies: list[bytes | LineError] = field(default_factory=list)
 
 
 class _Line(asyncio.Protocol):
-    """A connection: calls in, replies out, in order."""
+    """A connection: calls in, replies out, in order; over as soon as a reply is late, since what
+    is still to come belongs to nobody."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
         self._buffer = bytearray()
         self._calls: deque[_Call] = deque()
         self._transport: asyncio.Transport | None = None
@@ -61,11 +64,15 @@ class _Line(asyncio.Protocol):
 
     def call(self, data: bytes, replies: int) -> asyncio.Future[list[bytes | LineError]]:
         """Send commands that will bring so many replies."""
-        done = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        done = loop.create_future()
         if self.closed or self._transport is None:
             done.set_exception(ConnectionError("the connection was closed"))
         else:
-            self._calls.append(_Call(replies, done))
+            # An asyncio.timeout around the caller would cost four times as much.
+            late = TimeoutError(f"no answer within {self._timeout_s:g} s")
+            timer = loop.call_later(self._timeout_s, self._end, late)
+            self._calls.append(_Call(replies, done, timer))
             self._transport.write(data)
         return done
 
@@ -105,6 +112,7 @@ class _Line(asyncio.Protocol):
         call.replies.append(reply)
         if len(call.replies) == call.missing:
             self._calls.popleft()
+            call.timer.cancel()
             if not call.done.done():
                 call.done.set_result(call.replies)
         return True
@@ -116,6 +124,7 @@ class _Line(asyncio.Protocol):
         self.closed = True
         calls, self._calls = self._calls, deque()
         for call in calls:
+            call.timer.cancel()
             if not call.done.done():
                 call.done.set_exception(error)
         if self._transport is not None:
@@ -129,8 +138,8 @@ class ScriptLine:
     """Runs one script with the same keys again and again. Event loop only."""
 
     def __init__(self, url: str, script: str, keys: Sequence[str], timeout_s: float) -> None:
-        """`timeout_s`: for connecting, and for the answers to one call. Raises ValueError for a URL
-        that is none."""
+        """`timeout_s`: for connecting, and for each answer. Raises ValueError for a URL that is
+        none."""
         self._where = parse_url(url)
         self._script = script
         digest = hashlib.sha1(script.encode()).hexdigest()  # noqa: S324 - Redis' name of the script
@@ -145,15 +154,14 @@ class ScriptLine:
         trip. Raises OSError (TimeoutError among them), LineError."""
         head = b"*%d\r\n%b" % (self._head_parts + parts, self._head)
         data = b"".join([head + call for call in calls])
-        async with asyncio.timeout(self._timeout_s):
-            try:
+        try:
+            replies = await self._call(data, len(calls))
+            if any(isinstance(one, LineError) and "NOSCRIPT" in str(one) for one in replies):
+                await self._checked(command("SCRIPT", "LOAD", self._script))
                 replies = await self._call(data, len(calls))
-                if any(isinstance(one, LineError) and "NOSCRIPT" in str(one) for one in replies):
-                    await self._checked(command("SCRIPT", "LOAD", self._script))
-                    replies = await self._call(data, len(calls))
-            except (asyncio.CancelledError, OSError):
-                self.close()  # what is still to come belongs to nobody
-                raise
+        except (asyncio.CancelledError, OSError):
+            self.close()
+            raise
         return _good(replies)
 
     async def _call(self, data: bytes, count: int) -> list[bytes | LineError]:
@@ -169,12 +177,8 @@ class ScriptLine:
         async with self._connecting:
             if self._line is not None and not self._line.closed:
                 return self._line
-            loop, where = asyncio.get_running_loop(), self._where
-            if "path" in where:
-                _, line = await loop.create_unix_connection(_Line, where["path"])
-            else:
-                host, port = where.get("host", "localhost"), where.get("port", 6379)
-                _, line = await loop.create_connection(_Line, host, port, ssl=_tls(where))
+            async with asyncio.timeout(self._timeout_s):
+                line = await self._new_line()
             try:
                 await self._greet(line)
             except BaseException:
@@ -182,6 +186,17 @@ class ScriptLine:
                 raise
             self._line = line
             return line
+
+    async def _new_line(self) -> _Line:
+        loop, where = asyncio.get_running_loop(), self._where
+
+        def make() -> _Line:
+            return _Line(self._timeout_s)
+
+        if "path" in where:
+            return (await loop.create_unix_connection(make, where["path"]))[1]
+        host, port = where.get("host", "localhost"), where.get("port", 6379)
+        return (await loop.create_connection(make, host, port, ssl=_tls(where)))[1]
 
     async def _greet(self, line: _Line) -> None:
         where = self._where

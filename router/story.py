@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from pdserve.cluster.journal import MAX_BYTES, AnswerStory, Chosen, Considered, LegStory, Record
+from pdserve.cluster.placement import Score
 from pdserve.router.chooser import OWN_VIEW, Verdict
 from pdserve.router.leg import AnswerLeg
 from pdserve.router.placement import Candidate, rank
@@ -38,13 +39,12 @@ def considered(verdict: Verdict) -> list[Considered]:
     best = heapq.nsmallest(MAX_CANDIDATES, range(len(among)), key=order)
     if all(among[place].worker.worker_id != chosen for place in best):
         best += [i for i, one in enumerate(among) if one.worker.worker_id == chosen]
-    return [_considered(verdict, place, among[place]) for place in best]
+    return [_considered(verdict, among[place], scores[place] if scores else None) for place in best]
 
 
-def _considered(verdict: Verdict, place: int, candidate: Candidate) -> Considered:
+def _considered(verdict: Verdict, candidate: Candidate, score: Score | None) -> Considered:
     worker = candidate.worker
-    if verdict.scores:
-        score = verdict.scores[place]
+    if score is not None:
         return Considered(
             worker=worker.worker_id,
             hand_off=candidate.hand_off,

@@ -109,7 +109,7 @@ def test_what_is_not_the_protocol_ends_the_connection(data: bytes) -> None:
             self.aborted = True
 
     async def main() -> None:
-        connection, wire = _Line(), Wire()
+        connection, wire = _Line(5.0), Wire()
         connection.connection_made(wire)
         call = connection.call(b"", 1)
         for byte in data:

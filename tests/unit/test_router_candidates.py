@@ -123,10 +123,16 @@ def test_who_has_met_failures_gets_a_list_of_its_own() -> None:
     assert candidates.for_prompt() is everybody
 
 
+def unpacked(argument: bytes) -> list[Option]:
+    """Options from an argument for the script: length, line's end, msgpack, line's end."""
+    head, _, text = argument.partition(b"\r\n")
+    assert head == b"$%d" % len(text[:-2])
+    return msgspec.msgpack.decode(text[:-2], type=list[Option])
+
+
 def test_options_are_packed_as_the_script_reads_them() -> None:
     found = Cluster("p0", "p1", "d0").candidates.for_prompt()
-    _, packed = found.asked(b"", random.Random(0))
-    options = msgspec.msgpack.decode(packed, type=list[Option])
+    options = unpacked(found.asked(b"", random.Random(0))[1])
     assert [(one.worker_id, one.epoch) for one in options] == [("p0", 3), ("p1", 3)]
     assert options[0].price.most_requests == ANY_NUMBER
 
@@ -140,7 +146,7 @@ def many(count: int) -> CandidateSet:
 def asked(found: CandidateSet, key: bytes, seed: int) -> list[str]:
     candidates, packed = found.asked(key, random.Random(seed))
     ids = [one.worker.worker_id for one in candidates]
-    assert [one.worker_id for one in msgspec.msgpack.decode(packed, type=list[Option])] == ids
+    assert [one.worker_id for one in unpacked(packed)] == ids
     return ids
 
 

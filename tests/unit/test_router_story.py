@@ -9,7 +9,7 @@ import pytest
 
 from pdserve.cluster.explain import picture, timeline
 from pdserve.cluster.journal import MAX_BYTES, AnswerStory, Chosen, Considered, LegStory, Record
-from pdserve.cluster.placement import Score
+from pdserve.cluster.placement import Choice, Score
 from pdserve.cluster.records import Role
 from pdserve.protocol.messages import LifeEvent
 from pdserve.router.chooser import Verdict
@@ -20,6 +20,10 @@ from pdserve.router.story import MAX_CANDIDATES, MAX_HEADER, considered, encoded
 def candidate(name: str, hand_off: bool = False, queued: int = 0) -> Candidate:
     role = Role.PREFILL if hand_off else Role.COLOCATED
     return Candidate(WorkerLoad(worker_id=name, role=role, queued_tokens=queued), hand_off)
+
+
+def choice(index: int, scores: list[Score]) -> Choice:
+    return Choice(index, msgspec.Raw(msgspec.msgpack.encode(scores)))
 
 
 def leg(kind: str, worker: str, submitted: float, **more: object) -> LegStory:
@@ -38,7 +42,7 @@ def record(*answers: AnswerStory, elapsed: float = 1.0) -> Record:
 def test_the_best_candidates_are_told_of_and_the_chosen_one_always() -> None:
     among = [candidate(f"c{i}") for i in range(40)]
     scores = [Score(0, 0, 0, 10, cost=i, full=False) for i in range(40)]
-    found = considered(Verdict(among[35], "redis", 10, among, scores))
+    found = considered(Verdict(among[35], "redis", 10, among, choice(35, scores)))
     assert len(found) == MAX_CANDIDATES + 1
     assert [one.worker for one in found[:3]] == ["c0", "c1", "c2"] and found[-1].worker == "c35"
 
@@ -46,7 +50,7 @@ def test_the_best_candidates_are_told_of_and_the_chosen_one_always() -> None:
 def test_those_without_room_come_last() -> None:
     among = [candidate("a"), candidate("b")]
     scores = [Score(0, 0, 0, 0, cost=1, full=True), Score(0, 0, 0, -1, cost=9, full=False)]
-    found = considered(Verdict(among[1], "redis", 10, among, scores))
+    found = considered(Verdict(among[1], "redis", 10, among, choice(1, scores)))
     assert [(one.worker, one.full, one.free_tokens) for one in found] == [
         ("b", False, None), ("a", True, 0),
     ]  # fmt: skip
