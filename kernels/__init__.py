@@ -13,7 +13,7 @@ from pdserve.kernels.checks import KernelError
 from pdserve.kernels.dispatch import records
 from pdserve.kernels.experts import ExpertWeights, expert_weights, mixture, route
 from pdserve.kernels.linear import linear
-from pdserve.kernels.native import DecodeStep, LayerTensors
+from pdserve.kernels.native_layers import ChunkStep, DecodeStep, LayerTensors
 from pdserve.kernels.norm import fused_add_rms_norm, rms_norm
 from pdserve.kernels.quantized import compile_products, dequantize, quantized_linear
 from pdserve.kernels.quantized_weight import QuantizedWeight, quantize, sort_groups
@@ -30,6 +30,7 @@ from pdserve.kernels.sums import copy_blocks_summed, sum_blocks
 
 __all__ = [
     "GATES",
+    "ChunkStep",
     "DecodeStep",
     "ExpertWeights",
     "KernelError",

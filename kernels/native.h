@@ -181,3 +181,40 @@ int sound(const struct attention *a);
  * `window` tokens (0: all). query and out: [group, D]. Nothing cached: zeros, and nothing is read. */
 void attend(const struct attention *a, const void *cache, size_t b, size_t h, size_t window,
             const void *query, void *out, int bf16);
+
+/* Attention of chunks of prompts (native_prefill.c) -------------------------------------------- */
+
+struct prefill {
+    struct attention attention; /* lens: cached tokens, the chunk's own included */
+    const int64_t *starts; /* [B + 1] first row of each sequence's queries */
+    int64_t window; /* 0: all */
+};
+
+/* How many units the queries of sequences [first, B) are: pieces of them times KV heads. -1: a
+ * sequence has more queries than tokens, or the processor lacks the instructions. */
+int64_t prefill_units(const struct prefill *f, size_t first);
+/* They attend: a phase of a job, but for the barrier. query, out: [T, Hq, D]. False without memory. */
+int prefill_phase(struct job *job, const struct prefill *f, size_t first, const void *query,
+                  const void *cache, void *out);
+
+/* A decoder's layers (native_step.c, native_chunks.c) ------------------------------------------ */
+
+struct layer { /* norms: [E], or [D] and NULL without them; cache: the layer's [N, 2, S, H, D] */
+    const void *attention_norm, *mlp_norm, *query_norm, *key_norm;
+    struct matrix query, key, value, output, gate, up, down;
+    void *cache;
+    int64_t window;
+};
+
+struct step {
+    struct attention attention;
+    int64_t hidden_size, inner_size, num_layers;
+    float eps;
+    const float *cos, *sin; /* [P, D / 2] */
+    int64_t num_positions;
+    const int64_t *positions, *slots; /* [T]; a negative slot: padding, its K and V are not kept */
+    void *hidden; /* [T, E] embeddings, replaced by the last layer's result */
+};
+
+/* Whether the positions and slots of so many tokens lie where they must. */
+int placed(const struct step *s, int64_t tokens);

@@ -1,4 +1,4 @@
-"""The decode step on the CPU in C: `native_*.c`, compiled for this machine when first needed.
+"""The CPU kernels in C: `native_*.c`, compiled for this machine when first needed.
 
 The library lies in the user's cache folder under a name that follows from the sources, the flags
 and the processor, so it is made once per machine and never out of date. Without a C compiler, or
@@ -22,7 +22,6 @@ import shlex
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -35,7 +34,7 @@ log = logging.getLogger(__name__)
 HEADER = "native.h"
 SOURCES = (
     *("native_threads.c", "native_products.c", "native_attention.c", "native_step.c"),
-    *("native_digest.c", "native_prefill.c"),
+    *("native_digest.c", "native_prefill.c", "native_chunks.c"),
 )
 """Compiled together, in this folder."""
 FLAGS = (
@@ -52,44 +51,53 @@ MOST_DIM = 256
 MOST_GROUP = 32
 """Most query heads per KV head."""
 
-_Pointer = ctypes.c_void_p
-_Long = ctypes.c_int64
+Pointer = ctypes.c_void_p
+Long = ctypes.c_int64
 
 
-class _Matrix(ctypes.Structure):
-    _fields_ = [("weight", _Pointer), ("bias", _Pointer), ("rows", _Long)]
+class Matrix(ctypes.Structure):
+    _fields_ = [("weight", Pointer), ("bias", Pointer), ("rows", Long)]
 
 
-class _Attention(ctypes.Structure):
+class Attention(ctypes.Structure):
     _fields_ = [
-        *((name, _Long) for name in ("sequences", "heads", "kv_heads", "dim")),
-        *((name, _Long) for name in ("num_blocks", "block_size", "block_stride", "table_width")),
-        *((name, _Pointer) for name in ("lens", "table")),
+        *((name, Long) for name in ("sequences", "heads", "kv_heads", "dim")),
+        *((name, Long) for name in ("num_blocks", "block_size", "block_stride", "table_width")),
+        *((name, Pointer) for name in ("lens", "table")),
         *((name, ctypes.c_float) for name in ("scale", "soft_cap")),
     ]
 
 
-class _Prefill(ctypes.Structure):
-    _fields_ = [("attention", _Attention), ("starts", _Pointer), ("window", _Long)]
+class Prefill(ctypes.Structure):
+    _fields_ = [("attention", Attention), ("starts", Pointer), ("window", Long)]
 
 
-class _Layer(ctypes.Structure):
+class Layer(ctypes.Structure):
     _fields_ = [
-        *((name, _Pointer) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm")),
-        *((name, _Matrix) for name in ("query", "key", "value", "output", "gate", "up", "down")),
-        ("cache", _Pointer),
-        ("window", _Long),
+        *((name, Pointer) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm")),
+        *((name, Matrix) for name in ("query", "key", "value", "output", "gate", "up", "down")),
+        ("cache", Pointer),
+        ("window", Long),
     ]
 
 
-class _Step(ctypes.Structure):
+class Step(ctypes.Structure):
     _fields_ = [
-        ("attention", _Attention),
-        *((name, _Long) for name in ("hidden_size", "inner_size", "num_layers")),
+        ("attention", Attention),
+        *((name, Long) for name in ("hidden_size", "inner_size", "num_layers")),
         ("eps", ctypes.c_float),
-        *((name, _Pointer) for name in ("cos", "sin")),
-        ("num_positions", _Long),
-        *((name, _Pointer) for name in ("positions", "slots", "hidden")),
+        *((name, Pointer) for name in ("cos", "sin")),
+        ("num_positions", Long),
+        *((name, Pointer) for name in ("positions", "slots", "hidden")),
+    ]
+
+
+class Chunks(ctypes.Structure):
+    _fields_ = [
+        ("step", Step),
+        ("starts", Pointer),
+        *((name, Long) for name in ("tokens", "singles")),
+        *((name, Pointer) for name in ("query", "mixed")),
     ]
 
 
@@ -111,23 +119,25 @@ def library() -> ctypes.CDLL | None:
         )
         return None
     loaded.pdserve_linear.argtypes = [
-        ctypes.c_int, *[_Pointer] * 4, *[_Long] * 3, ctypes.c_int
+        ctypes.c_int, *[Pointer] * 4, *[Long] * 3, ctypes.c_int
     ]  # fmt: skip
     loaded.pdserve_linear.restype = None
     loaded.pdserve_attention.argtypes = [
-        ctypes.c_int, ctypes.POINTER(_Attention), *[_Pointer] * 3, _Long, ctypes.c_int
+        ctypes.c_int, ctypes.POINTER(Attention), *[Pointer] * 3, Long, ctypes.c_int
     ]  # fmt: skip
-    loaded.pdserve_prefills.argtypes = [_Long, _Long]
+    loaded.pdserve_prefills.argtypes = [Long, Long]
     loaded.pdserve_prefill.argtypes = [
-        ctypes.POINTER(_Prefill), _Pointer, _Pointer, _Pointer, ctypes.c_int
+        ctypes.POINTER(Prefill), Pointer, Pointer, Pointer, ctypes.c_int
     ]  # fmt: skip
     loaded.pdserve_decode.argtypes = [
-        ctypes.c_int, ctypes.POINTER(_Step), ctypes.POINTER(_Layer), ctypes.c_int
+        ctypes.c_int, ctypes.POINTER(Step), ctypes.POINTER(Layer), ctypes.c_int
     ]  # fmt: skip
-    loaded.pdserve_digest.argtypes = [_Pointer, _Long, _Pointer, _Long, _Long, _Pointer]
+    loaded.pdserve_chunkable.argtypes = [Long, Long]
+    loaded.pdserve_chunks.argtypes = [ctypes.POINTER(Chunks), ctypes.POINTER(Layer), ctypes.c_int]
+    loaded.pdserve_digest.argtypes = [Pointer, Long, Pointer, Long, Long, Pointer]
     loaded.pdserve_copy.argtypes = [
-        *(_Pointer, _Long, _Pointer, _Pointer, _Long, _Pointer), _Long, _Long, ctypes.c_int,
-        _Pointer,
+        *(Pointer, Long, Pointer, Pointer, Long, Pointer), Long, Long, ctypes.c_int,
+        Pointer,
     ]  # fmt: skip
     return loaded
 
@@ -183,7 +193,7 @@ def serves(tensor: torch.Tensor) -> bool:
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x Wᵀ + b; see `pdserve.kernels.linear`, which has checked it. A row has the same bits in any
     batch."""
-    loaded = _loaded()
+    loaded = required()
     x = x.contiguous()
     out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
     for first in range(0, x.shape[0], MOST_TOKENS):
@@ -219,10 +229,10 @@ def attention_decode(
     soft_cap: float | None = None,
 ) -> torch.Tensor:
     """See `pdserve.kernels.attention_decode`, which has checked the arguments' shapes."""
-    loaded = _loaded()
+    loaded = required()
     query = query.contiguous()
     lens, table = context_lens.long().contiguous(), block_table.long().contiguous()
-    shape = _attention(cache, query.shape[1], lens, table, scale, soft_cap)
+    shape = attention_of(cache, query.shape[1], lens, table, scale, soft_cap)
     out = torch.empty_like(query)
     done = loaded.pdserve_attention(
         query.dtype is torch.bfloat16,
@@ -237,7 +247,7 @@ def attention_decode(
         room, longest = table.shape[1] * cache.shape[2], int(lens.max())
         if longest > room:
             raise KernelError(f"block_table has room for {room} tokens, the context has {longest}.")
-        raise KernelError(_OUT_OF_RANGE)
+        raise KernelError(OUT_OF_RANGE)
     return out
 
 
@@ -247,7 +257,7 @@ def prefills(query: torch.Tensor, cache: torch.Tensor) -> bool:
         return False
     heads, dim = cache.shape[3:]
     follows = cache.stride(1) == cache.shape[2] * heads * dim
-    return follows and bool(_loaded().pdserve_prefills(dim, query.shape[1] // heads))
+    return follows and bool(required().pdserve_prefills(dim, query.shape[1] // heads))
 
 
 def attention_prefill(
@@ -264,11 +274,13 @@ def attention_prefill(
     query = query.contiguous()
     lens, table = context_lens.long().contiguous(), block_table.long().contiguous()
     starts = query_start.long().contiguous()
-    job = _Prefill(
-        _attention(cache, query.shape[1], lens, table, scale, None), starts.data_ptr(), window or 0
+    job = Prefill(
+        attention_of(cache, query.shape[1], lens, table, scale, None),
+        starts.data_ptr(),
+        window or 0,
     )
     out = torch.empty_like(query)
-    done = _loaded().pdserve_prefill(
+    done = required().pdserve_prefill(
         ctypes.byref(job),
         query.data_ptr(),
         cache.data_ptr(),
@@ -276,128 +288,35 @@ def attention_prefill(
         torch.get_num_threads(),
     )
     if not done:
-        raise KernelError(_OUT_OF_RANGE)
+        raise KernelError(OUT_OF_RANGE)
     return out
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerTensors:
-    """One decoder layer. Products are (weight [out, in], bias [out] or None)."""
-
-    attention_norm: torch.Tensor
-    mlp_norm: torch.Tensor
-    head_norms: tuple[torch.Tensor, torch.Tensor] | None
-    """Of each query and key head, before the rotation."""
-    query: tuple[torch.Tensor, torch.Tensor | None]
-    key: tuple[torch.Tensor, torch.Tensor | None]
-    value: tuple[torch.Tensor, torch.Tensor | None]
-    output: tuple[torch.Tensor, torch.Tensor | None]
-    gate: tuple[torch.Tensor, torch.Tensor | None]
-    up: tuple[torch.Tensor, torch.Tensor | None]
-    down: tuple[torch.Tensor, torch.Tensor | None]
-    window: int | None
-
-
-class DecodeStep:
-    """One token of each of at most MOST_TOKENS sequences, through all layers in one call:
-
-        x += output(attention(rope(norm(query, key)), value)) of norm(x)
-        x += down(silu(gate) · up) of norm(x)
-
-    with `rms_norm`, `rope_and_store_kv`, `attention_decode` and `silu_and_mul` as in this package,
-    rounded to the dtype where these store their results.
-    """
-
-    MOST_TOKENS = MOST_TOKENS
-
-    def __init__(
-        self, layers: Sequence[LayerTensors], *, cos: torch.Tensor, sin: torch.Tensor, eps: float
-    ) -> None:
-        """cos, sin: [P, D / 2] float32, the rope table. See `fits` for what is possible."""
-        self._library = _loaded()
-        self._tensors = (list(layers), cos.contiguous(), sin.contiguous())
-        self._layers = (_Layer * len(layers))(*(_layer(layer) for layer in layers))
-        self._dim = 2 * cos.shape[1]
-        self._scale = self._dim**-0.5
-        self._heads = layers[0].query[0].shape[0] // self._dim
-        self._dtype = layers[0].attention_norm.dtype
-        self._step = _Step(
-            hidden_size=layers[0].attention_norm.shape[0],
-            inner_size=layers[0].gate[0].shape[0],
-            num_layers=len(layers),
-            eps=eps,
-            cos=self._tensors[1].data_ptr(),
-            sin=self._tensors[2].data_ptr(),
-            num_positions=cos.shape[0],
-        )
-
-    @staticmethod
-    def fits(layers: Sequence[LayerTensors], dim: int) -> bool:
-        """Whether this machine and the C code can do it for such a model."""
-        if not layers or not serves(layers[0].attention_norm):
-            return False
-        group = layers[0].query[0].shape[0] // layers[0].key[0].shape[0]
-        return dim % 2 == 0 and dim <= MOST_DIM and group <= MOST_GROUP
-
-    def __call__(
-        self,
-        hidden: torch.Tensor,
-        caches: Sequence[torch.Tensor],
-        *,
-        positions: torch.Tensor,
-        slots: torch.Tensor,
-        context_lens: torch.Tensor,
-        block_table: torch.Tensor,
-    ) -> None:
-        """hidden: [T, E] embeddings, contiguous, replaced by what the last layer leaves; caches:
-        one [N, 2, S, H, D] per layer, where K and V are stored at `slots`; positions, slots,
-        context_lens: [T] int64, block_table: [T, M] int64, contiguous. No slot twice; padding
-        has a negative slot and the length 0."""
-        if not hidden.shape[0] <= MOST_TOKENS or hidden.dtype != self._dtype:
-            raise KernelError(f"hidden is {list(hidden.shape)} {hidden.dtype}: see DecodeStep.")
-        for layer, cache in zip(self._layers, caches, strict=True):
-            layer.cache = cache.data_ptr()
-        step = self._step
-        step.attention = _attention(
-            caches[0], self._heads, context_lens, block_table, self._scale, None
-        )
-        step.positions, step.slots = positions.data_ptr(), slots.data_ptr()
-        step.hidden = hidden.data_ptr()
-        done = self._library.pdserve_decode(
-            self._dtype is torch.bfloat16,
-            ctypes.byref(step),
-            self._layers,
-            torch.get_num_threads(),
-        )
-        if not done:
-            raise KernelError(_OUT_OF_RANGE)
-
-
-_OUT_OF_RANGE = (
+OUT_OF_RANGE = (
     "A length, block, slot or position lies outside the block table, the cache or the rope table, "
     f"or the heads are too many: at most {MOST_DIM} elements, {MOST_GROUP} query heads per KV head."
 )
 
 
-def _loaded() -> ctypes.CDLL:
+def required() -> ctypes.CDLL:
     loaded = library()
     if loaded is None:
         raise KernelError("The native CPU kernels are switched off or could not be compiled.")
     return loaded
 
 
-def _attention(
+def attention_of(
     cache: torch.Tensor,
     heads: int,
     lens: torch.Tensor,
     table: torch.Tensor,
     scale: float,
     soft_cap: float | None,
-) -> _Attention:
+) -> Attention:
     num_blocks, _, block_size, kv_heads, dim = cache.shape
     if cache.stride(1) != block_size * kv_heads * dim:
         raise KernelError("Each block's V must follow its K in the cache.")
-    return _Attention(
+    return Attention(
         lens.shape[0],
         heads,
         kv_heads,
@@ -411,27 +330,3 @@ def _attention(
         scale,
         soft_cap or 0.0,
     )
-
-
-def _layer(tensors: LayerTensors) -> _Layer:
-    def matrix(product: tuple[torch.Tensor, torch.Tensor | None]) -> _Matrix:
-        weight, bias = product
-        return _Matrix(_address(weight), None if bias is None else _address(bias), weight.shape[0])
-
-    norms = tensors.head_norms
-    return _Layer(
-        _address(tensors.attention_norm),
-        _address(tensors.mlp_norm),
-        None if norms is None else _address(norms[0]),
-        None if norms is None else _address(norms[1]),
-        *(matrix(item) for item in (tensors.query, tensors.key, tensors.value, tensors.output)),
-        *(matrix(item) for item in (tensors.gate, tensors.up, tensors.down)),
-        None,
-        tensors.window or 0,
-    )
-
-
-def _address(tensor: torch.Tensor) -> int:
-    if not tensor.is_contiguous():
-        raise KernelError("Weights must be contiguous.")
-    return tensor.data_ptr()

@@ -8,12 +8,6 @@
  */
 #include "native.h"
 
-struct prefill {
-    struct attention attention; /* lens: cached tokens, the chunk's own included */
-    const int64_t *starts; /* [B + 1] first row of each sequence's queries */
-    int64_t window;
-};
-
 #if defined(__AVX512BF16__)
 enum { KEY_BLOCK = 512, ROW_BLOCK = 512, TILE = 8, WIDE = 4 * LANES };
 
@@ -171,30 +165,21 @@ static void take_in(const uint16_t *const *queries, struct scratch *s, size_t ro
             mix(s, row + r, r, rows - r < 4 ? rows - r : 4, factor, dim, i, whole);
 }
 
-struct prefill_job {
-    struct job job;
-    const struct prefill *f;
-    const uint16_t *query;
-    const void *cache;
-    uint16_t *out;
-    size_t units, queries; /* of a unit, at most */
-    atomic_int failed;
-};
-
 /* Queries [first, last) of sequence b, KV head h. */
-static void attend_chunk(struct prefill_job *j, struct scratch *s, size_t b, size_t h, size_t first,
+static void attend_chunk(const struct prefill *f, struct scratch *s, const uint16_t *query,
+                         const void *cache, uint16_t *out, size_t b, size_t h, size_t first,
                          size_t last) {
-    const struct attention *a = &j->f->attention;
+    const struct attention *a = &f->attention;
     const size_t dim = a->dim, group = a->heads / a->kv_heads, count = last - first;
-    const size_t length = a->lens[b], all = j->f->starts[b + 1] - j->f->starts[b];
+    const size_t length = a->lens[b], all = f->starts[b + 1] - f->starts[b];
     const size_t base = length - all; /* position of the sequence's first query */
-    const size_t end = base + last, window = j->f->window;
+    const size_t end = base + last, window = f->window;
     memset(s->totals, 0, group * count * dim * sizeof *s->totals);
     for (size_t r = 0; r < group * count; r++) s->most[r] = -INFINITY, s->weight[r] = 0;
     size_t begin = window && window <= base + first ? base + first - window + 1 : 0;
     for (; begin < end; begin += KEY_BLOCK) {
         size_t keys = end - begin < KEY_BLOCK ? end - begin : KEY_BLOCK;
-        pack(a, j->cache, b, h, begin, keys, s);
+        pack(a, cache, b, h, begin, keys, s);
         for (size_t g = 0; g < group; g++)
             for (size_t q = 0; q < count; q += TILE) {
                 int rows = count - q < TILE ? count - q : TILE;
@@ -202,52 +187,89 @@ static void attend_chunk(struct prefill_job *j, struct scratch *s, size_t b, siz
                 if (position + rows <= begin) continue;
                 const uint16_t *queries[TILE];
                 for (int r = 0; r < TILE; r++) {
-                    size_t token = j->f->starts[b] + first + q + (r < rows ? r : rows - 1);
-                    queries[r] = j->query + (token * a->heads + h * group + g) * dim;
+                    size_t token = f->starts[b] + first + q + (r < rows ? r : rows - 1);
+                    queries[r] = query + (token * a->heads + h * group + g) * dim;
                 }
-                take_in(queries, s, g * count + q, rows, j->f, position, begin, keys);
+                take_in(queries, s, g * count + q, rows, f, position, begin, keys);
             }
     }
     for (size_t g = 0; g < group; g++)
         for (size_t q = 0; q < count; q++) {
-            size_t row = g * count + q, token = j->f->starts[b] + first + q;
-            uint16_t *to = j->out + (token * a->heads + h * group + g) * dim;
+            size_t row = g * count + q, token = f->starts[b] + first + q;
+            uint16_t *to = out + (token * a->heads + h * group + g) * dim;
             for (size_t i = 0; i < dim; i += LANES)
                 store(to, i, LANES, load(s->totals, row * dim + i, LANES, 0) / s->weight[row], 1);
         }
 }
 
-static void prefill_body(struct job *job) {
-    struct prefill_job *j = (struct prefill_job *)job;
-    const struct attention *a = &j->f->attention;
-    const size_t tokens = sizeof(uint32_t) * KEY_BLOCK / 2 * a->dim;
+/* Queries of one piece, at most. */
+static size_t piece_of(const struct attention *a) { return ROW_BLOCK / (a->heads / a->kv_heads); }
+
+int64_t prefill_units(const struct prefill *f, size_t first) {
+    const struct attention *a = &f->attention;
+    const size_t most = piece_of(a);
+    int64_t units = 0;
+    for (int64_t b = first; b < a->sequences; b++) {
+        int64_t all = f->starts[b + 1] - f->starts[b];
+        if (all < 0 || all > a->lens[b]) return -1;
+        units += (all + most - 1) / most * a->kv_heads;
+    }
+    return units;
+}
+
+int prefill_phase(struct job *job, const struct prefill *f, size_t first, const void *query,
+                  const void *cache, void *out) {
+    const struct attention *a = &f->attention;
+    const size_t tokens = sizeof(uint32_t) * KEY_BLOCK / 2 * a->dim, most = piece_of(a);
     struct scratch *s = aligned_alloc(64, (sizeof *s + 63) & ~(size_t)63);
     char *memory = aligned_alloc(64, 2 * tokens + sizeof(float) * ROW_BLOCK * a->dim);
-    if (s && memory) {
+    const int given = s && memory;
+    if (given) {
         s->keys = (uint32_t *)memory, s->values = (uint32_t *)(memory + tokens);
         s->totals = (float *)(memory + 2 * tokens);
         size_t unit, end;
-        while (take(job, j->units, 1, &unit, &end)) {
-            size_t piece = unit / a->kv_heads, b = 0, first;
+        while (take(job, prefill_units(f, first), 1, &unit, &end)) {
+            size_t piece = unit / a->kv_heads, b = first;
             for (;; b++) {
-                size_t all = j->f->starts[b + 1] - j->f->starts[b];
-                size_t pieces = (all + j->queries - 1) / j->queries;
+                size_t all = f->starts[b + 1] - f->starts[b], pieces = (all + most - 1) / most;
                 if (piece < pieces) {
-                    first = piece * j->queries;
-                    size_t last = first + j->queries < all ? first + j->queries : all;
-                    attend_chunk(j, s, b, unit % a->kv_heads, first, last);
+                    size_t from = piece * most, to = from + most < all ? from + most : all;
+                    attend_chunk(f, s, query, cache, out, b, unit % a->kv_heads, from, to);
                     break;
                 }
                 piece -= pieces;
             }
         }
-    } else {
-        atomic_store(&j->failed, 1);
     }
     free(s), free(memory);
-    barrier(job);
+    return given;
+}
+#else
+int64_t prefill_units(const struct prefill *f, size_t first) {
+    (void)f, (void)first;
+    return -1;
+}
+
+int prefill_phase(struct job *job, const struct prefill *f, size_t first, const void *query,
+                  const void *cache, void *out) {
+    (void)job, (void)f, (void)first, (void)query, (void)cache, (void)out;
+    return 0;
 }
 #endif
+
+struct prefill_job {
+    struct job job;
+    const struct prefill *f;
+    const void *query, *cache;
+    void *out;
+    atomic_int failed;
+};
+
+static void prefill_body(struct job *job) {
+    struct prefill_job *j = (struct prefill_job *)job;
+    if (!prefill_phase(job, j->f, 0, j->query, j->cache, j->out)) atomic_store(&j->failed, 1);
+    barrier(job);
+}
 
 /* Whether pdserve_prefill computes for heads of such a size and group on this machine. */
 PUBLIC int pdserve_prefills(int64_t dim, int64_t group) {
@@ -263,20 +285,9 @@ PUBLIC int pdserve_prefills(int64_t dim, int64_t group) {
  * cache. False for what lies out of range, or without memory. */
 PUBLIC int pdserve_prefill(const struct prefill *f, const void *query, const void *cache, void *out,
                            int threads) {
-#if defined(__AVX512BF16__)
-    const struct attention *a = &f->attention;
-    if (!sound(a)) return 0;
-    struct prefill_job j = {.job.body = prefill_body, .f = f, .query = query, .cache = cache,
-                            .out = out, .queries = ROW_BLOCK / (a->heads / a->kv_heads)};
-    for (int64_t b = 0; b < a->sequences; b++) {
-        int64_t all = f->starts[b + 1] - f->starts[b];
-        if (all < 0 || all > a->lens[b]) return 0;
-        j.units += (all + j.queries - 1) / j.queries * a->kv_heads;
-    }
+    if (!sound(&f->attention) || prefill_units(f, 0) < 0) return 0;
+    struct prefill_job j = {
+        .job.body = prefill_body, .f = f, .query = query, .cache = cache, .out = out};
     run(&j.job, threads);
     return !atomic_load(&j.failed);
-#else
-    (void)f, (void)query, (void)cache, (void)out, (void)threads;
-    return 0;
-#endif
 }

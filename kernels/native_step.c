@@ -1,23 +1,6 @@
 /* A whole decode step in one call; see native.h. */
 #include "native.h"
 
-struct layer { /* norms: [E], or [D] and NULL without them; cache: the layer's [N, 2, S, H, D] */
-    const void *attention_norm, *mlp_norm, *query_norm, *key_norm;
-    struct matrix query, key, value, output, gate, up, down;
-    void *cache;
-    int64_t window;
-};
-
-struct step {
-    struct attention attention;
-    int64_t hidden_size, inner_size, num_layers;
-    float eps;
-    const float *cos, *sin; /* [P, D / 2] */
-    int64_t num_positions;
-    const int64_t *positions, *slots; /* [T]; a negative slot: padding, its K and V are not kept */
-    void *hidden; /* [T, E] embeddings, replaced by the last layer's result */
-};
-
 struct step_job {
     struct job job;
     const struct step *step;
@@ -153,15 +136,19 @@ INLINE void step_body(struct job *job, int bf16) {
 static void step_f32(struct job *job) { step_body(job, 0); }
 static void step_bf16(struct job *job) { step_body(job, 1); }
 
+int placed(const struct step *s, int64_t tokens) {
+    for (int64_t t = 0; t < tokens; t++)
+        if (s->positions[t] < 0 || s->positions[t] >= s->num_positions ||
+            s->slots[t] >= s->attention.num_blocks * s->attention.block_size)
+            return 0;
+    return 1;
+}
+
 /* One token of each sequence through all layers: `hidden` is replaced, K and V are stored. False,
  * and nothing done, for lengths, blocks, slots or positions out of range, or without memory. */
 PUBLIC int pdserve_decode(int bf16, const struct step *s, const struct layer *layers, int threads) {
     const struct attention *a = &s->attention;
-    if (!sound(a) || a->sequences > MOST_TOKENS) return 0;
-    for (int64_t t = 0; t < a->sequences; t++)
-        if (s->positions[t] < 0 || s->positions[t] >= s->num_positions ||
-            s->slots[t] >= a->num_blocks * a->block_size)
-            return 0;
+    if (!sound(a) || a->sequences > MOST_TOKENS || !placed(s, a->sequences)) return 0;
     const size_t wide = a->heads * a->dim, narrow = a->kv_heads * a->dim;
     const size_t sizes[] = {s->hidden_size, wide, narrow, narrow, wide, s->inner_size};
     struct step_job j = {.job.body = bf16 ? step_bf16 : step_f32, .step = s, .layers = layers};

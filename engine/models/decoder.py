@@ -259,8 +259,15 @@ class Decoder:
         found = [layer.tensors() for layer in self.layers]
         tensors = [layer for layer in found if layer is not None]
         whole = config.activation == "silu" and len(tensors) == len(found)
-        if whole and not invariant and kernels.DecodeStep.fits(tensors, config.head_dim):
+        self.chunks: kernels.ChunkStep | None = None
+        """The same for any step, layer by layer."""
+        whole = whole and not invariant
+        if whole and kernels.DecodeStep.fits(tensors, config.head_dim):
             self.decode = kernels.DecodeStep(
+                tensors, cos=self.cos, sin=self.sin, eps=config.rms_norm_eps
+            )
+        if whole and kernels.ChunkStep.fits(tensors, config.head_dim):
+            self.chunks = kernels.ChunkStep(
                 tensors, cos=self.cos, sin=self.sin, eps=config.rms_norm_eps
             )
 
@@ -276,7 +283,8 @@ class Decoder:
         computed in one call. Returns the hidden states before the last norm, [T, E].
         """
         x = functional.embedding(batch.token_ids, self.embedding)
-        single = batch.num_decodes == x.shape[0] and caches[0].dtype == x.dtype
+        plain = caches[0].dtype == x.dtype
+        single = batch.num_decodes == x.shape[0] and plain
         if self.decode is not None and single and x.shape[0] <= self.decode.MOST_TOKENS:
             self.decode(
                 x,
@@ -286,6 +294,22 @@ class Decoder:
                 context_lens=batch.context_lens,
                 block_table=batch.block_table,
             )
+            return x
+        if self.chunks is not None and plain:
+            compute = self.chunks.begin(
+                x,
+                caches[0],
+                positions=batch.positions,
+                slots=batch.slots,
+                query_start=batch.query_start,
+                context_lens=batch.context_lens,
+                block_table=batch.block_table,
+                singles=batch.num_decodes,
+            )
+            for index, cache in enumerate(caches):
+                compute(index, cache)
+                if after is not None:
+                    after(index + 1)
             return x
         angles = self.cos[batch.positions], self.sin[batch.positions]
         residual: torch.Tensor | None = None

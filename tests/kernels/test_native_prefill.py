@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from paged import pool
 
 from pdserve.kernels import attention, native
 from pdserve.kernels.checks import KernelError
@@ -12,26 +13,6 @@ HEADS = ((8, 4, 64), (4, 4, 64), (6, 1, 128), (4, 2, 256))
 """Query heads, KV heads, head size."""
 CHUNKS = ((5, 5), (1, 9), (0, 12), (33, 70), (8, 520), (600, 1100), (64, 64))
 """Queries, context."""
-
-
-def pool(
-    chunks: list[tuple[int, int]], heads: tuple[int, int, int], block_size: int
-) -> list[torch.Tensor]:
-    """query, cache, query_start, context_lens, block_table; what nobody may read is NaN."""
-    query_heads, kv_heads, dim = heads
-    widths = [-(-context // block_size) for _, context in chunks]
-    cache = torch.full((sum(widths) + 1, 2, block_size, kv_heads, dim), torch.nan)
-    blocks = iter((torch.randperm(sum(widths)) + 1).tolist())
-    table = torch.zeros(len(chunks), max(widths), dtype=torch.int64)
-    for row, (_, context) in enumerate(chunks):
-        for place in range(widths[row]):
-            table[row, place] = block = next(blocks)
-            used = min(block_size, context - place * block_size)
-            cache[block, :, :used] = torch.randn(2, used, kv_heads, dim)
-    counts = torch.tensor([0, *(count for count, _ in chunks)])
-    query = torch.randn(int(counts.sum()), query_heads, dim)
-    lens = torch.tensor([context for _, context in chunks])
-    return [query.bfloat16(), cache.bfloat16(), counts.cumsum(0), lens, table]
 
 
 def need(given: list[torch.Tensor]) -> None:
