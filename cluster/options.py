@@ -129,6 +129,17 @@ _SIZES = {"": 1, "B": 1} | {
 }
 
 
+def share(text: str) -> float:
+    """A number above 0 and up to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise ValueError(f"must be a number above 0 and up to 1; given: {text!r}")
+    return value
+
+
 def size(text: str) -> int:
     """Bytes from "1GiB", "512MiB", "2GB" or "1073741824"."""
     number = text.rstrip("BiKMGTkb")

@@ -28,6 +28,7 @@ from pdserve.cluster.options import (
     option,
     options_of,
     seconds,
+    share,
     size,
 )
 from pdserve.cluster.records import Role
@@ -128,6 +129,21 @@ class WorkerSettings(CommonSettings):
     )
     max_num_seqs: int = option(
         64, "Most requests that one engine step works on", parse=integer(1, 2**16), unit="requests"
+    )
+    kv_cache_metrics: bool = option(
+        False,
+        "Measure how long blocks live in the prefix cache (vllm:kv_block_... at the router's "
+        "/metrics)",
+    )
+    kv_cache_metrics_sample: float = option(
+        0.01,
+        "Share of the blocks that --kv-cache-metrics follows, above 0 and up to 1",
+        parse=share,
+    )
+    compute_nans_in_logits: bool = option(
+        False,
+        "Count requests with logits that are not numbers (vllm:corrupted_requests_total); a little "
+        "slower",
     )
     lease_s: float = option(
         30.0,

@@ -18,6 +18,7 @@ import enum
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 
+from pdserve.engine.measuring import BlockLives
 from pdserve.protocol.errors import PdserveError
 
 
@@ -35,7 +36,8 @@ class IntegrityError(PdserveError):
 class BlockPool:
     """The accounts of `num_blocks` blocks of `block_size` tokens each."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, lives: BlockLives | None = None) -> None:
+        """`lives`: who measures how long cached blocks are kept."""
         if num_blocks < 1 or block_size < 1:
             raise ValueError(f"A pool needs blocks: got {num_blocks} of {block_size} tokens.")
         self.num_blocks = num_blocks
@@ -48,6 +50,7 @@ class BlockPool:
         self._evictable: OrderedDict[int, None] = OrderedDict()
         self._routes: dict[int, Sequence[bytes]] = {}
         self._news: dict[bytes, bool] = {}
+        self._lives = lives
         self.listening = False
         """Somebody wants to know which route hashes the cache holds; else none are kept."""
 
@@ -78,6 +81,8 @@ class BlockPool:
         blocks = [self._free.pop() for _ in range(count)]
         for block in blocks:
             self._owner[block] = Owner.REQUEST
+        if self._lives is not None:
+            self._lives.allocated(blocks)
         return blocks
 
     def _evict(self) -> None:
@@ -86,6 +91,8 @@ class BlockPool:
         self._news.update(dict.fromkeys(self._routes.pop(block, ()), False))
         self._owner[block] = Owner.FREE
         self._free.append(block)
+        if self._lives is not None:
+            self._lives.evicted(block)
 
     def match(self, hashes: Sequence[bytes]) -> list[int]:
         """The cached blocks of the longest prefix of `hashes`. Changes nothing."""
@@ -103,6 +110,8 @@ class BlockPool:
             self._expect(block, Owner.CACHE)
             self._pins[block] += 1
             self._evictable.pop(block, None)
+            if self._lives is not None:
+                self._lives.used(block)
 
     def register(self, block: int, name: bytes, routes: Sequence[bytes] = ()) -> bool:
         """Give a request's full block to the cache; the request keeps a pin instead.

@@ -92,7 +92,9 @@ def build_runner(
     fingerprint = layout_fingerprint(
         model, digest, config.kv_cache_dtype, config.block_size, config.batch_invariant
     )
-    runner = ModelRunner(decoder, pool, config.device, config.logprobs_mode)
+    runner = ModelRunner(
+        decoder, pool, config.device, config.logprobs_mode, config.compute_nans_in_logits
+    )
     if config.device == "cuda" and tuning.wanted():
         _tune(pool, model, config)  # before decode steps are recorded
     if kernels.records(config.device, pool.tensor.dtype):

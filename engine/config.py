@@ -167,6 +167,10 @@ class EngineConfig:
     """A token's KV and logits have the same bits in any batch and any chunk."""
     quantization: str = "none"
     """"int8" or "fp8": round the linear layers of a full-precision checkpoint; "none"."""
+    compute_nans_in_logits: bool = False
+    """Look for logits that are not numbers, among those that tokens are drawn from."""
+    kv_cache_metrics_sample: float = 0.0
+    """Share of the KV blocks whose lives in the prefix cache are measured; 0: nobody measures."""
     seed: int = 0
     """Of the dummy weights."""
     threads: int = 0

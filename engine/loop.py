@@ -25,8 +25,9 @@ import msgspec
 
 from pdserve.engine.blocks import BlockPool
 from pdserve.engine.grammar import Matcher
+from pdserve.engine.measuring import Measuring
 from pdserve.engine.outgoing import Outgoing
-from pdserve.engine.pace import Pace, StepCount
+from pdserve.engine.pace import Pace
 from pdserve.engine.ports import Chunk, ChunkResult, Exporter, Importer, Runner, Watcher
 from pdserve.engine.refusal import Bounds, problem_with
 from pdserve.engine.request import Request, State
@@ -80,6 +81,7 @@ class Engine:
         exporter: Exporter | None = None,
         importer: Importer | None = None,
         pace: Pace | None = None,
+        measuring: Measuring | None = None,
     ) -> None:
         """`pace`: one that has learnt from a warm-up; by default one that knows nothing."""
         self._pool = pool
@@ -98,11 +100,11 @@ class Engine:
         """What has come under the id of a request whose fetch is still being cancelled."""
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._bag = _Bag()
-        self._steps = StepCount()
         self._stopping = False
         self._changed = True
         self.pace = pace or Pace()
         """Tells an engine that is alive but stuck."""
+        self.measuring = measuring or Measuring()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.failure: BaseException | None = None
         """Why the thread ended, if it was not told to."""
@@ -216,7 +218,8 @@ class Engine:
             self.check_integrity()
         self._changed = False
         outputs, self._bag.outputs = self._bag.outputs, {}
-        self._sink(StepOutcome(self._steps.steps, outputs, self.status(), self._pool.take_news()))
+        status = self.status()
+        self._sink(StepOutcome(status.steps, outputs, status, self._pool.take_news()))
 
     def _stop(self) -> None:
         self._stopping = True
@@ -319,6 +322,7 @@ class Engine:
         request = self._requests[report.request_id]
         if not report.ok:
             log.warning("Fetching KV for %s failed: %s", report.request_id, report.reason)
+        self.measuring.fetched(report, called_off=request.abort_requested)
         self._scheduler.fetched(request, report)
         if request.abort_requested:
             self._finish(request)
@@ -360,19 +364,22 @@ class Engine:
 
     def _compute(self, plan: Plan) -> None:
         tokens = sum(chunk.length for chunk in plan.chunks)
-        self._steps.add(tokens)
+        self.measuring.steps.add(tokens)
         self.pace.compute(tokens)
         try:
             results = self._runner.execute(plan.chunks, self._watcher(plan.chunks))
         except Exception as error:
             log.exception(
-                "Step %d failed; its %d requests end.", self._steps.steps, len(plan.chunks)
+                "Step %d failed; its %d requests end.", self.measuring.steps.count, len(plan.chunks)
             )
             for chunk in plan.chunks:
                 self._fail(chunk.request, ErrorCode.INTERNAL, f"The engine step failed: {error}.")
             return
         for chunk, result in zip(plan.chunks, results, strict=True):
             self._scheduler.computed(chunk)
+            if result.corrupted and not chunk.request.corrupted:
+                chunk.request.corrupted = True
+                self.measuring.corrupted()
             if not chunk.request.num_output:
                 chunk.request.prompt_logprobs += result.prompt_logprobs
             if chunk.samples:
@@ -481,9 +488,8 @@ class Engine:
             running=len(scheduler.running),
             fetching=len(scheduler.fetching),
             queued_tokens=scheduler.queued_tokens,
-            steps=self._steps.steps,
-            step_sizes=list(self._steps.sizes),
-            step_tokens=self._steps.tokens,
+            steps=self.measuring.steps.count,
+            step_tokens=int(self.measuring.steps.total),
             preemptions=scheduler.preemptions,
             tickets=len(self._outgoing.blocks),
             tickets_early=self._outgoing.num_early,

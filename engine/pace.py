@@ -10,10 +10,7 @@ FACTOR times as long as slow stretches so far would let expect.
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
 from collections.abc import Callable
-
-from pdserve.protocol.messages import STEP_SIZES
 
 FACTOR = 10.0
 STEP_TOKENS = 64
@@ -26,22 +23,6 @@ LEAST_S, MOST_S = 2.4, 120.0
 With the first, a worker is out within 3 s: it gives up its lease at once."""
 LEAST_ON_CUDA_S = 10.0
 """There a kernel may be compiled in the middle of serving."""
-
-
-class StepCount:
-    """Steps so far, by what they computed. Engine thread only."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self.tokens = 0
-        self.sizes = [0] * (len(STEP_SIZES) + 1)
-        """As in WorkerStatus."""
-
-    def add(self, tokens: int) -> None:
-        """One more step computes so many tokens."""
-        self.steps += 1
-        self.tokens += tokens
-        self.sizes[bisect_left(STEP_SIZES, tokens)] += 1
 
 
 class Pace:

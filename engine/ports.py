@@ -42,6 +42,9 @@ class ChunkResult:
     prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)
     """If `sampling.prompt_logprobs` is not None: of the prompt tokens that this chunk's positions
     predict, that is tokens start + 1 .. min(start + length, prompt length - 1)."""
+    corrupted: bool = False
+    """Among the logits that the token was drawn from are some that are not numbers; found only by
+    a runner that looks."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,6 +80,8 @@ class Request:
     preemptions: int = 0
     abort_requested: bool = False
     answered: bool = False
+    corrupted: bool = False
+    """Logits of its were not numbers."""
     """It has drawn a token on this worker."""
     ending: frozenset[int] = frozenset()
     """Tokens that end it; set from `sampling`."""

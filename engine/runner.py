@@ -27,9 +27,16 @@ class ModelRunner:
     recordings of decode steps (`record`)."""
 
     def __init__(
-        self, decoder: Decoder, pool: KVPool, device: str, logprobs_mode: str = "raw_logprobs"
+        self,
+        decoder: Decoder,
+        pool: KVPool,
+        device: str,
+        logprobs_mode: str = "raw_logprobs",
+        seeks_nans: bool = False,
     ) -> None:
-        """`logprobs_mode`: one of LOGPROBS_MODES."""
+        """`logprobs_mode`: one of LOGPROBS_MODES. `seeks_nans`: say which tokens were drawn from
+        logits that are not numbers."""
+        self._seeks_nans = seeks_nans
         self._shaped = logprobs_mode.startswith("processed")
         self._normalised = logprobs_mode.endswith("logprobs")
         self._decoder = decoder
@@ -61,7 +68,8 @@ class ModelRunner:
         results = [ChunkResult()] * len(chunks)
         for index, chunk, end, draw in zip(order, ordered, ends, drawn, strict=True):
             prompt = self._prompt_logprobs(chunk, hidden[end - chunk.length : end])
-            results[index] = ChunkResult(*draw, prompt)
+            token_id, logprobs, corrupted = draw
+            results[index] = ChunkResult(token_id, logprobs, prompt, corrupted)
         return results
 
     def _after_layers(self, watcher: Watcher | None) -> Callable[[int], None]:
@@ -147,10 +155,12 @@ class ModelRunner:
 
     def _draw(
         self, chunks: Sequence[Chunk], ends: Sequence[int], hidden: torch.Tensor
-    ) -> list[tuple[int | None, PositionLogprobs | None]]:
-        """The drawn token of each chunk that samples, and its log-probabilities if wanted."""
+    ) -> list[tuple[int | None, PositionLogprobs | None, bool]]:
+        """The drawn token of each chunk that samples, its log-probabilities if wanted, and whether
+        it is known that logits were not numbers."""
         drawing = [index for index, chunk in enumerate(chunks) if chunk.samples]
-        drawn: list[tuple[int | None, PositionLogprobs | None]] = [(None, None)] * len(chunks)
+        drawn: list[tuple[int | None, PositionLogprobs | None, bool]]
+        drawn = [(None, None, False)] * len(chunks)
         if not drawing:
             return drawn
         logits = self._decoder.logits(hidden[[ends[index] - 1 for index in drawing]])
@@ -159,16 +169,19 @@ class ModelRunner:
             row for row, request in enumerate(requests) if request.sampling.logprobs is not None
         ]
         told = logits[wanted] if wanted and not self._shaped else None
+        nans = [False] * len(drawing)
+        if self._seeks_nans:
+            nans = logits.isnan().any(dim=1).tolist()
         tokens = sampler.draw(logits, requests)
         if wanted and self._shaped:
             told = sampler.processed(logits[wanted], [requests[row] for row in wanted])
-        for index, token_id in zip(drawing, tokens, strict=True):
-            drawn[index] = (token_id, None)
+        for index, token_id, corrupted in zip(drawing, tokens, nans, strict=True):
+            drawn[index] = (token_id, None, corrupted)
         if told is not None:
             chosen, params = zip(*((tokens[r], requests[r].sampling) for r in wanted), strict=True)
             logprobs = sampler.answer_logprobs(told, chosen, params, self._normalised)
             for row, entry in zip(wanted, logprobs, strict=True):
-                drawn[drawing[row]] = (tokens[row], entry)
+                drawn[drawing[row]] = (tokens[row], entry, nans[row])
         return drawn
 
     def _prompt_logprobs(self, chunk: Chunk, hidden: torch.Tensor) -> list[PositionLogprobs]:

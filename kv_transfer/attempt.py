@@ -80,6 +80,13 @@ class Attempts:
     def make(self, job: Job, name: str) -> None:
         """Ask for everything due over one transport. Blocks whose checksum differs stay in
         `job.missing` without an exception. Raises TransportUnfit, Ended, OSError, ProtocolError."""
+        begun = time.monotonic()
+        try:
+            self._make(job, name)
+        finally:
+            job.took_s += time.monotonic() - begun
+
+    def _make(self, job: Job, name: str) -> None:
         half: Receiver = self._cuts.of(job.slices).halves[name]
         job.transport = name
         size = self.nbytes(job)
@@ -96,7 +103,9 @@ class Attempts:
                 ahead = len(asked) < ASKED_AHEAD and bool(waiting)
                 if ahead and account.take(len(waiting[0]) * size, lambda: job.wait(self._stall_s)):
                     asked.append(waiting.popleft())
+                    begun = time.monotonic()
                     self._ask(line, job, name, asked[-1])
+                    job.asking_s += time.monotonic() - begun
                     continue
                 self._receive(line, job, half, asked[0])
                 account.give(len(asked.popleft()) * size)
@@ -182,6 +191,7 @@ class Attempts:
             for index in piece[:verified][~intact[:verified]].tolist():
                 job.reason = f"The checksum of block {index // job.slices} differs."
                 log.warning("%s (%s)", job.reason, job.ticket.request_id)
+        job.arrived += verified
         job.moving_s += time.monotonic() - begun
 
     def _expected(self, header: Any, job: Job, count: int) -> Sums:

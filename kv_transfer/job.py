@@ -62,6 +62,11 @@ class Job:
     nbytes: int = 0
     unasked: int = 0
     """Bytes of them that were copied without a `Fetch`."""
+    arrived: int = 0
+    """Slices or parcels that they were."""
+    took_s: float = 0.0
+    asking_s: float = 0.0
+    """As in FetchReport."""
     moving_s: float = 0.0
     """Seconds in which the bytes came, waits for the source's answers aside."""
     borrowed: bool = False

@@ -44,6 +44,8 @@ class Leases:
         self._release_until = float("inf")
         self._silent: dict[Address, float] = {}
         """Until when; touched by the thread that renews alone."""
+        self.failed = 0
+        """Releases that got no answer."""
 
     def keep(self, ticket: KVTicket) -> None:
         """Renew the ticket's lease, whenever `renew_kept` is called, until `drop`."""
@@ -127,6 +129,8 @@ class Leases:
                 return False
             except (OSError, ProtocolError) as error:
                 log.info("Releasing %s failed: %s", job.ticket.request_id, error)
+        with self._lock:
+            self.failed += 1
         return False
 
     def _settle(self, ticket: KVTicket, message: Release | Renew, deadline: float) -> bool:

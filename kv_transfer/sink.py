@@ -69,6 +69,8 @@ class SinkCounters:
     """Source → transport → bytes per second, where large fetches have shown it."""
     in_flight: int
     """Bytes asked for and not yet received."""
+    failed_releases: int
+    """Sources that could not be told that their blocks are not needed any more."""
 
 
 class TransferSink:
@@ -255,6 +257,7 @@ class TransferSink:
                 routes=self._routes.used(),
                 speeds=self._routes.speeds(),
                 in_flight=self._credits.in_flight,
+                failed_releases=self._leases.failed,
             )
 
     def close(self, timeout_s: float = 3.0) -> None:
@@ -425,6 +428,9 @@ class TransferSink:
                 reason=(reason or job.reason) if failed else "",
                 transport=job.transport,
                 nbytes=job.nbytes,
+                blocks=job.arrived,
+                took_s=job.took_s,
+                asking_s=job.asking_s,
             )
             self._bytes_in += report.nbytes
             self._fetches["ok" if report.ok else "failed"] += 1

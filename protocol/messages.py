@@ -13,6 +13,7 @@ import msgspec
 
 from pdserve.protocol.blocks import unpack_tokens
 from pdserve.protocol.errors import WorkerError
+from pdserve.protocol.measures import Measures
 from pdserve.protocol.orders import Drain, OrderDone, SwitchRole
 from pdserve.protocol.sampling import SamplingParams
 from pdserve.protocol.ticket import KVTicket
@@ -141,10 +142,6 @@ class Output(
     """Sent with the last output."""
 
 
-STEP_SIZES = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-"""Tokens of a step; the buckets in which steps are counted."""
-
-
 class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A worker's load at the end of a step. Blocks: total = free + cached + requests + outbox."""
 
@@ -164,9 +161,6 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Prompt tokens not yet computed, of waiting and running requests."""
     steps: int
     """Engine steps since the start."""
-    step_sizes: list[int] = []
-    """How many of them computed up to so many tokens as STEP_SIZES says (and more than the size
-    before it); the last entry: more than all."""
     step_tokens: int = 0
     """Tokens that they computed, of prompts and of answers."""
     preemptions: int = 0
@@ -183,13 +177,22 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Those of `bytes_out` that left while their prompt was still being computed."""
 
 
-class StepFrame(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="step"):
+class StepFrame(
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    forbid_unknown_fields=True,
+    omit_defaults=True,
+    tag="step",
+):
     """All that one engine step has for one router. Also sent, without outputs, as a heartbeat."""
 
     epoch: int
     step: int
     outputs: list[Output]
     status: WorkerStatus | None = None
+    measures: Measures | None = None
+    """With heartbeats only."""
 
 
 ToRouter = StepFrame

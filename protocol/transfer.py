@@ -201,6 +201,13 @@ class FetchReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     transport: str = ""
     nbytes: int = 0
     """KV bytes that travelled."""
+    blocks: int = 0
+    """Blocks, slices of blocks or parcels that they were."""
+    took_s: float = 0.0
+    """Seconds at the source's door: connecting, asking, waiting for answers, taking and checking
+    what came; not those in the queue, nor those in which a prompt was still being computed."""
+    asking_s: float = 0.0
+    """Those of them spent on asking; 0 where blocks can be copied without a word."""
 
     @property
     def ok(self) -> bool:

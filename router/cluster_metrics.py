@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
 
 from prometheus_client import Histogram
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
-    HistogramMetricFamily,
     Metric,
 )
 from prometheus_client.registry import Collector
 
-from pdserve.protocol.messages import STEP_SIZES, WorkerStatus
 from pdserve.router.admission import Admission
 from pdserve.router.dispatch import Dispatcher
-from pdserve.router.link import WorkerLink
 from pdserve.router.load_report import cluster_load
+from pdserve.router.worker_metrics import estimated, measured
 from pdserve.router.workers import WorkerPool
 
 
@@ -104,7 +101,9 @@ class ClusterCollector(Collector):
             usage.add_metric(key, used / status.blocks_total if status.blocks_total else 0.0)
             queued.add_metric(key, status.queued_tokens)
         yield from (up, usage, queued)
-        yield from _steps(statuses, self._labels)
+        yield from estimated(statuses, self._labels)
+        measures = [(link.worker_id, link.measures) for link in self._pool.links if link.measures]
+        yield from measured(measures, self._labels)
 
     def _gauges(self, name: str, text: str, label: str, values: dict[str, float]) -> Metric:
         """One for each value of a further label."""
@@ -118,39 +117,6 @@ class ClusterCollector(Collector):
         family = GaugeMetricFamily(name, text, labels=list(labels))
         family.add_metric(list(labels.values()), value)
         return family
-
-
-def _steps(
-    statuses: Iterable[tuple[WorkerLink, WorkerStatus]], labels: dict[str, str]
-) -> Iterable[Metric]:
-    """What the steps of each worker computed; the label `engine` is the worker."""
-    sizes = HistogramMetricFamily(
-        "vllm:iteration_tokens_total", "Tokens of each engine step.", labels=list(labels)
-    )
-    estimates = [
-        CounterMetricFamily(f"vllm:estimated_{name}_per_gpu", text, labels=list(labels))
-        for name, text in (
-            ("flops", "Floating-point operations, attention left out."),
-            ("read_bytes", "Bytes of weights that steps read, each step all of them."),
-            ("write_bytes", "Bytes of KV that steps wrote."),
-        )
-    ]
-    bounds = [*map(str, STEP_SIZES), "+Inf"]
-    for link, status in statuses:
-        key = [labels["model_name"], link.worker_id]
-        if status.step_sizes:
-            counts = itertools.accumulate(status.step_sizes)
-            sizes.add_metric(key, list(zip(bounds, counts, strict=True)), status.step_tokens)
-        if (model := link.record.model) is not None:
-            tokens = status.step_tokens
-            values = (
-                model.token_flops * tokens,
-                model.weight_nbytes * status.steps,
-                model.token_nbytes * tokens,
-            )
-            for family, value in zip(estimates, values, strict=True):
-                family.add_metric(key, value)
-    return (sizes, *estimates)
 
 
 def _each(values: Iterable[int]) -> str:

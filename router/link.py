@@ -16,6 +16,7 @@ from typing import Protocol
 from pdserve.cluster.channel import Channel
 from pdserve.cluster.records import Role, WorkerRecord, WorkerState
 from pdserve.protocol.errors import ErrorCode, ProtocolError, RequestError, WorkerError
+from pdserve.protocol.measures import Measures
 from pdserve.protocol.messages import (
     Abort,
     Alive,
@@ -81,6 +82,8 @@ class WorkerLink:
         self._missing_at: float | None = None
         """When its record was first seen to be gone."""
         self.status: WorkerStatus | None = record.status
+        self.measures: Measures | None = None
+        """Of its last heartbeat."""
         self._statuses = 0
         self._charges: dict[str, _Charge] = {}
         self._legs: dict[str, Leg] = {}
@@ -225,6 +228,8 @@ class WorkerLink:
         self.heard_at = time.monotonic()
         if frame.status is not None:
             self._take_status(frame.status)
+        if frame.measures is not None:
+            self.measures = frame.measures
         for output in frame.outputs:
             leg = self._legs.get(output.request_id)
             if leg is None:

@@ -9,6 +9,7 @@ from pdserve.cluster.records import ModelInfo
 from pdserve.cluster.settings import WorkerSettings
 from pdserve.engine.grammar import Grammars
 from pdserve.engine.loop import Engine, StepOutcome
+from pdserve.protocol.measures import Measures
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,8 @@ class Assembly:
     transports: tuple[str, ...]
     traffic: Callable[[], tuple[int, int, int]]
     """KV bytes (in, out, out early) so far; see `WorkerStatus`."""
+    measures: Callable[[], Measures]
+    """What else routers show."""
     routes: Callable[[], dict[str, str]]
     """Source → the transport over which its blocks last came."""
     speeds: Callable[[], dict[str, dict[str, float]]]

@@ -11,6 +11,7 @@ from pdserve.kv_transfer import cuda_ipc, loopback
 from pdserve.kv_transfer.cuda_ipc import open_ipc
 from pdserve.kv_transfer.device import device_memory
 from pdserve.kv_transfer.faults import Dice, Faults, faulty_sink, faulty_source
+from pdserve.kv_transfer.held import Ending
 from pdserve.kv_transfer.layout import LayoutError
 from pdserve.kv_transfer.nccl import open_nccl, sink_halves, source_halves
 from pdserve.kv_transfer.parcels import agree
@@ -23,6 +24,7 @@ from pdserve.kv_transfer.transports import (
     TransportSettingError,
     offered_transports,
 )
+from pdserve.protocol.measures import Measures
 from pdserve.protocol.ticket import LayoutFingerprint
 from pdserve.worker.assembly import Assembly, Context
 from pdserve.worker.loading import load
@@ -91,6 +93,12 @@ def compose(context: Context) -> Assembly:
         out = source.counters()
         return sink.counters().bytes_in, out.bytes_out, out.bytes_early
 
+    def measures() -> Measures:
+        return engine.measuring.measures(
+            failed_releases=sink.counters().failed_releases,
+            expired_tickets=source.counters().outbox.returned.get(Ending.EXPIRED.value, 0),
+        )
+
     def close() -> None:
         source.close()
         sink.close()
@@ -104,6 +112,7 @@ def compose(context: Context) -> Assembly:
         grammars=loaded.grammars,
         transports=transports,
         traffic=traffic,
+        measures=measures,
         routes=lambda: sink.counters().routes,
         speeds=lambda: sink.counters().speeds,
         begin_epoch=source.begin_epoch,

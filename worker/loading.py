@@ -14,6 +14,7 @@ from pdserve.engine.config import EngineConfig
 from pdserve.engine.estimate import token_flops
 from pdserve.engine.grammar import Grammars
 from pdserve.engine.loop import Engine, StepOutcome
+from pdserve.engine.measuring import BlockLives, Measuring
 from pdserve.engine.pace import LEAST_ON_CUDA_S, LEAST_S, Pace
 from pdserve.engine.ports import Exporter, Importer
 from pdserve.engine.scheduler import Limits
@@ -55,8 +56,10 @@ class Loaded:
     ) -> Engine:
         """The engine over this model, not yet started."""
         config = self.built.config
+        sample = config.kv_cache_metrics_sample
+        lives = BlockLives(sample) if sample else None
         return Engine(
-            pool=BlockPool(config.num_blocks, config.block_size),
+            pool=BlockPool(config.num_blocks, config.block_size, lives),
             limits=Limits(
                 max_num_batched_tokens=config.max_num_batched_tokens,
                 max_num_seqs=config.max_num_seqs,
@@ -69,6 +72,7 @@ class Loaded:
             exporter=exporter,
             importer=importer,
             pace=self.pace,
+            measuring=Measuring(lives, nans=config.compute_nans_in_logits),
         )
 
 
@@ -88,6 +92,10 @@ def load(context: Context) -> Loaded:
         quantization=settings.quantization,
         logprobs_mode=settings.logprobs_mode,
         batch_invariant=settings.batch_invariant,
+        compute_nans_in_logits=settings.compute_nans_in_logits,
+        kv_cache_metrics_sample=(
+            settings.kv_cache_metrics_sample if settings.kv_cache_metrics else 0.0
+        ),
         seed=settings.seed,
         threads=settings.threads or len(os.sched_getaffinity(0)),
     )

@@ -13,6 +13,7 @@ from pdserve.cluster.requests import ROUTER_LEASE_S
 from pdserve.engine.grammar import Matcher
 from pdserve.engine.loop import Engine, StepOutcome
 from pdserve.protocol.errors import ErrorCode, ProtocolError, WorkerError
+from pdserve.protocol.measures import Measures
 from pdserve.protocol.messages import (
     Abort,
     Alive,
@@ -49,9 +50,11 @@ class RouterService:
         traffic: Callable[[], tuple[int, int, int]],
         alive: Callable[[], bool] = lambda: True,
         router_lease_s: float = ROUTER_LEASE_S,
+        measures: Callable[[], Measures | None] = lambda: None,
     ) -> None:
         """`traffic()`: KV bytes (in, out, out early) so far. `alive()`: whether the engine makes
-        progress; only then are there heartbeats."""
+        progress; only then are there heartbeats. `measures()`: what these tell besides."""
+        self._measures = measures
         self._router_lease_s = router_lease_s
         self._heard: dict[Channel, float] = {}
         """When something last came over a router's channel."""
@@ -239,9 +242,10 @@ class RouterService:
             self._status = self._with_traffic(self._status)
         if not self._alive():
             return
+        measures = self._measures() if beat else None
         for channel, told in list(self._channels.items()):
             if beat or told is not self._status:
-                self._send(channel, [])
+                self._send(channel, [], measures)
 
     def _with_traffic(self, status: WorkerStatus) -> WorkerStatus:
         bytes_in, bytes_out, early = self._moved
@@ -253,8 +257,16 @@ class RouterService:
             draining=self._draining,
         )
 
-    def _send(self, channel: Channel, outputs: list[Output]) -> None:
-        frame = StepFrame(epoch=self._epoch, step=self._step, outputs=outputs, status=self._status)
+    def _send(
+        self, channel: Channel, outputs: list[Output], measures: Measures | None = None
+    ) -> None:
+        frame = StepFrame(
+            epoch=self._epoch,
+            step=self._step,
+            outputs=outputs,
+            status=self._status,
+            measures=measures,
+        )
         self._channels[channel] = self._status
         try:
             channel.send(frame)

@@ -138,7 +138,10 @@ class WorkerProcess:
         loop = asyncio.get_running_loop()
         assembly: Assembly | None = None
         service = RouterService(
-            epoch, lambda: assembly.traffic() if assembly else (0, 0, 0), self._alive
+            epoch,
+            lambda: assembly.traffic() if assembly else (0, 0, 0),
+            self._alive,
+            measures=lambda: assembly.measures() if assembly else None,
         )
 
         def progress(share: float, what: str) -> None:

@@ -460,3 +460,27 @@ def test_slices_that_the_watcher_hears_of_are_complete(
         assert torch.equal(then[:, : done * layers], pool[:, : done * layers])
         assert not then[blocks][:, done * layers :].any()
     assert pool[blocks].any(dim=-1).any(dim=-1)[..., :4].all()
+
+
+def test_logits_that_are_not_numbers_are_seen_by_who_looks(
+    make_model: MakeModel, build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_model("llama")
+    for looks in (True, False):
+        built = build(folder, compute_nans_in_logits=looks)
+        stepper = Stepper(built)
+        logits = built.runner._decoder.logits
+
+        def spoilt(hidden: torch.Tensor, logits: Any = logits) -> torch.Tensor:
+            found: torch.Tensor = logits(hidden).clone()
+            found[0, 7] = float("nan")
+            found[-1, 8] = float("-inf")
+            return found
+
+        requests = [stepper.add(text(5)), stepper.add(text(6))]
+        stepper.run(requests, 1, 100)
+        assert not any(one.corrupted for each in stepper.results.values() for one in each)
+        monkeypatch.setattr(built.runner._decoder, "logits", spoilt)
+        stepper.run(requests, 2, 100)
+        seen = [stepper.results[request][-1].corrupted for request in requests]
+        assert seen == [looks, False]

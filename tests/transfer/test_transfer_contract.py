@@ -73,6 +73,7 @@ def test_exactly_the_wanted_blocks_arrive(
     assert report.ok and report.reason == ""
     assert (report.request_id, report.transport) == ("r", transport)
     assert report.nbytes == len(wanted) * theirs.block_nbytes
+    assert report.blocks == len(wanted) and 0 <= report.asking_s < report.took_s < 10
     for index, target in zip(wanted, targets, strict=True):
         assert bytes(ours.view(target)) == bytes(theirs.view(blocks[index]))
     assert all(is_poison(ours, block) for block in set(range(64)) - set(targets))

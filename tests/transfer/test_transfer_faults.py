@@ -218,6 +218,8 @@ def test_source_killed_in_the_middle(
     gate.opened.set()
     report = reports.only(timeout_s=4.0)
     assert report.failed and report.reason
+    while not sink.counters().failed_releases:  # after the report, and within a time limit
+        time.sleep(0.01)
 
 
 def test_source_that_hangs(rig: Rig, transport: str, ours: HostMemory) -> None:

@@ -121,6 +121,8 @@ def test_up_passes_every_setting_on(monkeypatch: pytest.MonkeyPatch) -> None:
                 changes[name] = (1, 2) if row.parse is options.cores else ("-x", "y")
             elif isinstance(default, bool):
                 changes[name] = not default
+            elif row.parse is options.share:
+                changes[name] = 0.5
             else:
                 changes[name] = samples.get(type(default), f"-{name}, with a comma")
         if settings_class is WorkerSettings:

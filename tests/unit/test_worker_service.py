@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from fake_engine import Bench, continuation
 
 from pdserve.cluster.channel import Channel, ChannelServer, connect
+from pdserve.engine.ports import ChunkResult
 from pdserve.protocol.blocks import pack_tokens
 from pdserve.protocol.errors import ErrorCode
 from pdserve.protocol.messages import (
@@ -47,7 +49,12 @@ async def serving(
     orders: OnOrder | None = None, router_lease_s: float = 10.0
 ) -> AsyncIterator[tuple[Bench, ChannelServer, RouterService]]:
     bench = Bench(num_blocks=64, budget=64)
-    service = RouterService(EPOCH, lambda: (11, 22, 3), router_lease_s=router_lease_s)
+    service = RouterService(
+        EPOCH,
+        lambda: (11, 22, 3),
+        router_lease_s=router_lease_s,
+        measures=bench.engine.measuring.measures,
+    )
     bench.engine._sink = service.sink
     service.attach(bench.engine, on_order=orders)
     bench.engine.start()
@@ -154,22 +161,36 @@ async def test_idle_routers_hear_of_the_load() -> None:
         status = frames[-1].status
         assert status is not None
         assert (status.bytes_in, status.bytes_out, status.bytes_early) == (11, 22, 3)
+        frames = await frames_until(
+            idle, lambda frames: (m := frames[-1].measures) and m.step_tokens.total > 20
+        )
+        told = [frame for frame in frames if frame.measures is not None]
+        assert all(not frame.outputs for frame in told), "heartbeats tell, steps do not"
         await busy.close()
         await idle.close()
 
 
 async def test_a_draining_worker_refuses_what_is_new_and_finishes_the_rest() -> None:
-    async with serving() as (_, server, service):
+    async with serving() as (bench, server, service):
+        execute, steps = bench.runner.execute, threading.Semaphore(1)
+
+        def step(*arguments: Any) -> list[ChunkResult]:
+            steps.acquire()
+            return execute(*arguments)
+
+        bench.runner.execute = step  # type: ignore[method-assign]
         channel = await router(server)
         channel.send(submit("old", [1, 2], 200))
         frames = await frames_until(channel, lambda frames: tokens(frames, "old"))
-        assert (await service.remains(5)).requests == 1
+        remains = asyncio.create_task(service.remains(5))
+        await asyncio.sleep(0)
+        steps.release()
+        assert (await remains).requests == 1
         service.drain()
         channel.send(submit("new", [3]))
         frames += await frames_until(channel, finished("new"))
-        frames += (
-            await frames_until(channel, finished("old")) if not finished("old")(frames) else []
-        )
+        steps.release(200)
+        frames += await frames_until(channel, finished("old"))
         refused = next(o for f in frames for o in f.outputs if o.request_id == "new")
         assert refused.error is not None and refused.error.code is ErrorCode.DRAINING
         assert tokens(frames, "old") == continuation([1, 2], 200)

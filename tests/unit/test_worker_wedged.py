@@ -67,6 +67,7 @@ async def worker(monkeypatch: pytest.MonkeyPatch, bench: Bench) -> AsyncIterator
             grammars=cast(Grammars, None),
             transports=("tcp",),
             traffic=lambda: (0, 0, 0),
+            measures=bench.engine.measuring.measures,
             routes=dict,
             speeds=dict,
             begin_epoch=lambda epoch: None,
