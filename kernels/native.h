@@ -93,6 +93,31 @@ INLINE float sum(vec x) {
 #endif
 }
 
+/* sum(x[n]) of LANES vectors, the n-th in lane n: each has the bits that `sum` gives. */
+INLINE vec sums_of(const vec *x) {
+#if LANES == 16
+    __m512 a[8], b[4], c[2];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) { /* by 16 lanes each */
+        __m512 one = (__m512)x[8 * (i % 2) + i / 2], two = (__m512)x[8 * (i % 2) + i / 2 + 4];
+        a[i] = _mm512_shuffle_f32x4(one, two, 0x44) + _mm512_shuffle_f32x4(one, two, 0xee);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) /* by 8 */
+        b[i] = _mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0x88) +
+               _mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0xdd);
+    for (int i = 0; i < 2; i++) { /* by 4 */
+        __m512d one = (__m512d)b[2 * i], two = (__m512d)b[2 * i + 1];
+        c[i] = (__m512)_mm512_unpacklo_pd(one, two) + (__m512)_mm512_unpackhi_pd(one, two);
+    }
+    return (vec)(_mm512_shuffle_ps(c[0], c[1], 0x88) + _mm512_shuffle_ps(c[0], c[1], 0xdd));
+#else
+    vec found;
+    for (int n = 0; n < LANES; n++) found[n] = sum(x[n]);
+    return found;
+#endif
+}
+
 /* e^x by Cody and Waite's reduction and Cephes' polynomial: 2 ulp; below -87 it is zero. */
 INLINE vec exponential(vec x) {
     ivec tiny = x < -87.0f;
@@ -136,7 +161,7 @@ INLINE int take(struct job *job, size_t units, size_t grain, size_t *first, size
 
 /* Products (native_products.c) ----------------------------------------------------------------- */
 
-enum { MOST_TOKENS = 64 };
+enum { MOST_TOKENS = 64, MOST_SUMS = 2 * MOST_TOKENS + LANES };
 
 struct matrix { /* y = x Wᵀ + b: weight [rows, columns], bias [rows] or NULL */
     const void *weight, *bias;
@@ -151,6 +176,39 @@ size_t product_bf16(const struct matrix *m, size_t row, size_t last, const void 
                     size_t tokens, float *sums);
 
 #define PRODUCT(bf16) ((bf16) ? product_bf16 : product_f32)
+
+/* out[t, row + r] = sums[r][t] for `rows` rows, rounded; or out += that, rounded before it is added.
+ * out: [tokens, width]. The sums of the last row are followed by LANES floats that may be read. */
+INLINE void spread(void *out, size_t width, size_t row, size_t rows, const float *sums,
+                   size_t tokens, int add, int bf16) {
+    if (!bf16 || rows < 2) {
+        for (size_t r = 0; r < rows; r++)
+            for (size_t t = 0; t < tokens; t++) {
+                size_t i = t * width + row + r;
+                float y = sums[r * tokens + t];
+                put(out, i, add ? get(out, i, bf16) + rounded(splat(y), bf16)[0] : y, bf16);
+            }
+        return;
+    }
+    for (size_t t = 0; t < tokens; t += LANES) { /* both outputs of a token are one word */
+        char *to = (char *)at(out, t * width + row, 1);
+        size_t count = tokens - t < LANES ? tokens - t : LANES;
+        uint32_t pairs[LANES] = {0};
+        vec one, two;
+        memcpy(&one, sums + t, sizeof one), memcpy(&two, sums + tokens + t, sizeof two);
+        one = rounded(one, 1), two = rounded(two, 1);
+        if (add) {
+            for (size_t n = 0; n < count; n++) memcpy(pairs + n, to + n * width * 2, 4);
+            uvec before;
+            memcpy(&before, pairs, sizeof before);
+            one = rounded(one + (vec)(before << 16), 1);
+            two = rounded(two + (vec)(before & 0xffff0000u), 1);
+        }
+        uvec both = (uvec)one >> 16 | (uvec)two;
+        memcpy(pairs, &both, sizeof both);
+        for (size_t n = 0; n < count; n++) memcpy(to + n * width * 2, pairs + n, 4);
+    }
+}
 
 /* Rows of a matrix that one thread takes at a time: even, and about 32 KiB of weights. */
 INLINE size_t grain(size_t columns, int bf16) {

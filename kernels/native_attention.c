@@ -130,8 +130,86 @@ INLINE void attend_as(const struct attention *a, const void *cache, size_t b, si
             store(out, g * dim + i, dim - i, floats(total + g * width + i) / weight[g], bf16);
 }
 
+#if defined(__AVX512BF16__)
+/* The same for pairs of bfloat16, where they lie. */
+INLINE void attend_pairs(const struct attention *a, const void *cache, size_t b, size_t h,
+                         size_t window, const void *query, void *out, size_t dim) {
+    enum { TOGETHER = 2 }; /* heads that meet a value in registers */
+    const size_t group = a->heads / a->kv_heads, length = a->lens[b];
+    const size_t token = a->kv_heads * dim, half = a->block_size * token;
+    const int64_t *blocks = a->table + b * a->table_width;
+    _Alignas(64) float total[MOST_GROUP * MOST_DIM], scores[MOST_GROUP + 1][TOKENS];
+    float most[MOST_GROUP], weight[MOST_GROUP], factor[MOST_GROUP + 1];
+    memset(total, 0, group * dim * sizeof *total);
+    for (size_t g = 0; g < group; g++) most[g] = -INFINITY, weight[g] = 0;
+    for (size_t j = window && window < length ? length - window : 0; j < length; j += TOKENS) {
+        const size_t count = length - j < TOKENS ? length - j : TOKENS;
+        const uint16_t *keys[TOKENS];
+        for (size_t k = 0; k < TOKENS; k++) {
+            size_t place = k < count ? j + k : j;
+            keys[k] = (const uint16_t *)cache + blocks[place / a->block_size] * a->block_stride +
+                      place % a->block_size * token + h * dim;
+            /* See `gather` for why we ask. */
+            for (size_t i = 0; i < dim; i += 32) __builtin_prefetch(keys[k] + half + i);
+        }
+        for (size_t g = 0; g < group; g++) {
+            const uint16_t *mine = (const uint16_t *)query + g * dim;
+            for (size_t k = 0; k < count; k += LANES) {
+                vec s[LANES];
+#pragma GCC unroll 16
+                for (size_t n = 0; n < LANES; n++) {
+                    __m512 both = _mm512_setzero_ps();
+                    for (size_t i = 0; i < dim; i += 32)
+                        both = _mm512_dpbf16_ps(both, (__m512bh)_mm512_loadu_si512(keys[k + n] + i),
+                                                (__m512bh)_mm512_loadu_si512(mine + i));
+                    s[n] = (vec)both;
+                }
+                vec found = sums_of(s);
+                memcpy(scores[g] + k, &found, sizeof found);
+            }
+            if (count <= LANES) memset(scores[g] + LANES, 0, LANES * sizeof(float));
+            factor[g] = soften(a, scores[g], count, &most[g], &weight[g]);
+        }
+        for (size_t k = 0; k < TOKENS && j + TOKENS + k < length; k++) {
+            size_t place = j + TOKENS + k;
+            const uint16_t *soon = (const uint16_t *)cache + h * dim +
+                                   blocks[place / a->block_size] * a->block_stride +
+                                   place % a->block_size * token;
+            for (size_t i = 0; i < dim; i += 32) __builtin_prefetch(soon + i);
+        }
+        for (size_t g = 0; g < group; g += TOGETHER) {
+            const size_t heads = group - g < TOGETHER ? group - g : TOGETHER;
+            for (size_t i = 0; i < dim; i += 4 * LANES) {
+                vec s[TOGETHER][4] = {0};
+                for (size_t m = 0; m < heads; m++)
+                    for (size_t n = 0; n < 4; n++)
+                        s[m][n] = floats(total + (g + m) * dim + i + n * LANES) * factor[g + m];
+                for (size_t k = 0; k < count; k++)
+                    for (size_t n = 0; n < 4; n++) {
+                        vec value = load(keys[k] + half, i + n * LANES, LANES, 1);
+                        for (size_t m = 0; m < TOGETHER; m++) s[m][n] += scores[g + m][k] * value;
+                    }
+                for (size_t m = 0; m < heads; m++)
+                    memcpy(total + (g + m) * dim + i, s[m], sizeof s[m]);
+            }
+        }
+    }
+    for (size_t g = 0; g < group; g++)
+        for (size_t i = 0; i < dim; i += LANES)
+            store(out, g * dim + i, LANES, floats(total + g * dim + i) / weight[g], 1);
+}
+#endif
+
 void attend(const struct attention *a, const void *cache, size_t b, size_t h, size_t window,
             const void *query, void *out, int bf16) {
+#if defined(__AVX512BF16__)
+    if (bf16 && a->lens[b] && a->dim % (4 * LANES) == 0) {
+        if (a->dim == 64) attend_pairs(a, cache, b, h, window, query, out, 64);
+        else if (a->dim == 128) attend_pairs(a, cache, b, h, window, query, out, 128);
+        else attend_pairs(a, cache, b, h, window, query, out, a->dim);
+        return;
+    }
+#endif
     if (bf16) attend_as(a, cache, b, h, window, query, out, 1);
     else attend_as(a, cache, b, h, window, query, out, 0);
 }

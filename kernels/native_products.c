@@ -20,7 +20,7 @@ INLINE vec multiply_add(vec total, const char *w, const char *x, size_t left, in
 }
 
 #ifndef AHEAD
-#define AHEAD 4096 /* bytes of weights to ask for before they are needed */
+#define AHEAD 8192 /* bytes of weights to ask for before they are needed */
 #endif
 
 /* sums[r][t] = w[r] · x[t] for `rows` rows of w and `count` rows of x, both constants. */
@@ -42,6 +42,14 @@ INLINE void tile(const char *w, const char *x, size_t columns, int rows, int cou
         for (int r = 0; r < rows; r++)
             for (int t = 0; t < count; t++)
                 totals[r][t] = multiply_add(totals[r][t], w + r * row, x + t * row, columns - i, bf16);
+#if LANES == 2 * ROWS
+    if (rows * count > 4) { /* all of them at once */
+        vec all = sums_of(totals[0]);
+        for (int r = 0; r < rows; r++)
+            memcpy(sums + r * stride, (float *)&all + r * ROWS, count * sizeof *sums);
+        return;
+    }
+#endif
 #pragma GCC unroll 2
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 8
@@ -94,17 +102,12 @@ size_t product_bf16(const struct matrix *m, size_t row, size_t last, const void 
 
 INLINE void multiply_as(struct job *job, const struct matrix *m, const void *x, size_t columns,
                         size_t tokens, void *out, int add, int bf16) {
-    float sums[2 * MOST_TOKENS];
+    float sums[MOST_SUMS];
     size_t first, last;
     while (take(job, m->rows, grain(columns, bf16), &first, &last))
         for (size_t row = first; row < last; row += 2) {
             size_t rows = PRODUCT(bf16)(m, row, last, x, columns, tokens, sums);
-            for (size_t r = 0; r < rows; r++)
-                for (size_t t = 0; t < tokens; t++) {
-                    size_t i = t * m->rows + row + r;
-                    float y = sums[r * tokens + t];
-                    put(out, i, add ? get(out, i, bf16) + rounded(splat(y), bf16)[0] : y, bf16);
-                }
+            spread(out, m->rows, row, rows, sums, tokens, add, bf16);
         }
     barrier(job);
 }

@@ -46,7 +46,7 @@ INLINE void project(struct step_job *j, const struct layer *l, int bf16) {
     const struct matrix *matrices[] = {&l->query, &l->key, &l->value};
     char *outs[] = {j->query, j->key, j->value};
     const size_t tokens = j->step->attention.sequences, columns = j->step->hidden_size;
-    float sums[2 * MOST_TOKENS];
+    float sums[MOST_SUMS];
     size_t first, last, rows = l->query.rows + l->key.rows + l->value.rows;
     while (take(&j->job, rows, grain(columns, bf16), &first, &last))
         for (size_t row = first, done; row < last; row += done) {
@@ -55,9 +55,7 @@ INLINE void project(struct step_job *j, const struct layer *l, int bf16) {
             const struct matrix *m = matrices[n];
             end = local + end < (size_t)m->rows ? local + end : (size_t)m->rows;
             done = PRODUCT(bf16)(m, local, end, j->normed, columns, tokens, sums);
-            for (size_t r = 0; r < done; r++)
-                for (size_t t = 0; t < tokens; t++)
-                    put(outs[n], t * m->rows + local + r, sums[r * tokens + t], bf16);
+            spread(outs[n], m->rows, local, done, sums, tokens, 0, bf16);
         }
     barrier(&j->job);
 }
@@ -99,7 +97,7 @@ INLINE void mix(struct step_job *j, const struct layer *l, int bf16) {
 INLINE void gated(struct step_job *j, const struct layer *l, int bf16) {
     const size_t tokens = j->step->attention.sequences, columns = j->step->hidden_size;
     const size_t inner = l->gate.rows;
-    float gate[2 * MOST_TOKENS], up[2 * MOST_TOKENS];
+    float gate[MOST_SUMS], up[MOST_SUMS];
     size_t first, last;
     while (take(&j->job, inner, grain(2 * columns, bf16), &first, &last))
         for (size_t row = first; row < last; row += 2) {
@@ -110,9 +108,7 @@ INLINE void gated(struct step_job *j, const struct layer *l, int bf16) {
                 vec x = rounded(load(gate, i, left, 0), bf16), y = rounded(load(up, i, left, 0), bf16);
                 store(gate, i, left, rounded(x / (1.0f + exponential(-x)), bf16) * y, 0);
             }
-            for (size_t r = 0; r < rows; r++)
-                for (size_t t = 0; t < tokens; t++)
-                    put(j->inner, t * inner + row + r, gate[r * tokens + t], bf16);
+            spread(j->inner, inner, row, rows, gate, tokens, 0, bf16);
         }
     barrier(&j->job);
 }
