@@ -135,11 +135,16 @@ class ModelRunner:
         context_lens = np.array([chunk.start + chunk.length for chunk in chunks], dtype=np.int64)
         widths = -(-context_lens // size)
         table = np.zeros((len(chunks), int(widths.max())), dtype=np.int64)
-        for row, (chunk, end) in enumerate(zip(chunks, ends, strict=True)):
+        for row, (chunk, end, width) in enumerate(zip(chunks, ends, widths.tolist(), strict=True)):
             first, last = chunk.start, chunk.start + chunk.length
+            blocks = chunk.request.block_table
+            table[row, :width] = blocks if len(blocks) == width else blocks[:width]
+            if chunk.length == 1:
+                token_ids[end - 1] = chunk.request.token_ids[first]
+                positions[end - 1] = first
+                slots[end - 1] = blocks[first // size] * size + first % size
+                continue
             rows = slice(end - chunk.length, end)
-            width = widths[row]
-            table[row, :width] = chunk.request.block_table[:width]
             token_ids[rows] = chunk.request.token_ids[first:last]
             positions[rows] = np.arange(first, last)
             slots[rows] = table[row, positions[rows] // size] * size + positions[rows] % size
@@ -163,7 +168,9 @@ class ModelRunner:
         drawn = [(None, None, False)] * len(chunks)
         if not drawing:
             return drawn
-        logits = self._decoder.logits(hidden[[ends[index] - 1 for index in drawing]])
+        if len(drawing) < len(hidden):
+            hidden = hidden[[ends[index] - 1 for index in drawing]]
+        logits = self._decoder.logits(hidden)
         requests = [chunks[index].request for index in drawing]
         wanted = [
             row for row, request in enumerate(requests) if request.sampling.logprobs is not None

@@ -13,6 +13,7 @@ from pdserve.kernels.checks import KernelError
 from pdserve.kernels.dispatch import records
 from pdserve.kernels.experts import ExpertWeights, expert_weights, mixture, route
 from pdserve.kernels.linear import linear
+from pdserve.kernels.logits import logits
 from pdserve.kernels.native_layers import ChunkStep, DecodeStep, LayerTensors
 from pdserve.kernels.norm import fused_add_rms_norm, rms_norm
 from pdserve.kernels.quantized import compile_products, dequantize, quantized_linear
@@ -52,6 +53,7 @@ __all__ = [
     "greedy",
     "linear",
     "log_probabilities",
+    "logits",
     "mixture",
     "quantize",
     "quantized_linear",

@@ -134,6 +134,18 @@ INLINE vec exponential(vec x) {
     return choose(tiny, (vec){0}, p * (vec)power);
 }
 
+/* y = x / sqrt(mean(x²) + eps) · weight; y may be x. */
+INLINE void rms_norm(const void *x, const void *weight, void *y, size_t n, float eps, int bf16) {
+    vec squares = {0};
+    for (size_t i = 0; i < n; i += LANES) {
+        vec v = load(x, i, n - i, bf16);
+        squares += v * v;
+    }
+    float factor = 1.0f / sqrtf(sum(squares) / n + eps);
+    for (size_t i = 0; i < n; i += LANES)
+        store(y, i, n - i, load(x, i, n - i, bf16) * factor * load(weight, i, n - i, bf16), bf16);
+}
+
 /* Threads (native_threads.c) ---------------------------------------------------------------------
  *
  * One team for the process: the caller and helpers that wait for the next round, first spinning,

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 HEADER = "native.h"
 SOURCES = (
     *("native_threads.c", "native_products.c", "native_attention.c", "native_step.c"),
-    *("native_digest.c", "native_prefill.c", "native_chunks.c"),
+    *("native_digest.c", "native_prefill.c", "native_chunks.c", "native_logits.c"),
 )
 """Compiled together, in this folder."""
 FLAGS = (
@@ -134,6 +134,12 @@ def library() -> ctypes.CDLL | None:
     ]  # fmt: skip
     loaded.pdserve_chunkable.argtypes = [Long, Long]
     loaded.pdserve_chunks.argtypes = [ctypes.POINTER(Chunks), ctypes.POINTER(Layer), ctypes.c_int]
+    loaded.pdserve_logits.argtypes = [
+        *(ctypes.c_int, Pointer, Pointer, ctypes.c_float, Pointer, Pointer),
+        *(Long, Long, Long, ctypes.c_int),
+    ]  # fmt: skip
+    loaded.pdserve_greedy.argtypes = [Pointer, Long, Long, Pointer]
+    loaded.pdserve_greedy.restype = None
     loaded.pdserve_digest.argtypes = [Pointer, Long, Pointer, Long, Long, Pointer]
     loaded.pdserve_copy.argtypes = [
         *(Pointer, Long, Pointer, Pointer, Long, Pointer), Long, Long, ctypes.c_int,
@@ -208,6 +214,35 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
             *weight.shape,
             torch.get_num_threads(),
         )
+    return out
+
+
+def logits(
+    hidden: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor
+) -> torch.Tensor:
+    """See `pdserve.kernels.logits`, which has checked it; at most MOST_TOKENS rows."""
+    hidden = hidden.contiguous()
+    out = torch.empty((hidden.shape[0], weight.shape[0]), dtype=torch.float32)
+    done = required().pdserve_logits(
+        hidden.dtype is torch.bfloat16,
+        hidden.data_ptr(),
+        norm.data_ptr(),
+        eps,
+        weight.data_ptr(),
+        out.data_ptr(),
+        hidden.shape[0],
+        *weight.shape,
+        torch.get_num_threads(),
+    )
+    if not done:
+        raise MemoryError
+    return out
+
+
+def greedy(logits: torch.Tensor) -> torch.Tensor:
+    """See `pdserve.kernels.greedy`, which has checked it; contiguous float32."""
+    out = torch.empty(logits.shape[0], dtype=torch.int64)
+    required().pdserve_greedy(logits.data_ptr(), *logits.shape, out.data_ptr())
     return out
 
 

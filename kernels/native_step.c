@@ -8,18 +8,6 @@ struct step_job {
     char *normed, *query, *key, *value, *mixed, *inner; /* [T, ...] between the phases */
 };
 
-/* y = x / sqrt(mean(x²) + eps) · weight; y may be x. */
-INLINE void rms_norm(const void *x, const void *weight, void *y, size_t n, float eps, int bf16) {
-    vec squares = {0};
-    for (size_t i = 0; i < n; i += LANES) {
-        vec v = load(x, i, n - i, bf16);
-        squares += v * v;
-    }
-    float factor = 1.0f / sqrtf(sum(squares) / n + eps);
-    for (size_t i = 0; i < n; i += LANES)
-        store(y, i, n - i, load(x, i, n - i, bf16) * factor * load(weight, i, n - i, bf16), bf16);
-}
-
 /* Turn the pairs (x[i], x[i + D/2]) of one head by the token's angles, in place. */
 INLINE void turn(void *x, size_t dim, const float *cos, const float *sin, int bf16) {
     for (size_t i = 0, half = dim / 2; i < half; i += LANES) {

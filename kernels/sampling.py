@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from pdserve.kernels import checks, dispatch
+from pdserve.kernels import checks, dispatch, native
 from pdserve.kernels.random import exponential, token_words, vocabulary_words
 
 SHORTLIST = 256
@@ -98,6 +98,8 @@ def apply_bitmask(logits: torch.Tensor, rows: torch.Tensor, bitmask: torch.Tenso
 def greedy(logits: torch.Tensor) -> torch.Tensor:
     """The most likely token of each row, the lowest id among equals: [R, V] → [R] int64."""
     checks.shape("logits", logits, [None, None])
+    if logits.dtype is torch.float32 and native.serves(logits) and logits.is_contiguous():
+        return native.greedy(logits)
     return logits.argmax(dim=-1)
 
 

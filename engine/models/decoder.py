@@ -321,5 +321,10 @@ class Decoder:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Rows of `forward`'s result → [rows, V] float32."""
-        normed = kernels.rms_norm(hidden, self.norm, self.config.rms_norm_eps)
-        return kernels.linear(normed, self.output, invariant=self.invariant).float()
+        return kernels.logits(
+            hidden,
+            self.norm,
+            self.output,
+            self.config.rms_norm_eps,
+            invariant=self.invariant,
+        )

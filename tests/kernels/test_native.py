@@ -208,6 +208,38 @@ def test_large_scores_do_not_overflow() -> None:
     close(result[0], attention64(query[0], cache, 50, table[0], None, None))
 
 
+# Logits
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("rows", "vocab", "hidden"), [(1, 1, 1), (3, 77, 33), (32, 200, 72)])
+def test_logits(dtype: torch.dtype, rows: int, vocab: int, hidden: int) -> None:
+    x, norm = torch.randn(rows, hidden).to(dtype), torch.rand(hidden).to(dtype)
+    weight = (torch.randn(vocab, hidden) / math.sqrt(hidden)).to(dtype)
+    found = kernels.logits(x, norm, weight, 1e-5)
+    assert found.dtype is torch.float32
+    assert torch.equal(found, found.to(dtype).float())
+    expected = kernels.rms_norm(x, norm, 1e-5).double() @ weight.double().T
+    close(found.to(dtype), expected)
+    for row in range(rows):
+        assert torch.equal(kernels.logits(x[row : row + 1], norm, weight, 1e-5)[0], found[row])
+
+
+def test_the_most_likely_is_the_first_of_equals_and_nan_wins() -> None:
+    for vocab in (1, 5, 16, 33, 4096):
+        logits = torch.randint(-3, 4, (9, vocab)).float()
+        logits[1] = -math.inf
+        logits[2, vocab // 2 :] = -math.inf
+        logits[3, vocab // 3] = math.nan
+        logits[4, -1] = math.nan
+        logits[5, vocab // 2] = math.inf
+        assert kernels.greedy(logits).tolist() == [
+            next(i for i, x in enumerate(row) if x != x or (x == max(row) and not nan))
+            for row in logits.tolist()
+            for nan in [any(x != x for x in row)]
+        ]
+
+
 # The whole step
 
 
