@@ -105,7 +105,7 @@ def decide(limits: Limits, demand: Demand, now: Situation) -> Refusal | None:
             return Refusal(
                 "ttft",
                 f"The first token is predicted after {now.ttft_s * 1000:.0f} ms; the limit is "
-                f"{limit * 1000:.0f} ms ({name}).",
+                f"{limit * 1000:.7g} ms ({name}).",
                 _retry_after(now.ttft_s - limit),
             )
     if demand.itl_s and now.itl_s is not None and now.itl_s > demand.itl_s:

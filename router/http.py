@@ -69,12 +69,15 @@ def http_error(status: int, message: str = "") -> ApiError:
 
 
 async def read_json(request: Request, limit: int) -> Any:
-    """The decoded JSON body. Raises SchemaError, or ApiError 413 or 408."""
+    """The decoded JSON body. Raises SchemaError, or ApiError 413, 415 or 408."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise SchemaError(
             "1 validation error: Unsupported Media Type: Only 'application/json' is allowed"
         )
+    coding = request.headers.get("content-encoding", "identity").lower()
+    if coding != "identity":
+        raise http_error(415, f"Bodies must not be compressed; the content-encoding is {coding!r}.")
     return decode(await read_body(request, limit))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import http.client
 import json
 from collections.abc import Callable
@@ -103,6 +104,9 @@ def test_only_json_is_taken(harness: RouterHarness) -> None:
         assert "Unsupported Media Type" in error_of(answer, 400)["message"]
     with_charset = {"content-type": "application/json; charset=utf-8"}
     assert harness.client.post(CHAT, content=body, headers=with_charset).status_code == 200
+    packed = {"content-type": "application/json", "content-encoding": "gzip"}
+    answer = harness.client.post(CHAT, content=gzip.compress(body), headers=packed)
+    assert "must not be compressed" in error_of(answer, 415)["message"]
 
 
 def test_routes_that_are_not_there(harness: RouterHarness) -> None:
