@@ -24,6 +24,7 @@ struct chunk_job {
     struct job job;
     const struct chunks *chunks;
     const struct layer *layer;
+    size_t width; /* tokens of a panel: PANEL, or LANES where there are not enough for all threads */
     atomic_int failed;
 };
 
@@ -269,11 +270,11 @@ static void feed(struct panel *p) {
 
 /* Every panel through a phase. */
 static void panels(struct chunk_job *j, struct panel *p, void (*phase)(struct panel *)) {
-    const size_t tokens = j->chunks->tokens;
+    const size_t tokens = j->chunks->tokens, width = j->width;
     size_t unit, end;
-    while (p->hidden && take(&j->job, (tokens + PANEL - 1) / PANEL, 1, &unit, &end)) {
-        p->first = unit * PANEL;
-        p->count = tokens - p->first < PANEL ? tokens - p->first : PANEL;
+    while (p->hidden && take(&j->job, (tokens + width - 1) / width, 1, &unit, &end)) {
+        p->first = unit * width;
+        p->count = tokens - p->first < width ? tokens - p->first : width;
         phase(p);
     }
     barrier(&j->job);
@@ -334,7 +335,8 @@ PUBLIC int pdserve_chunks(const struct chunks *c, const struct layer *l, int thr
     const struct attention *a = &c->step.attention;
     struct prefill f = {*a, c->starts, l->window};
     if (!sound(a) || !placed(&c->step, c->tokens) || prefill_units(&f, 0) < 0) return 0;
-    struct chunk_job j = {.job.body = chunk_body, .chunks = c, .layer = l};
+    struct chunk_job j = {.job.body = chunk_body, .chunks = c, .layer = l,
+                          .width = c->tokens > LANES * threads ? PANEL : LANES};
     run(&j.job, threads);
     return !atomic_load(&j.failed);
 #else
