@@ -16,6 +16,7 @@ from pdserve.router.schemas import (
     parse,
 )
 from pdserve.router.speech import Speech
+from pdserve.router.tool_use import ALLOWED
 
 Json = dict[str, Any]
 
@@ -113,10 +114,11 @@ def tool_choice_of(body: ResponsesFields) -> str | Json:
     """What the client is told of its tool_choice. Raises BadRequest."""
     choice = body.tool_choice
     if isinstance(choice, dict):
-        if choice.get("type") != "function" or not isinstance(choice.get("name"), str):
+        named = choice.get("type") == "function" and isinstance(choice.get("name"), str)
+        if not named and choice.get("type") != ALLOWED:
             raise BadRequest(
-                'tool_choice must be auto, none, required or {"type": "function", "name": ...}, '
-                f"got {choice!r:.100}.",
+                'tool_choice must be auto, none, required, {"type": "function", "name": ...} or '
+                f'{{"type": "allowed_tools", "mode": ..., "tools": [...]}}, got {choice!r:.100}.',
                 param="tool_choice",
             )
     elif choice not in (None, "auto", "none", "required"):
@@ -128,7 +130,7 @@ def tool_choice_of(body: ResponsesFields) -> str | Json:
         return choice or "auto"
     if choice in (None, "auto", "none"):
         return "none"
-    shown = choice if isinstance(choice, str) else "function"
+    shown = choice if isinstance(choice, str) else choice["type"]
     raise BadRequest(
         f"Tool choice '{shown}' must be specified with 'tools' parameter.", param="tool_choice"
     )
@@ -141,7 +143,19 @@ def _tool_choice(body: ResponsesFields, auto_calls: bool) -> str | Json:
         return "none"
     if isinstance(choice, str):
         return choice
-    return {"type": "function", "function": {"name": choice["name"]}}
+    if choice["type"] == ALLOWED:
+        mode, tools = choice.get("mode"), choice.get("tools")
+        if mode == "auto" and not auto_calls:
+            return "none"
+        if isinstance(tools, list):
+            tools = [_named(one) if isinstance(one, dict) else one for one in tools]
+        return {"type": ALLOWED, ALLOWED: {"mode": mode, "tools": tools}}
+    return _named(choice)
+
+
+def _named(choice: Json) -> Json:
+    """A function as chat names it."""
+    return {"type": choice.get("type"), "function": {"name": choice.get("name")}}
 
 
 def _response_format(body: ResponsesFields) -> Json | None:

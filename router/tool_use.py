@@ -16,6 +16,7 @@ from pdserve.router.schemas import ChatCompletionRequest
 Json = dict[str, Any]
 
 NO_PARSER = "requires --tool-call-parser to be set"
+ALLOWED = "allowed_tools"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,9 @@ def tool_use(body: ChatCompletionRequest, parser: str | None, auto: bool) -> Too
     if not body.tools:
         raise BadRequest("tool_choice needs tools (parameter=tool_choice).", param="tool_choice")
     tools = tuple(_tool(place, tool) for place, tool in enumerate(body.tools))
+    some = isinstance(choice, dict) and choice.get("type") == ALLOWED
+    if some:
+        choice, tools = _allowed(choice, tools)
     one = body.parallel_tool_calls is False
     param = "tools" if body.tool_choice is None else "tool_choice"
     if choice == "auto":
@@ -58,8 +62,8 @@ def tool_use(body: ChatCompletionRequest, parser: str | None, auto: bool) -> Too
             )
         if other is not None:
             return ToolUse(True, _either(beside(parser, tools, one), other), tools)
-        strict = any(tool.strict for tool in tools)
-        return ToolUse(True, _wish(guarded(parser, tools)) if strict else None, tools)
+        held = some or any(tool.strict for tool in tools)
+        return ToolUse(True, _wish(guarded(parser, tools)) if held else None, tools)
     if choice == "required":
         if parser is None:
             raise BadRequest(f'tool_choice="required" {NO_PARSER}.', param=param)
@@ -88,13 +92,30 @@ def _either(calls: Json, other: Wish) -> Wish:
     )
 
 
+def _allowed(choice: Any, tools: Sequence[Tool]) -> tuple[str, tuple[Tool, ...]]:
+    """OpenAI's allowed_tools: "auto" or "required", and which of the tools may be called. The
+    template still tells the model of all of them."""
+    allowed = choice.get(ALLOWED)
+    parts = allowed if isinstance(allowed, dict) else {}
+    mode, some = parts.get("mode"), parts.get("tools")
+    if mode not in ("auto", "required") or not isinstance(some, list) or not some:
+        raise BadRequest(
+            'tool_choice.allowed_tools must be {"mode": "auto" or "required", "tools": [...]} with '
+            f"at least one tool, got {allowed!r:.100}.",
+            param="tool_choice",
+        )
+    names = {_named(one, tools).name for one in some}
+    return mode, tuple(tool for tool in tools if tool.name in names)
+
+
 def _named(choice: Any, tools: Sequence[Tool]) -> Tool:
     function = choice.get("function") if isinstance(choice, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str) or choice.get("type", "function") != "function":
         raise BadRequest(
-            'tool_choice must be "none", "auto", "required" or {"type": "function", "function": '
-            f'{{"name": ...}}}}, got {choice!r:.100}.',
+            'tool_choice must be "none", "auto", "required", {"type": "function", "function": '
+            '{"name": ...}} or {"type": "allowed_tools", "allowed_tools": {"mode": ..., "tools": '
+            f"[...]}}}}, got {choice!r:.100}.",
             param="tool_choice",
         )
     for tool in tools:

@@ -196,9 +196,15 @@ def test_calls_are_text_where_nobody_may_decide_to_call(harness: RouterHarness) 
     assert answer["output"][0]["content"][0]["text"] == TEXT and answer["tool_choice"] == "auto"
     (tool,) = answer["tools"]
     assert tool["name"] == "get_weather" and {"description", "defer_loading"} < set(tool)
-    forced = {"tools": [TOOL], "tool_choice": "required"}
-    assert harness.client.post(PATH, json={**BODY, **forced}).status_code == 200
-    assert harness.workers[0].submits[-1].sampling.constraint is not None
+    some: Any = {"type": "allowed_tools", "tools": [{"type": "function", "name": "get_weather"}]}
+    for choice in ("required", {**some, "mode": "required"}):
+        forced = {"tools": [TOOL], "tool_choice": choice}
+        answer = harness.client.post(PATH, json={**BODY, **forced}).json()
+        assert answer["tool_choice"] == choice
+        assert harness.workers[0].submits[-1].sampling.constraint is not None
+    free = {"tools": [TOOL], "tool_choice": {**some, "mode": "auto"}}
+    assert harness.client.post(PATH, json={**BODY, **free}).status_code == 200
+    assert harness.workers[0].submits[-1].sampling.constraint is None
 
 
 def test_items_become_turns(start: Start) -> None:
@@ -311,6 +317,9 @@ def item(**members: Any) -> dict[str, Any]:
         ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice", "'function' must"),
         ({"tools": [TOOL], "tool_choice": "often"}, "tool_choice", "often"),
         ({"tools": [TOOL], "tool_choice": {"type": "mcp"}}, "tool_choice", "mcp"),
+        ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice", "'allowed_tools' must"),
+        ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "tools": [3]}},
+         "tool_choice", "mode"),
         ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "f"}}, "tool_choice", "f"),
         ({"tools": [{"type": "web_search"}]}, "tools.0", "web_search"),
         ({"prompt": {"id": "x"}}, "prompt", "prompt template is not supported"),

@@ -37,6 +37,10 @@ NOW = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
 NAMED: Any = {"type": "function", "function": {"name": "get_weather"}}
 
 
+def allowed(mode: str, *tools: Any) -> Any:
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": list(tools)}}
+
+
 @pytest.fixture(scope="module", params=["pair", "colocated"])
 def router(request: pytest.FixtureRequest, redis_url: str) -> Iterator[RouterHarness]:
     with RouterHarness(redis_url, enable_auto_tool_choice=True) as running:
@@ -226,6 +230,13 @@ def test_forced_calls_come_with_a_grammar(
         assert whole(client, tools=TOOLS, tool_choice=NAMED)["finish_reason"] == "tool_calls"
         named = grammars(router)[0]
         assert "get_weather" in named and "now" not in named
+        whole(client, tools=TOOLS, tool_choice=allowed("required", NAMED))
+        some = grammars(router)[0]
+        assert "get_weather" in some and "now" not in some
+        choice = whole(client, tools=TOOLS, tool_choice=allowed("auto", NAMED))
+        assert choice["message"]["tool_calls"][0]["function"]["name"] == "get_weather"
+        perhaps = grammars(router)[0]
+        assert "lazy" in perhaps and "get_weather" in perhaps and "now" not in perhaps
         whole(client, tools=TOOLS)
         assert set(grammars(router)) == {""}
         strict = [{"type": "function", "function": {**TOOLS[0]["function"], "strict": True}}]
@@ -247,6 +258,10 @@ def test_forced_calls_come_with_a_grammar(
         ({"tools": TOOLS, "tool_choice": "sometimes"}, "tool_choice", "required"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "zz"}}},
          "tool_choice", "not found"),
+        ({"tools": TOOLS, "tool_choice": allowed("auto")}, "tool_choice", "at least one tool"),
+        ({"tools": TOOLS, "tool_choice": allowed("maybe", NAMED)}, "tool_choice", "maybe"),
+        ({"tools": TOOLS, "tool_choice": allowed("auto", {"type": "mcp"})}, "tool_choice", "mcp"),
+        ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools"}}, "tool_choice", "mode"),
         ({"tools": [{"type": "function"}]}, "tools", "form"),
         ({"tools": [{"type": "function", "function": {"name": ""}}]}, "tools", "name"),
         ({"tools": TOOLS, "tool_choice": NAMED,
