@@ -52,8 +52,7 @@ class _Line(asyncio.Protocol):
     """A connection: calls in, replies out, in order; over as soon as a reply is late, since what
     is still to come belongs to nobody."""
 
-    def __init__(self, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
+    def __init__(self) -> None:
         self._buffer = bytearray()
         self._calls: deque[_Call] = deque()
         self._transport: asyncio.Transport | None = None
@@ -62,16 +61,17 @@ class _Line(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
 
-    def call(self, data: bytes, replies: int) -> asyncio.Future[list[bytes | LineError]]:
-        """Send commands that will bring so many replies."""
+    def call(
+        self, data: bytes, replies: int, until: float
+    ) -> asyncio.Future[list[bytes | LineError]]:
+        """Send commands that will bring so many replies by `until`, by the loop's clock."""
         loop = asyncio.get_running_loop()
         done = loop.create_future()
         if self.closed or self._transport is None:
             done.set_exception(ConnectionError("the connection was closed"))
         else:
             # An asyncio.timeout around the caller would cost four times as much.
-            late = TimeoutError(f"no answer within {self._timeout_s:g} s")
-            timer = loop.call_later(self._timeout_s, self._end, late)
+            timer = loop.call_at(until, self._end, TimeoutError("no answer in time"))
             self._calls.append(_Call(replies, done, timer))
             self._transport.write(data)
         return done
@@ -138,8 +138,8 @@ class ScriptLine:
     """Runs one script with the same keys again and again. Event loop only."""
 
     def __init__(self, url: str, script: str, keys: Sequence[str], timeout_s: float) -> None:
-        """`timeout_s`: for connecting, and for each answer. Raises ValueError for a URL that is
-        none."""
+        """`timeout_s`: for the answers to one call, with all that it takes to get them. Raises
+        ValueError for a URL that is none."""
         self._where = parse_url(url)
         self._script = script
         digest = hashlib.sha1(script.encode()).hexdigest()  # noqa: S324 - Redis' name of the script
@@ -154,33 +154,31 @@ class ScriptLine:
         trip. Raises OSError (TimeoutError among them), LineError."""
         head = b"*%d\r\n%b" % (self._head_parts + parts, self._head)
         data = b"".join([head + call for call in calls])
+        until = asyncio.get_running_loop().time() + self._timeout_s
         try:
-            replies = await self._call(data, len(calls))
+            replies = await self._call(data, len(calls), until)
             if any(isinstance(one, LineError) and "NOSCRIPT" in str(one) for one in replies):
-                await self._checked(command("SCRIPT", "LOAD", self._script))
-                replies = await self._call(data, len(calls))
+                _good(await self._call(command("SCRIPT", "LOAD", self._script), 1, until))
+                replies = await self._call(data, len(calls), until)
         except (asyncio.CancelledError, OSError):
             self.close()
             raise
         return _good(replies)
 
-    async def _call(self, data: bytes, count: int) -> list[bytes | LineError]:
+    async def _call(self, data: bytes, count: int, until: float) -> list[bytes | LineError]:
         line = self._line
         if line is None or line.closed:
-            line = await self._connected()
-        return await line.call(data, count)
+            async with asyncio.timeout_at(until):
+                line = await self._connected(until)
+        return await line.call(data, count, until)
 
-    async def _checked(self, data: bytes) -> None:
-        _good(await self._call(data, 1))
-
-    async def _connected(self) -> _Line:
+    async def _connected(self, until: float) -> _Line:
         async with self._connecting:
             if self._line is not None and not self._line.closed:
                 return self._line
-            async with asyncio.timeout(self._timeout_s):
-                line = await self._new_line()
+            line = await self._new_line()
             try:
-                await self._greet(line)
+                await self._greet(line, until)
             except BaseException:
                 line.close()
                 raise
@@ -189,22 +187,18 @@ class ScriptLine:
 
     async def _new_line(self) -> _Line:
         loop, where = asyncio.get_running_loop(), self._where
-
-        def make() -> _Line:
-            return _Line(self._timeout_s)
-
         if "path" in where:
-            return (await loop.create_unix_connection(make, where["path"]))[1]
+            return (await loop.create_unix_connection(_Line, where["path"]))[1]
         host, port = where.get("host", "localhost"), where.get("port", 6379)
-        return (await loop.create_connection(make, host, port, ssl=_tls(where)))[1]
+        return (await loop.create_connection(_Line, host, port, ssl=_tls(where)))[1]
 
-    async def _greet(self, line: _Line) -> None:
+    async def _greet(self, line: _Line, until: float) -> None:
         where = self._where
         if where.get("password"):
             user = [where["username"]] if where.get("username") else []
-            _good(await line.call(command("AUTH", *user, where["password"]), 1))
+            _good(await line.call(command("AUTH", *user, where["password"]), 1, until))
         if where.get("db"):
-            _good(await line.call(command("SELECT", where["db"]), 1))
+            _good(await line.call(command("SELECT", where["db"]), 1, until))
 
     def close(self) -> None:
         """Forget the connection; the next call makes another one."""

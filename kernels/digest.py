@@ -36,7 +36,7 @@ def digest_blocks(
     loaded = _loaded(nbytes)
     if loaded is None:
         return np.array([_digest(data, block, count, nbytes) for block in block_ids], np.uint64)
-    ids = np.asarray(block_ids, np.int64)
+    ids = np.ascontiguousarray(block_ids, np.int64)
     sums = np.empty(len(ids), np.uint64)
     if not loaded.pdserve_digest(
         data.ctypes.data, count, ids.ctypes.data, len(ids), nbytes, sums.ctypes.data
@@ -69,7 +69,7 @@ def copy_blocks(
     loaded = _loaded(nbytes)
     if loaded is None:
         return _copy(source, source_ids, target, target_ids, nbytes, limits)
-    theirs, mine = np.asarray(source_ids, np.int64), np.asarray(target_ids, np.int64)
+    theirs, mine = (np.ascontiguousarray(ids, np.int64) for ids in (source_ids, target_ids))
     sums = np.empty(len(mine), np.uint64)
     if not loaded.pdserve_copy(
         source.ctypes.data,

@@ -187,12 +187,10 @@ class Attempts:
         finally:
             good = int(np.count_nonzero(intact))
             job.missing.arrived(piece if good == len(piece) else piece[intact])
-        if good < verified:
-            for index in piece[:verified][~intact[:verified]].tolist():
-                job.reason = f"The checksum of block {index // job.slices} differs."
-                log.warning("%s (%s)", job.reason, job.ticket.request_id)
-        job.arrived += verified
-        job.moving_s += time.monotonic() - begun
+            if good < verified:
+                _name_wrong(job, piece[:verified][~intact[:verified]])
+            job.arrived += verified
+            job.moving_s += time.monotonic() - begun
 
     def _expected(self, header: Any, job: Job, count: int) -> Sums:
         """The checksums that a header announces. Raises what a wrong or refusing answer means."""
@@ -225,6 +223,12 @@ class Attempts:
                 yield line
             finally:
                 job.attach(None)
+
+
+def _name_wrong(job: Job, units: Units) -> None:
+    for unit in units.tolist():
+        job.reason = f"The checksum of block {unit // job.slices} differs."
+        log.warning("%s (%s)", job.reason, job.ticket.request_id)
 
 
 def _pieces(units: Units, block_nbytes: int, first: int, largest: int) -> list[Units]:

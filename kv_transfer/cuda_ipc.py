@@ -57,7 +57,8 @@ CHUNK_BYTES = 2**30
 """Asked for at once and copied by one launch: it cannot be called back, and between two GPUs takes
 some 20 ms at most."""
 LAUNCHED_AHEAD = 1
-"""Chunks launched while the one before them is copied: the device need not wait for the host."""
+"""Chunks launched while the one before them is copied, of those that nobody was asked for: the
+device need not wait for the host."""
 LOOK_S = 0.05
 """Who waits for a mapping that another thread opens looks this often whether it is still wanted."""
 
@@ -298,8 +299,8 @@ class IpcSink(_End):
                 yield ahead[0].wait(wait)
                 ahead.popleft()
         finally:  # what was launched writes into the targets, whoever stopped
-            for launched in ahead:
-                launched.settle()
+            if ahead:
+                ahead[-1].settle()
 
     def _copy(self, pool: torch.Tensor, numbers: np.ndarray[Any, np.dtype[np.int64]]) -> Launched:
         def copies() -> torch.Tensor:

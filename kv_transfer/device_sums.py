@@ -8,6 +8,7 @@ does nothing for `LOST_S` is given up, and the worker with it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -38,6 +39,9 @@ SPIN_S = 0.0003
 """So long after a launch whether it is done is asked without a pause: most are by then, and a pause
 takes twice as long as it is asked to."""
 POLL_S = 0.00005
+STAGED_BYTES = 64 * 2**10
+"""The driver takes that many out of ordinary memory at once, which is sooner than to pin them; for
+more it waits until the stream has come so far."""
 
 
 def has_words(pool: DeviceMemory) -> bool:
@@ -59,8 +63,10 @@ class Launched:
         return numbers(self.sums)
 
     def settle(self) -> None:
-        """Until the device is done with it, whatever becomes of the sums."""
-        _wait_until_done(self.mark, lambda: float("inf"))
+        """Until the device is done with this and all that the thread launched before, or is lost,
+        whatever becomes of the sums."""
+        with contextlib.suppress(TransportUnfit):
+            _wait_until_done(self.mark, lambda: float("inf"))
 
 
 class DeviceSums:
@@ -99,7 +105,9 @@ class DeviceSums:
 
 def index_of(rows: Sequence[Numbers], device: torch.device) -> torch.Tensor:
     """Numbers [rows, n] int64 on a device, without waiting until they are there."""
-    index = torch.from_numpy(np.asarray(rows, np.int64))  # pinning would take longer than the copy
+    index = torch.from_numpy(np.asarray(rows, np.int64))
+    if device.type == "cuda" and index.nbytes > STAGED_BYTES:
+        index = torch.empty_like(index, pin_memory=True).copy_(index)
     return index.to(device, non_blocking=True)
 
 

@@ -71,6 +71,8 @@ def test_digests_are_those_of_the_package(nbytes: int) -> None:
         xxhash.xxh3_64_intdigest(data[i * nbytes : (i + 1) * nbytes].data) for i in (4, 0, 0, 2)
     ]
     assert digest_blocks(data, [4, 0, 0, 2], nbytes).tolist() == expected
+    every_other = np.array([4, 1, 0, 1, 0, 1, 2])[::2]
+    assert digest_blocks(data, every_other, nbytes).tolist() == expected
     assert digest_blocks(data, [], nbytes).tolist() == []
 
 
@@ -86,6 +88,9 @@ def test_copies_carry_their_digests(nbytes: int, offset: int, streamed: bool) ->
         expected[mine * nbytes : (mine + 1) * nbytes] = source[theirs * nbytes :][:nbytes]
     assert np.array_equal(target, expected)
     assert np.array_equal(sums, digest_blocks(target, [0, 4, 6], nbytes))
+    reversed_ids = np.array([2, 1, 5])[::-1], np.array([6, 4, 0])[::-1]
+    again = copy_blocks(source, reversed_ids[0], target, reversed_ids[1], nbytes)
+    assert np.array_equal(target, expected) and np.array_equal(again, sums)
 
 
 @settings(max_examples=30, deadline=None)

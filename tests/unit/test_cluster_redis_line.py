@@ -84,6 +84,26 @@ def test_a_late_answer_is_never_taken_for_the_next_one() -> None:
     run(scenario)
 
 
+def test_all_that_it_takes_to_get_an_answer_is_under_one_limit() -> None:
+    """A server that needs 0.2 s for every reply, and has lost the script."""
+
+    async def slowly(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for reply in (b"-NOSCRIPT No matching script\r\n", b"$1\r\nx\r\n", b"$1\r\ny\r\n"):
+            await reader.readuntil(b"a\r\n")
+            await asyncio.sleep(0.2)
+            writer.write(reply)
+
+    async def main() -> None:
+        server = await asyncio.start_server(slowly, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        lost = ScriptLine(f"redis://127.0.0.1:{port}", "a", [], timeout_s=0.5)
+        with pytest.raises(TimeoutError):
+            await lost.run([packed("a")], 1)
+        server.close()
+
+    asyncio.run(main())
+
+
 def test_redis_away_and_back() -> None:
     async def scenario(redis: RedisForTests) -> None:
         echo = line(redis)
@@ -109,15 +129,16 @@ def test_what_is_not_the_protocol_ends_the_connection(data: bytes) -> None:
             self.aborted = True
 
     async def main() -> None:
-        connection, wire = _Line(5.0), Wire()
+        connection, wire = _Line(), Wire()
+        until = asyncio.get_running_loop().time() + 5
         connection.connection_made(wire)
-        call = connection.call(b"", 1)
+        call = connection.call(b"", 1, until)
         for byte in data:
             connection.data_received(bytes([byte]))
         with pytest.raises(LineError):
             await call
         assert wire.aborted and connection.closed
         with pytest.raises(ConnectionError):
-            await connection.call(b"", 1)
+            await connection.call(b"", 1, until)
 
     asyncio.run(main())
