@@ -87,11 +87,16 @@ def test_a_late_answer_is_never_taken_for_the_next_one() -> None:
 def test_all_that_it_takes_to_get_an_answer_is_under_one_limit() -> None:
     """A server that needs 0.2 s for every reply, and has lost the script."""
 
+    gone = asyncio.Event()
+
     async def slowly(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         for reply in (b"-NOSCRIPT No matching script\r\n", b"$1\r\nx\r\n", b"$1\r\ny\r\n"):
             await reader.readuntil(b"a\r\n")
             await asyncio.sleep(0.2)
             writer.write(reply)
+        await reader.read()
+        writer.close()
+        gone.set()
 
     async def main() -> None:
         server = await asyncio.start_server(slowly, "127.0.0.1", 0)
@@ -100,6 +105,7 @@ def test_all_that_it_takes_to_get_an_answer_is_under_one_limit() -> None:
         with pytest.raises(TimeoutError):
             await lost.run([packed("a")], 1)
         server.close()
+        await gone.wait()
 
     asyncio.run(main())
 
