@@ -2,7 +2,8 @@
 
     python -P -m pdserve.bench.routing [--tokens 32768] [--rounds 300]
 
-Prints, for growing numbers of workers and placed route hashes, in µs of this process' CPU time:
+Prints, for growing numbers of workers and placed route hashes, in µs of this process' CPU time
+(medians of nine runs):
 
 - packing: the prompt as bytes, once per request, for its messages to workers
 - hashing: the prompt's route hashes, once per request
@@ -30,7 +31,7 @@ import secrets
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
@@ -61,6 +62,7 @@ SIZES = (
 )
 """(workers, route hashes placed in all)."""
 BATCH = 32
+RUNS = 9
 AIM_US = 150
 COLUMNS = (
     "packing", "hashing", "choosing", "in all", "and packing", "batched", "list anew", "round trip",
@@ -103,11 +105,14 @@ async def place(placement: Placement, workers: int, placed: int, prompt: list[by
 
 
 def cpu_us(function: Callable[[], T], times: int = 50) -> tuple[float, T]:
-    """CPU time of one call, and its result."""
-    began = time.process_time()
-    for _ in range(times):
-        result = function()
-    return (time.process_time() - began) / times * 1e6, result
+    """CPU time of one call, the median of RUNS times so many, and its result."""
+    found = []
+    for _ in range(RUNS):
+        began = time.process_time()
+        for _ in range(times):
+            result = function()
+        found.append((time.process_time() - began) / times * 1e6)
+    return statistics.median(found), result
 
 
 @dataclass(slots=True)
@@ -122,23 +127,32 @@ class Chosen:
 async def choose(
     chooser: Chooser, find: Callable[[], CandidateSet], need: Need, rounds: int, at_once: int
 ) -> Chosen:
+    """`at_once` at a time, as soon as those before them have been made."""
+    loop = asyncio.get_running_loop()
+    done, count = loop.create_future(), rounds * at_once
     verdicts: list[Verdict] = []
-    began, wall = time.process_time(), time.perf_counter()
-    for _ in range(rounds):
-        done = asyncio.Event()
-        want = len(verdicts) + at_once
 
-        def take(verdict: Verdict, done: asyncio.Event = done, want: int = want) -> None:
-            verdicts.append(verdict)
-            if len(verdicts) == want:
-                done.set()
-
+    def pick() -> None:
         for _ in range(at_once):
             chooser.pick(find(), need, take)
-        await done.wait()
-    count = rounds * at_once
+
+    def take(verdict: Verdict) -> None:
+        verdicts.append(verdict)
+        if len(verdicts) == count:
+            done.set_result(None)
+        elif len(verdicts) % at_once == 0:
+            loop.call_soon(pick)
+
+    began, wall = time.process_time(), time.perf_counter()
+    pick()
+    await done
     cpu, took = time.process_time() - began, time.perf_counter() - wall
     return Chosen(cpu / count * 1e6, took / count * 1e6, verdicts[-1])
+
+
+async def middle(run: Callable[[], Awaitable[Chosen]]) -> Chosen:
+    """Of RUNS runs the one of median CPU time: less of what else the machine did."""
+    return sorted([await run() for _ in range(RUNS)], key=lambda one: one.cpu)[RUNS // 2]
 
 
 async def measure(
@@ -166,9 +180,10 @@ async def measure(
     need = Need(len(tokens), lambda: hashes)
     await choose(chooser, candidates.for_prompt, need, 3, 1)
     await raw.config_resetstat()
-    one = await choose(chooser, candidates.for_prompt, need, rounds, 1)
+    one = await middle(lambda: choose(chooser, candidates.for_prompt, need, rounds // RUNS, 1))
     called = (await raw.info("commandstats")).get("cmdstat_evalsha", {})
-    many = await choose(chooser, candidates.for_prompt, need, max(1, rounds // BATCH), BATCH)
+    some = max(1, rounds // BATCH // RUNS)
+    many = await middle(lambda: choose(chooser, candidates.for_prompt, need, some, BATCH))
     _, options = candidates.for_prompt().asked(hashes[15], random.Random(0))
     question = ask(options, hashes, len(tokens), charge_tokens=True, random=0)
     size = len(question) + len(msgspec.msgpack.encode(one.last.choice if one.last else ()))
