@@ -55,10 +55,10 @@ class _Layers:
         self._tensors = (list(layers), cos.contiguous(), sin.contiguous())
         self.array = (Layer * len(layers))(*(_layer(layer) for layer in layers))
         self.dim = 2 * cos.shape[1]
-        self.scale = self.dim**-0.5
+        self.scale: float = self.dim**-0.5
         self.heads = layers[0].query[0].shape[0] // self.dim
         self.dtype = layers[0].attention_norm.dtype
-        self.shape: dict[str, Any] = {
+        self._shape: dict[str, Any] = {
             "hidden_size": layers[0].attention_norm.shape[0],
             "inner_size": layers[0].gate[0].shape[0],
             "num_layers": len(layers),
@@ -67,6 +67,25 @@ class _Layers:
             "sin": self._tensors[2].data_ptr(),
             "num_positions": cos.shape[0],
         }
+
+    def step(
+        self,
+        hidden: torch.Tensor,
+        cache: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        context_lens: torch.Tensor,
+        block_table: torch.Tensor,
+    ) -> Step:
+        """Points into the tensors, which must outlive it."""
+        shape = attention_of(cache, self.heads, context_lens, block_table, self.scale, None)
+        return Step(
+            attention=shape,
+            positions=positions.data_ptr(),
+            slots=slots.data_ptr(),
+            hidden=hidden.data_ptr(),
+            **self._shape,
+        )
 
 
 class DecodeStep:
@@ -115,15 +134,7 @@ class DecodeStep:
             raise KernelError(f"hidden is {list(hidden.shape)} {hidden.dtype}: see DecodeStep.")
         for layer, cache in zip(layers.array, caches, strict=True):
             layer.cache = cache.data_ptr()
-        step = Step(
-            attention=attention_of(
-                caches[0], layers.heads, context_lens, block_table, layers.scale, None
-            ),
-            positions=positions.data_ptr(),
-            slots=slots.data_ptr(),
-            hidden=hidden.data_ptr(),
-            **layers.shape,
-        )
+        step = layers.step(hidden, caches[0], positions, slots, context_lens, block_table)
         done = self._library.pdserve_decode(
             layers.dtype is torch.bfloat16,
             ctypes.byref(step),
@@ -183,17 +194,8 @@ class ChunkStep:
         query, mixed = torch.empty(
             (2, hidden.shape[0], layers.heads * layers.dim), dtype=hidden.dtype
         )
-        step = Step(
-            attention=attention_of(
-                cache, layers.heads, context_lens, block_table, layers.scale, None
-            ),
-            positions=positions.data_ptr(),
-            slots=slots.data_ptr(),
-            hidden=hidden.data_ptr(),
-            **layers.shape,
-        )
         chunks = Chunks(
-            step,
+            layers.step(hidden, cache, positions, slots, context_lens, block_table),
             query_start.data_ptr(),
             hidden.shape[0],
             singles,
