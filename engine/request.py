@@ -80,9 +80,9 @@ class Request:
     preemptions: int = 0
     abort_requested: bool = False
     answered: bool = False
+    """It has drawn a token on this worker."""
     corrupted: bool = False
     """Logits of its were not numbers."""
-    """It has drawn a token on this worker."""
     ending: frozenset[int] = frozenset()
     """Tokens that end it; set from `sampling`."""
     received: float = field(default_factory=time.monotonic)

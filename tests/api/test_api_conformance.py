@@ -529,8 +529,10 @@ def test_the_server_itself(both: Both) -> None:
     families = scraped(both)
     assert not DASHBOARD - families.keys()
     assert all(sample.value > 0 for sample in families["vllm:estimated_flops_per_gpu"].samples)
+    end = time.monotonic() + 10
     while not all(each_worker(scraped(both)["vllm:iteration_tokens_total"], "_sum")):
-        time.sleep(0.05)  # heartbeats tell
+        assert time.monotonic() < end, "no heartbeat has told of the steps"
+        time.sleep(0.05)
     families = scraped(both)
     assert any(each_worker(families["vllm:nixl_bytes_transferred"], "_sum"))
     assert each_worker(families["vllm:corrupted_requests"], "_total") == [0, 0]
