@@ -329,6 +329,7 @@ def attention_prefill(
 
 OUT_OF_RANGE = (
     "A length, block, slot or position lies outside the block table, the cache or the rope table, "
+    "the sequences do not have all tokens, there is no memory, "
     f"or the heads are too many: at most {MOST_DIM} elements, {MOST_GROUP} query heads per KV head."
 )
 

@@ -328,13 +328,25 @@ PUBLIC int pdserve_chunkable(int64_t hidden_size, int64_t inner_size) {
 #endif
 }
 
+#if defined(__AVX512BF16__)
+/* Whether the tokens are those of the sequences, of which the first have one each. */
+static int divided(const struct chunks *c) {
+    const int64_t all = c->step.attention.sequences;
+    if (c->singles < 0 || c->singles > all || c->starts[0] || c->starts[all] != c->tokens) return 0;
+    for (int64_t b = 0; b < c->singles; b++)
+        if (c->starts[b + 1] != b + 1) return 0;
+    return 1;
+}
+#endif
+
 /* One layer: `hidden` is replaced, K and V are stored. False for lengths, blocks, slots or positions
  * out of range, or without memory. */
 PUBLIC int pdserve_chunks(const struct chunks *c, const struct layer *l, int threads) {
 #if defined(__AVX512BF16__)
     const struct attention *a = &c->step.attention;
     struct prefill f = {*a, c->starts, l->window};
-    if (!sound(a) || !placed(&c->step, c->tokens) || prefill_units(&f, 0) < 0) return 0;
+    if (!sound(a) || !divided(c) || !placed(&c->step, c->tokens) || prefill_units(&f, 0) < 0)
+        return 0;
     struct chunk_job j = {.job.body = chunk_body, .chunks = c, .layer = l,
                           .width = c->tokens > LANES * threads ? PANEL : LANES};
     run(&j.job, threads);

@@ -77,7 +77,14 @@ class _Layers:
         context_lens: torch.Tensor,
         block_table: torch.Tensor,
     ) -> Step:
-        """Points into the tensors, which must outlive it."""
+        """Points into the tensors, which must outlive it. Raises KernelError."""
+        for numbers in (positions, slots, context_lens, block_table):
+            check_numbers(numbers)
+        if not hidden.is_contiguous() or hidden.dtype != self.dtype or cache.dtype != self.dtype:
+            raise KernelError(
+                f"hidden must be contiguous and {self.dtype}, the cache {self.dtype}. Given: "
+                f"{hidden.dtype} with strides {hidden.stride()}, {cache.dtype}."
+            )
         shape = attention_of(cache, self.heads, context_lens, block_table, self.scale, None)
         return Step(
             attention=shape,
@@ -85,6 +92,14 @@ class _Layers:
             slots=slots.data_ptr(),
             hidden=hidden.data_ptr(),
             **self._shape,
+        )
+
+
+def check_numbers(numbers: torch.Tensor) -> None:
+    if numbers.dtype != torch.int64 or not numbers.is_contiguous():
+        raise KernelError(
+            f"Positions, slots, lengths and blocks must be contiguous int64. Given: "
+            f"{numbers.dtype} with strides {numbers.stride()}."
         )
 
 
@@ -130,8 +145,8 @@ class DecodeStep:
         context_lens: [T] int64, block_table: [T, M] int64, contiguous. No slot twice; padding
         has a negative slot and the length 0."""
         layers = self._layers
-        if not hidden.shape[0] <= MOST_TOKENS or hidden.dtype != layers.dtype:
-            raise KernelError(f"hidden is {list(hidden.shape)} {hidden.dtype}: see DecodeStep.")
+        if hidden.shape[0] > MOST_TOKENS:
+            raise KernelError(f"DecodeStep takes {MOST_TOKENS} tokens, not {hidden.shape[0]}.")
         for layer, cache in zip(layers.array, caches, strict=True):
             layer.cache = cache.data_ptr()
         step = layers.step(hidden, caches[0], positions, slots, context_lens, block_table)
@@ -149,7 +164,8 @@ class ChunkStep:
     """Chunks of prompts and single tokens, layer by layer: the same as `DecodeStep` for any number
     of tokens, in bfloat16 on processors with instructions for it.
 
-    A token's result depends on the chunk of its sequence and never on the batch or the threads.
+    A token's result depends on the chunk of its sequence and never on the batch or the threads. It
+    may have other last bits than from `DecodeStep`, which sums in another order.
     """
 
     def __init__(
@@ -188,8 +204,12 @@ class ChunkStep:
         Returns what computes layer n with its cache: K and V are stored at `slots`, `hidden` is
         replaced."""
         layers = self._layers
-        if hidden.dtype != layers.dtype or cache.dtype != layers.dtype:
-            raise KernelError(f"hidden is {hidden.dtype}, the cache {cache.dtype}: see ChunkStep.")
+        check_numbers(query_start)
+        if query_start.shape[0] != context_lens.shape[0] + 1:
+            raise KernelError(
+                f"query_start has {query_start.shape[0]} numbers for {context_lens.shape[0]} "
+                "sequences; there is one more than those."
+            )
         tensors = (hidden, positions, slots, query_start, context_lens, block_table)
         query, mixed = torch.empty(
             (2, hidden.shape[0], layers.heads * layers.dim), dtype=hidden.dtype

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -61,22 +62,25 @@ class Case:
         )
 
     def run(
-        self, layers: list[kernels.LayerTensors], first: int = 0, last: int = len(CHUNKS)
+        self,
+        layers: list[kernels.LayerTensors],
+        first: int = 0,
+        last: int = len(CHUNKS),
+        **changes: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Sequences [first, last) through all layers: hidden states, and the cache."""
         rows = slice(int(self.starts[first]), int(self.starts[last]))
         hidden, cache = self.hidden[rows].clone(), self.cache.clone()
         step = kernels.ChunkStep(layers, cos=COS, sin=SIN, eps=1e-5)
-        compute = step.begin(
-            hidden,
-            cache,
-            positions=self.positions[rows].clone(),
-            slots=self.slots[rows].clone(),
-            query_start=self.starts[first : last + 1] - self.starts[first],
-            context_lens=self.lens[first:last].clone(),
-            block_table=self.table[first:last].clone(),
-            singles=max(0, min(last, SINGLES) - first),
-        )
+        given = {
+            "positions": self.positions[rows].clone(),
+            "slots": self.slots[rows].clone(),
+            "query_start": self.starts[first : last + 1] - self.starts[first],
+            "context_lens": self.lens[first:last].clone(),
+            "block_table": self.table[first:last].clone(),
+            "singles": max(0, min(last, SINGLES) - first),
+        }
+        compute = step.begin(hidden, cache, **{**given, **changes})
         for index in range(len(layers)):
             compute(index, cache)
         return hidden, cache
@@ -162,3 +166,18 @@ def test_what_lies_outside_is_refused() -> None:
         setattr(case, name, getattr(case, name) + change)
         with pytest.raises(KernelError, match="outside"):
             case.run(layers)
+
+
+def test_tokens_that_are_not_those_of_the_sequences_are_refused() -> None:
+    case, layers = Case(), [layer(False, None)]
+    for query_start in (case.starts + 1, case.starts - 1, case.starts * 2):
+        with pytest.raises(KernelError, match="do not have all tokens"):
+            case.run(layers, query_start=query_start)
+    for singles in (-1, len(CHUNKS), len(CHUNKS) + 1):
+        with pytest.raises(KernelError, match="do not have all tokens"):
+            case.run(layers, singles=singles)
+    with pytest.raises(KernelError, match="one more"):
+        case.run(layers, query_start=case.starts[:-1])
+    for name, numbers in (("positions", case.positions), ("query_start", case.starts)):
+        with pytest.raises(KernelError, match="int64"):
+            case.run(layers, **{name: numbers.int()})
