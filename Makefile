@@ -97,8 +97,9 @@ bench: install build/mid
 	@$(BIN)/pdserve bench compare --model build/mid --vocab 10:10000 --requests 60 \
 	  --max-model-len 1024 --out build/bench/mid $(ARGS)
 
-# 1P+1D wins where prompts are long and answers must not stutter, and loses where answers are long.
-# Targets and rates come from probes: 5 times the first token and twice the gap of a request that is alone.
+# 1P+1D wins where prompts are long and answers must not stutter, and loses where answers are long and may
+# come at a quarter of the pace that a request alone has. Rates come from probes, targets of the first, too:
+# 5 times the first token and twice the gap of a request that is alone.
 SPLIT := $(BIN)/pdserve bench compare --model build/mid --vocab 10:10000 --kv-total 4096 --rounds 1
 PROFILE := build/bench/profile.json
 
@@ -106,9 +107,10 @@ bench-split: install build/mid
 	@echo "==> how long things take here, for the predictions"
 	@$(BIN)/pdserve bench profile --model build/mid --vocab 10000 --kv-total 4096 --out $(PROFILE)
 	@echo "==> a workload on which a prefill and a decode worker win, and one on which they lose"
-	@$(SPLIT) --requests 60 --rungs 5 --lowest 0.25 --highest 0.9 --input-len 768 --output-len 16 \
+	@$(SPLIT) --requests 100 --rungs 5 --lowest 0.25 --highest 1.1 --input-len 768 --output-len 16 \
 	  --out build/bench/split-wins $(ARGS)
-	@$(SPLIT) --requests 100 --rungs 5 --lowest 0.3 --highest 1.2 --input-len 64 --output-len 128 \
+	@$(SPLIT) --requests 200 --rungs 5 --lowest 0.6 --highest 1.8 --input-len 64 --output-len 128 \
+	  --slo-ttft-ms 500 --slo-itl-ms 10 \
 	  --out build/bench/split-loses $(ARGS)
 	@$(BIN)/pdserve simulate --profile $(PROFILE) --against build/bench/split-wins \
 	  --out build/bench/split-wins-predicted

@@ -162,18 +162,24 @@ def fit(samples: Sequence[Sample]) -> tuple[StepTimes, dict[str, float]]:
     """The laws that `StepTimes` states, and how far they are off."""
     alone = [sample for sample in samples if not sample.point.prompts]
     mixed = [sample for sample in samples if sample.point.prompts]
-    rows = [(1.0, len(s.point.contexts), sum(s.point.contexts)) for s in alone]
-    decode, decode_error = least([*rows], [s.seconds for s in alone])
+    counts = sorted({len(sample.point.contexts) for sample in alone})
+    decode, off = [], []
+    for count in counts:
+        same = [sample for sample in alone if len(sample.point.contexts) == count]
+        rows = [(1.0, sum(sample.point.contexts)) for sample in same]
+        (base, context), error = least(rows, [sample.seconds for sample in same])
+        decode.append((count, base, context))
+        off += [error] * len(same)
     more = [
         (1.0, s.point.tokens, s.point.pairs, len(s.point.contexts), sum(s.point.contexts))
         for s in mixed
     ]
     prompt, prompt_error = least([*more], [s.seconds for s in mixed])
     step = StepTimes(
-        decode=(decode[0], decode[1], decode[2]),
+        decode=tuple(decode),
         mixed=(prompt[0], prompt[1], prompt[2], prompt[3], prompt[4]),
     )
-    return step, {"decode": decode_error, "mixed": prompt_error}
+    return step, {"decode": statistics.fmean(off), "mixed": prompt_error}
 
 
 def least(rows: Sequence[Sequence[float]], values: Sequence[float]) -> tuple[list[float], float]:

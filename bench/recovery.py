@@ -141,8 +141,7 @@ class Rounds:
         streams = [self._stream(self._args.input_len) for _ in range(self._args.streams)]
         async with _running(streams, self._args.output_len) as tasks:
             await until(lambda: all(len(one.times) >= BEFORE for one in streams), tasks)
-            victim = self._rng.choice(await self._decoders())
-            thread = busiest_thread(victim.pid) if kind == "stuck" else 0
+            victim, thread = await self._victim(kind)
             since = time.monotonic()
             with _trouble(kind, victim.pid, thread):
                 # Tokens that were on their way come soon; those after them end the pause.
@@ -157,6 +156,17 @@ class Rounds:
         pauses = [one.pause_s(since) for one in streams if await self._moved(one, victim)]
         await self._back(victim)
         return pauses
+
+    async def _victim(self, kind: str) -> tuple[WorkerRecord, int]:
+        """A decode worker at random and, to be stuck, its engine's thread: one that computes."""
+        workers = await self._decoders()
+        self._rng.shuffle(workers)
+        if kind != "stuck":
+            return workers[0], 0
+        for one in workers:
+            with contextlib.suppress(BenchError):  # all streams are with others
+                return one, busiest_thread(one.pid)
+        raise BenchError("No decode worker computes.")
 
     async def _decoders(self) -> list[WorkerRecord]:
         records = await self._membership.workers()

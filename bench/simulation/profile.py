@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from pathlib import Path
 from typing import Any
 
@@ -9,32 +10,46 @@ import msgspec
 
 from pdserve.bench.arrivals import BenchError
 
-FORMAT = "pdserve-profile/1"
+FORMAT = "pdserve-profile/2"
 
 
 class StepTimes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Seconds of one engine step, from the step's contents. All weights are ≥ 0.
 
-        decode   base + request × n + context × Σ context        n chunks of one token
+        decode   base(n) + context(n) × Σ context                n chunks of one token
         mixed    base + token × p + pair × pairs                 p tokens of prompts
                       + request × n + context × Σ context        beside n chunks of one token
         loop     base + chunk × chunks                           between two steps
 
     pairs = Σ length × (start + length / 2) over the prompts' chunks: the queries and keys that
-    attention looks at.
+    attention looks at. base(n) and context(n) are given at some n, ascending, and lie on straight
+    lines between them: a step takes another way through the engine, or no longer fits a cache, from
+    some number of requests on.
     """
 
-    decode: tuple[float, float, float]
+    decode: tuple[tuple[int, float, float], ...]
+    """(n, base, context)."""
     mixed: tuple[float, float, float, float, float]
     loop: tuple[float, float] = (0.0, 0.0)
 
     def decode_s(self, requests: int, context: int, steps: int = 1) -> float:
         """Of `steps` steps one after the other, at the first of which the requests together have
         `context` tokens."""
-        base, request, token = self.decode
+        base, token = self._decode(requests)
         pause, chunk = self.loop
-        each = base + pause + (request + chunk) * requests + token * context
+        each = base + pause + chunk * requests + token * context
         return steps * each + token * requests * steps * (steps - 1) / 2
+
+    def _decode(self, requests: int) -> tuple[float, float]:
+        """base and context at so many requests."""
+        knots = self.decode
+        if len(knots) == 1 or requests <= knots[0][0]:
+            return knots[0][1:]
+        place = min(bisect.bisect_left(knots, (requests,)), len(knots) - 1)
+        low, high = knots[place - 1], knots[place]
+        part = (requests - low[0]) / (high[0] - low[0])
+        base, token = low[1] + part * (high[1] - low[1]), low[2] + part * (high[2] - low[2])
+        return max(0.0, base), max(0.0, token)
 
     def mixed_s(
         self, tokens: int, pairs: float, prompts: int = 1, requests: int = 0, context: int = 0

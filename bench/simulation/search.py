@@ -75,12 +75,11 @@ def latencies(outcome: Outcome) -> dict[str, dict[str, float]]:
 def capacity(profile: Profile, lengths: Sequence[tuple[int, int]], workers: int) -> float:
     """Requests per second for which so many workers have time if nothing is cached: an upper bound
     to begin with."""
-    busy = profile.max_num_seqs / 4
+    busy = max(1, profile.max_num_seqs // 4)
     spent = 0.0
     for length, output in lengths:
-        step = profile.step.decode_s(1, length + output // 2)
-        base = profile.step.decode[0] + profile.step.loop[0]
-        spent += profile.prompt_s(length) + output * (step - base + base / busy)
+        step = profile.step.decode_s(busy, busy * (length + output // 2))
+        spent += profile.prompt_s(length) + output * step / busy
     return workers * len(lengths) / spent
 
 

@@ -54,7 +54,7 @@ def test_overload_for_a_minute(tmp_path: Path) -> None:
     options = (*SHAPE, "--model", model, "--dtype", "bfloat16", "--max-model-len", 1024)
     with Cluster(*options) as cluster:
         alone = asyncio.run(Crowd(cluster.url).in_turn(20)).gap
-    limits = ("--max-waiting", 4, "--max-itl-ms", 1250 * alone, "--max-queue", 32)
+    limits = ("--max-waiting", 4, "--max-itl-ms", 1200 * alone, "--max-queue", 32)
     with Cluster(*options, *limits) as cluster:
         crowd, router = Crowd(cluster.url), router_of(cluster)
         alone = asyncio.run(crowd.in_turn(20)).gap
