@@ -107,7 +107,7 @@ bench-split: install build/mid
 	@echo "==> how long things take here, for the predictions"
 	@$(BIN)/pdserve bench profile --model build/mid --vocab 10000 --kv-total 4096 --out $(PROFILE)
 	@echo "==> a workload on which a prefill and a decode worker win, and one on which they lose"
-	@$(SPLIT) --requests 100 --rungs 5 --lowest 0.25 --highest 1.1 --input-len 768 --output-len 16 \
+	@$(SPLIT) --requests 100 --rungs 5 --lowest 0.1 --highest 0.9 --input-len 768 --output-len 16 \
 	  --out build/bench/split-wins $(ARGS)
 	@$(SPLIT) --requests 200 --rungs 5 --lowest 0.6 --highest 1.8 --input-len 64 --output-len 128 \
 	  --slo-ttft-ms 500 --slo-itl-ms 10 \
