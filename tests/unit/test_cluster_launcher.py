@@ -332,6 +332,7 @@ def test_ctrl_c_before_the_command_has_begun() -> None:
         "heavy = {'argparse', 'asyncio', 'yaml', 'msgspec'} & (set(sys.modules) - before)\n"
         "assert not heavy, heavy\n"
         "import os, signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # not so behind a shell's &
         "main._HERE['up'] = lambda options: os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.exit(main.main(['up']))\n"
     )
