@@ -93,29 +93,35 @@ demo-model: install
 bench: install build/mid
 	@echo "==> comparing topologies: the demo model, then a random one of 32 million parameters"
 	@$(BIN)/pdserve bench compare --input-len 96 --output-len 48 --requests 60 --max-model-len 1024 \
-	  --out build/bench/demo $(ARGS)
+	  --more-rungs 1 --out build/bench/demo $(ARGS)
 	@$(BIN)/pdserve bench compare --model build/mid --vocab 10:10000 --requests 60 \
-	  --max-model-len 1024 --out build/bench/mid $(ARGS)
+	  --max-model-len 1024 --more-rungs 1 --out build/bench/mid $(ARGS)
 
 # 1P+1D wins where prompts are long and answers must not stutter, and loses where answers are long and may
 # come at a quarter of the pace that a request alone has. Rates come from probes, targets of the first, too:
-# 5 times the first token and twice the gap of a request that is alone.
-SPLIT := $(BIN)/pdserve bench compare --model build/mid --vocab 10:10000 --kv-total 4096 --rounds 1
-PROFILE := build/bench/profile.json
+# 5 times the first token and twice the gap of a request that is alone. Profiles before and after, since the
+# machine's own speed changes.
+SPLIT := $(BIN)/pdserve bench compare --model build/mid --vocab 10:10000 --kv-total 4096 --rounds 2
+PROFILE := build/bench/profile
+define profile
+	@echo "==> how long things take here, for the predictions ($(1) of 3)"
+	@$(BIN)/pdserve bench profile --model build/mid --vocab 10000 --kv-total 4096 --out $(PROFILE)-$(1).json
+endef
 
 bench-split: install build/mid
-	@echo "==> how long things take here, for the predictions"
-	@$(BIN)/pdserve bench profile --model build/mid --vocab 10000 --kv-total 4096 --out $(PROFILE)
-	@echo "==> a workload on which a prefill and a decode worker win, and one on which they lose"
-	@$(SPLIT) --requests 100 --rungs 5 --lowest 0.1 --highest 0.9 --input-len 768 --output-len 16 \
+	$(call profile,1)
+	@echo "==> a workload on which a prefill and a decode worker win"
+	@$(SPLIT) --requests 60 --rungs 4 --lowest 0.2 --highest 0.9 --input-len 768 --output-len 16 \
 	  --out build/bench/split-wins $(ARGS)
-	@$(SPLIT) --requests 200 --rungs 5 --lowest 0.6 --highest 1.8 --input-len 64 --output-len 128 \
-	  --slo-ttft-ms 500 --slo-itl-ms 10 \
-	  --out build/bench/split-loses $(ARGS)
-	@$(BIN)/pdserve simulate --profile $(PROFILE) --against build/bench/split-wins \
-	  --out build/bench/split-wins-predicted
-	@$(BIN)/pdserve simulate --profile $(PROFILE) --against build/bench/split-loses \
-	  --out build/bench/split-loses-predicted
+	$(call profile,2)
+	@echo "==> and one on which they lose"
+	@$(SPLIT) --requests 150 --rungs 4 --lowest 0.5 --highest 1.6 --input-len 64 --output-len 128 \
+	  --slo-ttft-ms 500 --slo-itl-ms 10 --out build/bench/split-loses $(ARGS)
+	$(call profile,3)
+	@$(BIN)/pdserve simulate --profile $(PROFILE)-1.json $(PROFILE)-2.json \
+	  --against build/bench/split-wins --out build/bench/split-wins-predicted
+	@$(BIN)/pdserve simulate --profile $(PROFILE)-2.json $(PROFILE)-3.json \
+	  --against build/bench/split-loses --out build/bench/split-loses-predicted
 
 build/mid:
 	@echo "==> making a random model (mid)"

@@ -1,7 +1,8 @@
 """`pdserve bench compare`: the same load on several topologies of this machine, and who wins.
 
 Starts each topology with all cores and the same memory, in alternation and more than once, and the
-first of them twice per round: what it differs from itself is noise. Writes a folder with every
+first of them twice per round: what it differs from itself is noise. Goes on below and above the
+first rates where these do not tell who serves how much. Writes a folder with every
 token's time, a report (HTML, Markdown) and plots.
 """
 
@@ -23,6 +24,7 @@ from pdserve.bench.client import Run, Server, measure
 from pdserve.bench.figures import Slo, bottleneck, figures
 from pdserve.bench.machine import circumstances
 from pdserve.bench.phases import HEADER, mean_phases
+from pdserve.bench.reference import Pace, mean, pace
 from pdserve.bench.serve import (
     EXIT_FAILED,
     EXIT_USAGE,
@@ -34,11 +36,11 @@ from pdserve.bench.serve import (
     settings_of,
 )
 from pdserve.bench.topology import NAME, Cluster, Topology, up
-from pdserve.bench.verdict import Cell, sentences
+from pdserve.bench.verdict import Cell, further, rates_of, rounded, sentences
 from pdserve.bench.workloads import Job, make
 
-RESTART_S = 6.0
-"""Between two topologies, in the estimate of how long it all takes."""
+RESTART_S, PACE_S = 6.0, 1.5
+"""Between two topologies, and between two rates, in the estimate of how long it all takes."""
 PROBE_CONCURRENCY = 16
 PROBE_REQUESTS = 32
 ALONE_REQUESTS = 12
@@ -95,6 +97,14 @@ def parser() -> argparse.ArgumentParser:
             help=f"{name} of these rates, as a share of what the first topology does when it is "
             f"never idle; {what} (default: {share:g})",
         )
+    found.add_argument(
+        "--more-rungs",
+        type=int,
+        default=3,
+        metavar="N",
+        help="at most so many rates below or above these, where a topology fails at the lowest or "
+        "does not at the highest; with --rates none (default: 3)",
+    )
     found.add_argument("--rounds", type=int, default=2, help="of every topology (default: 2)")
     found.add_argument(
         "--kv-total", type=int, default=1024, help="KV cache of all workers, MiB (default: 1024)"
@@ -114,6 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if getattr(args, name) < 1:
                 option = name.replace("_", "-")
                 raise BenchError(f"--{option} must be at least 1, not {getattr(args, name)}.")
+        if args.more_rungs < 0:
+            raise BenchError(f"--more-rungs must be at least 0, not {args.more_rungs}.")
         if not 0 <= args.lowest < args.highest < math.inf:
             raise BenchError(
                 f"--lowest ({args.lowest:g}) must be at least 0 and below --highest "
@@ -128,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "command": ["pdserve", "bench", "compare", *(sys.argv[2:] if argv is None else argv)],
         "circumstances": circumstances(),
         "slo": finite(dataclasses.asdict(plan.slo)),
-        "rates": plan.rates,
+        "rates": rates_of(cells),
         "verdict": verdict,
         "cells": [finite(dataclasses.asdict(cell)) for cell in cells],
     }
@@ -143,6 +155,17 @@ def _measure_all(
 ) -> tuple[list[Cell], Plan]:
     plan = _plan(topologies, args, more)
     args.out.mkdir(parents=True, exist_ok=True)
+    cells = _measure(topologies, plan, args)
+    for _ in range(0 if args.rates else args.more_rungs):
+        rate = further(cells)
+        if not rate:
+            break
+        _say(f"{rate:g} requests per second, too, since the others do not tell enough")
+        cells += _measure(topologies, dataclasses.replace(plan, rates=(rate,)), args)
+    return cells, plan
+
+
+def _measure(topologies: Sequence[Topology], plan: Plan, args: argparse.Namespace) -> list[Cell]:
     starts = args.rounds * (len(topologies) + 1)
     tried = ", ".join(f"{rate:g}" for rate in plan.rates)
     _say(
@@ -158,9 +181,13 @@ def _measure_all(
             _say(title + (" again, for the noise" if twin else ""))
             with up([*plan.options, *topology.options(plan.kv_total)]) as cluster:
                 _warm_up(cluster, plan)
+                before = _pace(cluster, plan, topology, number, 0.0, args)
                 for rate in plan.rates:
-                    cells.append(_cell(cluster, plan, topology, twin, number, rate, args))
-    return cells, plan
+                    cell = _cell(cluster, plan, topology, twin, number, rate, args)
+                    after = _pace(cluster, plan, topology, number, rate, args)
+                    cells.append(dataclasses.replace(cell, pace=mean((before, after))))
+                    before = after
+    return cells
 
 
 def _plan(topologies: Sequence[Topology], args: argparse.Namespace, more: Sequence[str]) -> Plan:
@@ -216,12 +243,12 @@ def ladder(lowest: float, highest: float, rungs: int) -> tuple[float, ...]:
     of them, or, if it is 0, what comes before the first."""
     first = highest if rungs == 1 else lowest or highest / rungs
     step = (highest - first) / max(1, rungs - 1)
-    return tuple(float(f"{first + step * number:.3g}") for number in range(rungs))
+    return tuple(rounded(first + step * number) for number in range(rungs))
 
 
 def minutes(plan: Plan, starts: int) -> float:
     """How long so many starts of a topology take, each at every rate."""
-    arriving = sum(len(plan.jobs) / rate for rate in plan.rates)
+    arriving = sum(PACE_S + len(plan.jobs) / rate for rate in plan.rates)
     return starts * (RESTART_S + arriving) / 60
 
 
@@ -265,6 +292,20 @@ def at_rate(plan: Plan, rate: float) -> Arrivals:
     if not span:
         raise BenchError("The trace's requests all come at once; take another one, or --arrivals.")
     return dataclasses.replace(plan.arrivals, time_scale=len(plan.jobs) / rate / span)
+
+
+def _pace(
+    cluster: Cluster,
+    plan: Plan,
+    topology: Topology,
+    number: int,
+    rate: float,
+    args: argparse.Namespace,
+) -> Pace:
+    """How fast the machine is just now."""
+    salt = f"pace-{rate:g}"
+    server = Server(url=cluster.url, model=NAME, headers=HEADER, extra={"cache_salt": salt})
+    return pace(server, topology, args.vocab, plan.seed + number)
 
 
 def _cell(

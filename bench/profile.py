@@ -1,21 +1,20 @@
 """`pdserve bench profile`: how long things take at the workers of this machine, for `simulate`.
 
-Times steps of real engines, as many beside each other as there will be workers, and fits what
-they depend on. Then it asks a real cluster a little: what a token costs beyond the step, and a
-hand-over. A minute or two; writes one JSON file.
+Times steps of real engines, one alone and as many beside each other as there will be workers, and
+fits what they depend on. Then it asks a real cluster a little: what a token costs beyond the step,
+and a hand-over. Two minutes for a small model; writes one JSON file.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import bisect
 import dataclasses
+import itertools
 import math
 import statistics
-import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,24 +23,30 @@ import numpy as np
 
 from pdserve.bench.arrivals import Arrivals, BenchError
 from pdserve.bench.client import Run, Server, measure
+from pdserve.bench.engines import Engines
+from pdserve.bench.fit import fit, line_through, typical
 from pdserve.bench.machine import circumstances
 from pdserve.bench.phases import HEADER, phases_of
+from pdserve.bench.reference import ANSWER, CONTEXT, FIRST_GAPS, LENGTH, PROMPT
 from pdserve.bench.serve import EXIT_USAGE, ProgressBar
 from pdserve.bench.simulation.profile import Profile, StepTimes
-from pdserve.bench.step_times import Engine, Job, Point, Sample, grid
+from pdserve.bench.step_times import Engine, Job, Sample, grid
 from pdserve.bench.topology import NAME, Cluster, Topology, up
 from pdserve.bench.workloads import Shape, make
 from pdserve.cluster.cores import divide, own_cores, own_quota
 from pdserve.cluster.model_files import resolve_model
 
-AT_ONCE = (1, 4, 8)
+AT_ONCE = (1, 4, 8, 9, 12, 16, 32)
 """Requests per worker at a time, for what a step costs beyond the engine."""
-LENGTHS = (64, 512)
+LENGTHS = (LENGTH, PROMPT)
 """Prompts, for what a request and a hand-over cost beyond the engine."""
 PROBES = 12
-FIRST_GAPS = 6
-"""Of an answer, in which the prompts of others may be computed."""
-TIMEOUT_S = 600.0
+REPEATS = 5
+"""How often the pace of answers is measured."""
+CHURN = 12
+"""Answers at a time, for what a request costs those beside it."""
+PASSES = 3
+"""Over all steps, alone and beside each other."""
 PASSED_ON = ("max_num_batched_tokens", "max_num_seqs", "max_model_len", "block_size", "dtype",
              "device")  # fmt: skip
 
@@ -69,10 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.workers < 1:
             raise BenchError(f"--workers must be at least 1, not {args.workers}.")
-        engines = _time_steps(args)
-        step, errors = fit(quietest(engines))
+        timed = _time_steps(args)
         print("asking a cluster", file=sys.stderr)
-        profile = _around(args, engines, step, errors)
+        profile = _around(args, timed)
     except (BenchError, ValueError) as error:
         print(f"pdserve bench profile: error: {error}", file=sys.stderr)
         return EXIT_USAGE
@@ -86,9 +90,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 # the engine
 
 
-def _time_steps(args: argparse.Namespace) -> list[Engine]:
-    """One process per worker, all at once."""
+@dataclass(frozen=True, slots=True)
+class _Timed:
+    """Steps of an engine, without what lies between them."""
+
+    engine: Engine
+    alone: list[Sample]
+    beside: list[Sample]
+    """While all compute."""
+
+
+def _time_steps(args: argparse.Namespace) -> _Timed:
+    """One process per worker; in turns the first alone and all at once."""
     shares = divide(own_cores(), args.workers, own_quota())
+    if len({share.threads for share in shares}) > 1:
+        raise BenchError(
+            f"--workers ({args.workers}) must divide the cores evenly, or some are faster: their "
+            f"threads would be {', '.join(str(share.threads) for share in shares)}."
+        )
     jobs = [
         Job(
             folder=str(resolve_model(args.model)),
@@ -100,129 +119,48 @@ def _time_steps(args: argparse.Namespace) -> list[Engine]:
         )
         for number, share in enumerate(shares)
     ]
-    print(f"timing steps of {args.workers} engines beside each other", file=sys.stderr)
-    with contextlib.ExitStack() as stack:
-        children = [stack.enter_context(_child(job)) for job in jobs]
-        for child in children:
-            _line(child, "ready")
-        for child in children:
-            assert child.stdin is not None
-            child.stdin.write("go\n")
-            child.stdin.flush()
-        bar = ProgressBar(len(grid(jobs[0], sys.maxsize, sys.maxsize)))
-        found = [_samples(children[0], bar.show), *(_samples(child) for child in children[1:])]
-        bar.end()
-    return found
-
-
-@contextlib.contextmanager
-def _child(job: Job) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-P", "-m", "pdserve.bench.step_times",
-               msgspec.json.encode(job).decode()]  # fmt: skip
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        late = threading.Timer(TIMEOUT_S, process.kill)
-        late.start()
-        try:
-            yield process
-        finally:
-            late.cancel()
-            process.kill()
-
-
-def _line(child: subprocess.Popen[str], expected: str = "") -> str:
-    assert child.stdout is not None
-    line = child.stdout.readline().rstrip("\n")
-    if not line or (expected and line != expected):
-        raise BenchError("An engine could not be timed; its messages are above.")
-    return line
-
-
-def _samples(
-    child: subprocess.Popen[str], progress: Callable[[int, int], None] = lambda done, running: None
-) -> Engine:
-    done = 0
-    while (line := _line(child)) == "point":
-        done += 1
-        progress(done, 1)
-    return msgspec.json.decode(line, type=Engine)
-
-
-def quietest(engines: Sequence[Engine]) -> list[Sample]:
-    """For each point the least time of the engines, which all had the others beside them: what was
-    longer had something else to wait for."""
-    found: dict[Point, float] = {}
-    for sample in (sample for engine in engines for sample in engine.samples):
-        found[sample.point] = min(sample.seconds, found.get(sample.point, math.inf))
-    return [Sample(point, seconds) for point, seconds in found.items()]
-
-
-def fit(samples: Sequence[Sample]) -> tuple[StepTimes, dict[str, float]]:
-    """The laws that `StepTimes` states, and how far they are off."""
-    alone = [sample for sample in samples if not sample.point.prompts]
-    mixed = [sample for sample in samples if sample.point.prompts]
-    counts = sorted({len(sample.point.contexts) for sample in alone})
-    decode, off = [], []
-    for count in counts:
-        same = [sample for sample in alone if len(sample.point.contexts) == count]
-        rows = [(1.0, sum(sample.point.contexts)) for sample in same]
-        (base, context), error = least(rows, [sample.seconds for sample in same])
-        decode.append((count, base, context))
-        off += [error] * len(same)
-    more = [
-        (1.0, s.point.tokens, s.point.pairs, len(s.point.contexts), sum(s.point.contexts))
-        for s in mixed
-    ]
-    prompt, prompt_error = least([*more], [s.seconds for s in mixed])
-    step = StepTimes(
-        decode=tuple(decode),
-        mixed=(prompt[0], prompt[1], prompt[2], prompt[3], prompt[4]),
+    print(f"timing steps of {args.workers} engines, alone and beside each other", file=sys.stderr)
+    turns = [1, args.workers] * PASSES if args.workers > 1 else [1] * PASSES
+    bar = ProgressBar(len(turns) * len(grid(jobs[0], sys.maxsize, sys.maxsize)))
+    done = itertools.count(1)
+    found: dict[int, list[Engine]] = {}
+    with Engines(jobs) as engines:
+        for count in turns:
+            timed = engines.timed(count, lambda: bar.show(next(done), 1))
+            found.setdefault(count, []).extend(timed)
+    bar.end()
+    alone, beside = (
+        typical([sample for engine in found[count] for sample in engine.samples])
+        for count in (1, args.workers)
     )
-    return step, {"decode": statistics.fmean(off), "mixed": prompt_error}
-
-
-def least(rows: Sequence[Sequence[float]], values: Sequence[float]) -> tuple[list[float], float]:
-    """Weights ≥ 0 of the least relative squares, and the mean relative error: what would be
-    negative is left out, the most negative first, and tried again."""
-    y = np.array(values, dtype=float)
-    a = np.array(rows, dtype=float) / y[:, None]
-    scale = np.maximum(np.abs(a).max(axis=0), 1e-300)
-    kept = list(range(a.shape[1]))
-    weights = np.zeros(a.shape[1])
-    while kept:
-        found = np.linalg.lstsq((a / scale)[:, kept], np.ones(len(y)), rcond=None)[0]
-        if found.min() >= 0:
-            weights[kept] = found / scale[kept]
-            break
-        del kept[int(found.argmin())]
-    return [float(weight) for weight in weights], float(np.abs(a @ weights - 1).mean())
+    return _Timed(found[1][0], alone, beside)
 
 
 # what lies around it
 
 
-def _around(
-    args: argparse.Namespace, engines: Sequence[Engine], step: StepTimes, errors: dict[str, float]
-) -> Profile:
-    engine = engines[0]
+def _around(args: argparse.Namespace, timed: _Timed) -> Profile:
+    engine = timed.engine
+    (alone, errors), (beside, errors_beside) = fit(timed.alone), fit(timed.beside)
     options = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in PASSED_ON]
     options += [f"--model={args.model}"] if args.model else []
     kv_total = args.kv_total << 20
     with up([*options, *Topology(colocated=args.workers).options(kv_total)]) as cluster:
-        pauses = [_pause_s(cluster, args, count, step) for count in AT_ONCE]
-        alone = [_alone(cluster, args, length) for length in LENGTHS]
+        between = _paced(cluster, args, args.workers)
+        lone = [_lone(cluster, args, length) for length in LENGTHS]
         busy_s = _busy_prompt_s(cluster, args)
-    # A step takes longer in a worker than over and over in a row: caches are cold, others run, and
-    # more so while all workers have prompts.
-    slower = [one.prompt_s / step.mixed_s(one.length, one.length**2 / 2) for one in alone]
-    slower.append(busy_s / step.mixed_s(LENGTHS[-1], LENGTHS[-1] ** 2 / 2))
-    mixed = tuple(weight * max(1.0, statistics.mean(slower)) for weight in step.mixed)
-    step = msgspec.structs.replace(step, mixed=mixed, loop=_line_through(AT_ONCE, pauses))
     split = Topology(prefill=max(1, args.workers - 1), decode=1)
     with up([*options, *split.options(kv_total)]) as cluster:
-        asked = [_alone(cluster, args, length) for length in LENGTHS]
-    handed = [one.gap_s - step.decode_s(1, one.length) for one in asked]
+        asked = [_lone(cluster, args, length) for length in LENGTHS]
+        by_one = _paced(cluster, args, 1) if args.workers > 1 else between
+        churn = _churn(cluster, args)
+    # A step takes longer in a worker than over and over in a row: caches are cold, others run.
+    slower = [one.prompt_s / alone.mixed_s(one.length, one.length**2 / 2) for one in lone]
+    busier = busy_s / beside.mixed_s(LENGTHS[-1], LENGTHS[-1] ** 2 / 2)
+    alone = _in_a_worker(alone, statistics.mean(slower), by_one)
+    beside = _in_a_worker(beside, busier, between) if args.workers > 1 else alone
+    request_s = lost_s(churn, alone, beside, alone.mixed_s(LENGTH, LENGTH**2 / 2))
+    handed = [one.gap_s - alone.decode_s(1, one.length) for one in asked]
     return Profile(
         model=Path(args.model).name or "demo",
         device=engine.device,
@@ -232,25 +170,38 @@ def _around(
         max_num_batched_tokens=engine.max_num_batched_tokens,
         max_num_seqs=args.max_num_seqs,
         max_model_len=engine.max_model_len,
-        step=step,
-        front_s=statistics.mean(one.front_s for one in alone),
-        hand_over=_line_through(LENGTHS, handed),
-        errors=errors,
+        workers=args.workers,
+        alone=alone,
+        beside=beside,
+        request_s=request_s,
+        jitter=statistics.fmean(paced.jitter for paced in between),
+        front_s=statistics.mean(one.front_s for one in lone),
+        hand_over=line_through(LENGTHS, handed),
+        errors={name: max(error, errors_beside[name]) for name, error in errors.items()},
         measured={
-            "steps": [msgspec.to_builtins(engine.samples) for engine in engines],
-            "pauses_s": dict(zip(map(str, AT_ONCE), pauses, strict=True)),
+            "steps_alone": msgspec.to_builtins(timed.alone),
+            "steps_beside": msgspec.to_builtins(timed.beside),
+            "paced_alone": [dataclasses.asdict(one) for one in by_one],
+            "paced_beside": [dataclasses.asdict(one) for one in between],
             "busy_prompt_s": busy_s,
-            "alone": [dataclasses.asdict(one) for one in alone],
+            "alone": [dataclasses.asdict(one) for one in lone],
             "handed_over": [dataclasses.asdict(one) for one in asked],
         },
         circumstances=circumstances(),
     )
 
 
-def _line_through(places: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
-    """Base and slope, neither below 0."""
-    (base, slope), _ = least([(1.0, place) for place in places], [max(v, 1e-6) for v in values])
-    return base, slope
+def _in_a_worker(step: StepTimes, slower: float, paced: Sequence[Paced]) -> StepTimes:
+    """With what a prompt takes longer there, and what lies between two steps: what a gap between
+    tokens is longer than the step."""
+    counts = [one.count for one in paced]
+    pauses = [one.gap_s - step.decode_s(one.count, one.count * CONTEXT) for one in paced]
+    decode = tuple(
+        (n, base + float(np.interp(n, counts, pauses)), token) for n, base, token in step.decode
+    )
+    mixed = tuple(weight * max(1.0, slower) for weight in step.mixed)
+    loop = line_through(counts, pauses)
+    return msgspec.structs.replace(step, decode=decode, mixed=mixed, loop=loop)
 
 
 def _ask(cluster: Cluster, args: argparse.Namespace, shape: Shape, at_once: int, salt: str) -> Run:
@@ -262,19 +213,66 @@ def _ask(cluster: Cluster, args: argparse.Namespace, shape: Shape, at_once: int,
     return run
 
 
-def _pause_s(cluster: Cluster, args: argparse.Namespace, count: int, step: StepTimes) -> float:
-    """Between two steps of `count` requests per worker: what a gap is longer than the step."""
-    at_once = count * args.workers
-    shape = Shape(kind="fixed", requests=at_once, input_len=64, output_len=48,
-                  vocab=(10, args.vocab))  # fmt: skip
-    _ask(cluster, args, dataclasses.replace(shape, output_len=4), at_once, f"warm-{count}")
-    means = []
-    for number in range(3):
-        run = _ask(cluster, args, shape, at_once, f"{count}-{number}")
-        # The mean, since what router and client take of the cores comes in bursts; without the
-        # gaps in which others' prompts were computed.
-        means.append(statistics.fmean(gap for r in run.records for gap in r.gaps[FIRST_GAPS:]))
-    return statistics.median(means) - step.decode_s(count, count * (64 + (FIRST_GAPS + 48) // 2))
+@dataclass(frozen=True, slots=True)
+class Paced:
+    """Answers that came at the same time and nothing else."""
+
+    count: int
+    """Of one worker."""
+    gap_s: float
+    jitter: float
+    """See Profile."""
+
+
+def _paced(cluster: Cluster, args: argparse.Namespace, workers: int) -> list[Paced]:
+    """AT_ONCE requests at each of so many workers, in turns and several times."""
+    counts = [count for count in AT_ONCE if count <= args.max_num_seqs]
+    means: dict[int, list[float]] = {count: [] for count in counts}
+    for number, count in itertools.product(range(-1, REPEATS), counts):
+        warm = number < 0
+        shape = Shape(kind="fixed", requests=count * workers, input_len=LENGTH,
+                      output_len=4 if warm else ANSWER, vocab=(10, args.vocab))  # fmt: skip
+        run = _ask(cluster, args, shape, count * workers, f"{count}-{number}")
+        if not warm:  # the gaps in which others' prompts were computed are left out
+            means[count] += [statistics.fmean(r.gaps[FIRST_GAPS:]) for r in run.records]
+    return [
+        Paced(
+            count,
+            # The mean, since what router and client take of the cores comes in bursts.
+            statistics.fmean(gaps),
+            statistics.stdev(map(math.log, gaps)),
+        )
+        for count, gaps in means.items()
+    ]
+
+
+def _churn(cluster: Cluster, args: argparse.Namespace) -> Run:
+    """Answers of different lengths, so that they begin and end at all times."""
+    at_once = min(CHURN, args.max_num_seqs)
+    shape = Shape(kind="random", requests=6 * at_once, input_len=LENGTH, output_len=ANSWER,
+                  vocab=(10, args.vocab), seed=3)  # fmt: skip
+    return _ask(cluster, args, shape, at_once, "churn")
+
+
+def lost_s(run: Run, alone: StepTimes, beside: StepTimes, prompt_s: float) -> float:
+    """What a request costs those whose answers are written at the same time, but for what its
+    prompt costs them, computed in `prompt_s` elsewhere."""
+    edges = sorted(
+        edge
+        for record in run.records
+        for edge in ((record.token_times[0], 1), (record.token_times[-1], -1))
+    )
+    moments = [moment for moment, _ in edges]
+    writing = list(itertools.accumulate(change for _, change in edges))
+    lost, counts = 0.0, []
+    for record in run.records:
+        for before, after in itertools.pairwise(record.token_times[1:]):
+            n = writing[bisect.bisect_right(moments, before) - 1]
+            slower = beside.decode_s(n, n * CONTEXT) / alone.decode_s(n, n * CONTEXT) - 1
+            lost += (after - before - alone.decode_s(n, n * CONTEXT)) / n
+            counts.append(slower)
+    known = statistics.fmean(counts) * prompt_s
+    return max(0.0, lost / len(run.records) - known)
 
 
 def _busy_prompt_s(cluster: Cluster, args: argparse.Namespace) -> float:
@@ -286,7 +284,7 @@ def _busy_prompt_s(cluster: Cluster, args: argparse.Namespace) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Alone:
+class Lone:
     """Medians over requests that came one by one."""
 
     length: int
@@ -298,13 +296,13 @@ class Alone:
     """From its first to its second token."""
 
 
-def _alone(cluster: Cluster, args: argparse.Namespace, length: int) -> Alone:
+def _lone(cluster: Cluster, args: argparse.Namespace, length: int) -> Lone:
     shape = Shape(kind="fixed", requests=PROBES, input_len=length, output_len=2,
                   vocab=(10, args.vocab))  # fmt: skip
     _ask(cluster, args, dataclasses.replace(shape, requests=4, seed=1), 1, "warm")
     run = _ask(cluster, args, shape, 1, f"alone-{length}")
     spent = [phases_of(record.timings or {})["prefill"] for record in run.records]
-    return Alone(
+    return Lone(
         length,
         statistics.median(spent),
         statistics.median(r.ttft - s for r, s in zip(run.records, spent, strict=True)),
@@ -314,17 +312,25 @@ def _alone(cluster: Cluster, args: argparse.Namespace, length: int) -> Alone:
 
 def text(profile: Profile) -> str:
     """What was found, for people."""
-    step, length = profile.step, min(512, profile.max_num_batched_tokens)
+    length = min(512, profile.max_num_batched_tokens)
+
+    def steps(times: StepTimes) -> str:
+        counts = "; ".join(
+            f"a step of {count} tokens {times.decode_s(count, count * 256) * 1e3:.1f} ms"
+            for count in (1, 8, 32)
+        )
+        return (
+            f"a prompt of {length} tokens {profile.prompt_s(length, times) * 1e3:.1f} ms; {counts}"
+        )
+
     rows = [
         f"{profile.model}, {profile.dtype} on {profile.device}: {profile.kv_tokens} tokens of KV "
         "per worker",
-        f"a prompt of {length} tokens {step.mixed_s(length, length**2 / 2) * 1e3:.1f} ms; "
-        + "; ".join(
-            f"a step of {count} tokens {step.decode_s(count, count * 256) * 1e3:.1f} ms"
-            for count in (1, 8, 32)
-        ),
+        f"a worker alone: {steps(profile.alone)}",
+        f"all {profile.workers} of them busy: {steps(profile.beside)}",
         f"around a request {profile.front_s * 1e3:.1f} ms; a hand-over of {length} tokens "
-        f"{profile.transfer_s(length) * 1e3:.1f} ms",
+        f"{profile.transfer_s(length) * 1e3:.1f} ms; it costs those beside it "
+        f"{profile.request_s * 1e3:.1f} ms; equal answers differ by {profile.jitter:.0%} in pace",
         "mean error of the fits: "
         + ", ".join(f"{name} {error:.0%}" for name, error in profile.errors.items()),
     ]

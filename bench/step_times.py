@@ -1,6 +1,7 @@
 """Times steps of a real engine, in a process of its own, as a worker would run them:
-`python -P -m pdserve.bench.step_times JOB`, where JOB is a `Job` as JSON. Says "ready", waits for a
-line, times, prints one JSON list of `Sample`s.
+`python -P -m pdserve.bench.step_times JOB`, where JOB is a `Job` as JSON. Says "ready", then does
+what its lines of input say: "time": time all steps, with a line "point" for each, print an `Engine`
+as JSON, and go on computing until the next line; "rest": say "ready" and do nothing.
 
 Several of them that begin together measure what workers of one machine leave each other.
 """
@@ -8,21 +9,18 @@ Several of them that begin together measure what workers of one machine leave ea
 from __future__ import annotations
 
 import os
-import random
+import select
 import sys
-import time
-from pathlib import Path
 
 import msgspec
 
 from pdserve.cluster.cores import thread_settings
 
-REPEATS = 5
-LEAST_S = 0.05
-"""A point is repeated REPEATS times, and until so much time has gone."""
+TIME, REST, READY, POINT = "time", "rest", "ready", "point"
+"""What is said."""
 PROMPTS = (16, 64, 128, 256, 512, 1024, 2048)
 STARTS = (0, 512, 2048)
-REQUESTS = (1, 2, 4, 8, 16, 32, 64)
+REQUESTS = (1, 2, 4, 6, 8, 9, 12, 16, 24, 32, 64)
 CONTEXTS = (32, 256, 1024)
 
 
@@ -45,7 +43,7 @@ class Point(msgspec.Struct, frozen=True):
 class Sample(msgspec.Struct, frozen=True):
     point: Point
     seconds: float
-    """The median."""
+    """The median of the repeats."""
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -115,56 +113,19 @@ def main() -> int:
         os.sched_setaffinity(0, job.cpus)
     os.environ.update(thread_settings(job.threads))
     # Only now: libraries size their thread pools when they are loaded.
-    from pdserve.engine.build import build_runner
-    from pdserve.engine.config import EngineConfig
-    from pdserve.engine.ports import Chunk
-    from pdserve.engine.request import Request
-    from pdserve.protocol.sampling import SamplingParams
+    from pdserve.bench.stepper import Stepper
 
-    names = ("kv_cache_memory", "max_num_batched_tokens", "max_num_seqs", "max_model_len",
-             "block_size", "dtype", "device", "threads")  # fmt: skip
-    config = EngineConfig(**{name: getattr(job, name) for name in names})
-    built = build_runner(Path(job.folder), config)
-    config, vocab = built.config, built.model.vocab_size
-    built.runner.warm_up(config.max_model_len)
-    rng, sampling = random.Random(job.seed), SamplingParams(seed=0, max_tokens=1, temperature=0.0)
-
-    def chunks(point: Point) -> list[Chunk]:
-        free = rng.sample(range(config.num_blocks), config.num_blocks)
-        parts = [*point.prompts, *((context, 1) for context in point.contexts)]
-        found = []
-        for number, (start, length) in enumerate(parts):
-            end = start + length
-            request = Request(
-                request_id=str(number), token_ids=rng.choices(range(vocab), k=end), prompt_len=end,
-                sampling=sampling, deadline=0.0, root=b"",
-                block_table=[free.pop() for _ in range(-(-end // config.block_size))],
-            )  # fmt: skip
-            found.append(Chunk(request, start, length, samples=True))
-        return found
-
-    points = grid(job, config.max_model_len, config.num_blocks * config.block_size)
-    rng.shuffle(points)
-    print("ready", flush=True)
-    sys.stdin.readline()
-    samples = []
-    for point in points:
-        step = chunks(point)
-        times: list[float] = []
-        begun = time.perf_counter()
-        while len(times) < REPEATS or time.perf_counter() - begun < LEAST_S:
-            before = time.perf_counter()
-            built.runner.execute(step)
-            times.append(time.perf_counter() - before)
-        samples.append(Sample(point, sorted(times)[len(times) // 2]))
-        print("point", flush=True)
-    found = Engine(
-        device=config.device, dtype=config.dtype, num_blocks=config.num_blocks,
-        block_size=config.block_size, max_model_len=config.max_model_len,
-        max_num_batched_tokens=config.max_num_batched_tokens, samples=samples,
-    )  # fmt: skip
-    print(msgspec.json.encode(found).decode(), flush=True)
-    built.pool.close()
+    stepper = Stepper(job)
+    print(READY, flush=True)
+    while command := sys.stdin.readline().strip():
+        if command == REST:
+            print(READY, flush=True)
+            continue
+        found = stepper.time_all(lambda: print(POINT, flush=True))
+        print(msgspec.json.encode(found).decode(), flush=True)
+        while not select.select([sys.stdin], [], [], 0)[0]:
+            stepper.any_step()
+    stepper.close()
     return 0
 
 

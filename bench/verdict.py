@@ -8,8 +8,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pdserve.bench.figures import ATTAINED, Figures, Slo
+from pdserve.bench.reference import NOBODY, Pace
 from pdserve.bench.topology import Topology
 
+LOWER, HIGHER = 0.5, 1.5
+"""Of a rate that is tried because the ladder did not reach far enough."""
+UNSTEADY = 0.1
+"""Changes of the machine's speed by so much are mentioned."""
 LEAST = 0.03
 """Differences under this are called none, however quiet the machine."""
 
@@ -33,6 +38,8 @@ class Cell:
     moved_mib: float = 0.0
     limited: str = ""
     """Why the client may have limited the run."""
+    pace: Pace = NOBODY
+    """Of the machine, before and after the run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +72,9 @@ METRICS = (
         for share in ("p50", "p90", "p99")
     ),
 )
+
+
+_EASIER = ("attainment", "end to end p90")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +131,22 @@ def relative(value: float, base: float) -> float:
     return value / base - 1
 
 
-def goodput(cells: Sequence[Cell], topology: str) -> Goodput:
-    return crossing([
-        (rate, statistics.median(cell.figures.attainment for cell in at(cells, topology, rate)))
+def goodput(cells: Sequence[Cell], topology: str, *, twin: bool = False) -> Goodput:
+    """From the median over rounds at each rate. `twin`: of the first topology's second starts."""
+    shares = [
+        (rate, [cell.figures.attainment for cell in at(cells, topology, rate, twin=twin)])
         for rate in rates_of(cells)
-    ])  # fmt: skip
+    ]
+    return crossing([(rate, statistics.median(found)) for rate, found in shares if found])
+
+
+def goodput_noise(cells: Sequence[Cell]) -> float:
+    """How far the first topology's goodput is from itself, relatively; NaN if nobody knows."""
+    first = topologies_of(cells)[0]
+    once, again = goodput(cells, first), goodput(cells, first, twin=True)
+    if not once.rate or not again.rate or once.at_least or again.at_least:
+        return math.nan
+    return abs(again.rate / once.rate - 1)
 
 
 def crossing(shares: Iterable[tuple[float, float]]) -> Goodput:
@@ -142,16 +163,54 @@ def crossing(shares: Iterable[tuple[float, float]]) -> Goodput:
     return Goodput(before[0], at_least=True)
 
 
+def further(cells: Sequence[Cell]) -> float:
+    """A rate that has not been tried and would tell more: below the lowest while a topology does
+    not sustain it but gets closer, above the highest while one does. 0: there is nothing more to
+    learn."""
+    names, rates = topologies_of(cells), rates_of(cells)
+    reached = {name: goodput(cells, name) for name in names}
+    if any(not reached[name].rate and _closer(cells, name) for name in names):
+        return rounded(rates[0] * LOWER)
+    if any(one.at_least for one in reached.values()):
+        return rounded(rates[-1] * HIGHER)
+    return 0.0
+
+
+def _closer(cells: Sequence[Cell], name: str) -> bool:
+    """Whether the lowest rate is easier for the topology than the one above it: otherwise it is not
+    load that keeps it from its targets."""
+    attainment, e2e = (metric for metric in METRICS if metric.name in _EASIER)
+    rates = rates_of(cells)[:2]
+    if len(rates) < 2:
+        return True
+    lowest, above = (at(cells, name, rate) for rate in rates)
+    more = median(lowest, attainment) > median(above, attainment) + LEAST
+    return more or relative(median(lowest, e2e), median(above, e2e)) < -LEAST
+
+
+def rounded(rate: float) -> float:
+    """To three digits, as rates are tried and shown."""
+    return float(f"{rate:.3g}")
+
+
 def sentences(cells: Sequence[Cell], slo: Slo, workload: str) -> list[str]:
     """The verdict in words, the most important first."""
     names = topologies_of(cells)
     reached = {name: goodput(cells, name) for name in names}
     by_shape = {Topology.parse(name): reached[name] for name in names}
-    found = [headline(by_shape), promise(slo, workload)]
+    band = goodput_noise(cells)
+    found = [headline(by_shape, LEAST if math.isnan(band) else max(LEAST, band))]
+    found.append(promise(slo, workload))
+    if not math.isnan(band):
+        found.append(
+            f"Noise: {names[0]} measured a second time served "
+            f"{goodput(cells, names[0], twin=True)} ({band:.0%} off)."
+        )
     for other in names[1:]:
         found += _differences(cells, names[0], other)
     if why := _why(cells, names):
         found.append(why)
+    found += unsteady(cells)
     limited = sorted({f"{cell.topology} at {cell.rate:g}/s" for cell in cells if cell.limited})
     if limited:
         found.append(
@@ -159,6 +218,19 @@ def sentences(cells: Sequence[Cell], slo: Slo, workload: str) -> list[str]:
             f"is: {', '.join(limited)}."
         )
     return found
+
+
+def unsteady(cells: Sequence[Cell]) -> list[str]:
+    """A sentence if the machine itself was slower at one time than at another."""
+    first = topologies_of(cells)[0]
+    gaps = [cell.pace.gap_s for cell in cells if cell.topology == first]
+    known = sorted(gap for gap in gaps if not math.isnan(gap))
+    if not known or known[-1] <= known[0] * (1 + UNSTEADY):
+        return []
+    return [
+        f"The machine's own speed changed meanwhile: the same small load on {first} took from "
+        f"{known[0] * 1e3:.2f} to {known[-1] * 1e3:.2f} ms per token, at one run and at another."
+    ]
 
 
 def promise(slo: Slo, workload: str) -> str:
@@ -169,16 +241,23 @@ def promise(slo: Slo, workload: str) -> str:
     )
 
 
-def headline(reached: Mapping[Topology, Goodput]) -> str:
-    """Who serves most, in a sentence for those who decide."""
+def headline(reached: Mapping[Topology, Goodput], band: float = LEAST) -> str:
+    """Who serves most, in a sentence for those who decide. What differs by no more than `band`,
+    relatively, does not differ."""
     best, *others = sorted(reached, key=lambda one: -reached[one].rate)
     if not others:
         return f"{best.plain.capitalize()}: {reached[best]} in good time."
     if not reached[best].rate:
         return "Nobody serves even the lowest rate that was tried in good time."
-    tied = [one for one in others if reached[one].rate >= reached[best].rate / (1 + LEAST)]
+    tied = [one for one in others if reached[one].rate >= reached[best].rate / (1 + band)]
     if tied:
         names = " and ".join(one.plain for one in (best, *tied))
+        if band > LEAST:
+            rates = ", ".join(f"{one} {reached[one]}" for one in (best, *tied))
+            return (
+                f"{names} serve the same rate in good time as far as can be told here: {rates}, "
+                f"which differ by no more than one of them from itself ({band:.0%})."
+            )
         return (
             f"{names} serve the same rate in good time, {reached[best]}: the choice is one of "
             "latency, below."

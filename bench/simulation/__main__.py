@@ -30,7 +30,7 @@ from pdserve.bench.simulation import against, pictures, words
 from pdserve.bench.simulation.against import take_over
 from pdserve.bench.simulation.cluster import Outcome, Simulation
 from pdserve.bench.simulation.load import TRACES, Load
-from pdserve.bench.simulation.profile import Profile, load
+from pdserve.bench.simulation.profile import Profile, load, mean
 from pdserve.bench.simulation.search import Search, attainment, capacity, latencies
 from pdserve.bench.topology import Topology
 from pdserve.bench.workloads import MOONCAKE_BLOCK, Shape, rows_of
@@ -58,9 +58,10 @@ def parser() -> argparse.ArgumentParser:
     add = found.add_argument
     add("--workers", type=int, default=8, help="how many, GPUs for instance (default: 8)")
     add("--topologies", default="", help="only these, like 1P+1D,2C (default: the best split)")
-    add("--profile", default="cpu-mid", help="file of `pdserve bench profile`, or the name of one "
-        "that comes along: " + ", ".join(sorted(p.stem for p in PROFILES.glob("*.json")))
-        + " (default: cpu-mid)")  # fmt: skip
+    add("--profile", nargs="+", default=["cpu-mid"], help="file of `pdserve bench profile`, or the "
+        "name of one that comes along: "
+        + ", ".join(sorted(p.stem for p in PROFILES.glob("*.json")))
+        + " (default: cpu-mid); of several, made at different times, the mean")  # fmt: skip
     add("--kv-tokens", type=int, default=0, help="KV cache of a worker (default: the profile's)")
     add("--max-num-batched-tokens", type=int, default=0, help="of a step (default: the profile's)")
     add("--block-size", type=int, default=0, help="tokens of a KV block (default: the profile's; "
@@ -109,7 +110,8 @@ class _Study:
     def __init__(self, args: argparse.Namespace) -> None:
         """Raises BenchError for options that make no sense."""
         self._args = args
-        self.measured = take_over(args, args.against) if args.against else []
+        profile = _profile(args)
+        self.measured = take_over(args, args.against, profile.workers) if args.against else []
         if args.workers < 1:
             raise BenchError(f"--workers must be at least 1, not {args.workers}.")
         if args.rate_scale < 0 or not math.isfinite(args.rate_scale):
@@ -123,7 +125,6 @@ class _Study:
         given = args.length_scale
         args.trace = Path(args.trace) if args.trace else None
         args.requests = args.requests or PER_WORKER * max(self.sample, 4)
-        profile = _profile(args)
         args.length_scale = args.length_scale or 1.0
         shape, arrivals, slo = load_of(args)
         if not given and shape.kind in TRACES:
@@ -163,13 +164,17 @@ class _Study:
         """Search, replay, write the folder; returns text for a terminal."""
         begun = time.monotonic()
         bar = ProgressBar(0)
+        paced = against.paced(self.profile, self.measured)
         with Search(
             self.profile, self.load, self.slo, self._rates(), bar.show_of,
             fixed=bool(self._args.rates), policy=self._args.routing_policy,
+            paced=paced,
         ) as search:  # fmt: skip
             duel, shown = self._search(search)
             bar.end()
-            verdict = [against.verdict(search, self.measured)] if self.measured else []
+            verdict = []
+            if self.measured:
+                verdict.append(against.verdict(search, self.measured, self.profile, paced))
             verdict += words.opening(duel, self._whole, self.load.shape.kind)
             verdict += [*words.when(duel), words.why(duel, shown)]
             verdict.append(self._said(search, time.monotonic() - begun))
@@ -204,7 +209,8 @@ class _Study:
         step, shape = self.profile, self.load.shape
         found = (
             f"Simulated from the step times of {step.model} ({step.dtype} on {step.device}, "
-            f"{step.kv_tokens:,} tokens of KV per worker): {len(search.rungs)} topologies at "
+            f"{step.kv_tokens:,} tokens of KV per worker, {step.workers} on each machine): "
+            f"{len(search.rungs)} topologies at "
             f"{len(next(iter(search.rungs.values())))} rates with {shape.requests} requests each, "
             f"in {spent_s:.0f} s"
         )
@@ -305,8 +311,11 @@ class _Study:
 
 def _profile(args: argparse.Namespace) -> Profile:
     """The profile that was asked for. Raises BenchError."""
-    shipped = PROFILES / f"{args.profile}.json"
-    found = load(shipped if shipped.exists() else Path(args.profile))
+    shipped = [PROFILES / f"{name}.json" for name in args.profile]
+    files = [
+        one if one.exists() else Path(name) for one, name in zip(shipped, args.profile, strict=True)
+    ]
+    found = mean([load(file) for file in files])
     blocks = args.kv_tokens // found.block_size if args.kv_tokens else found.num_blocks
     if blocks < 1:
         raise BenchError(

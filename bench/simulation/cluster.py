@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
-from pdserve.bench.simulation.profile import Profile
+from pdserve.bench.simulation.profile import Profile, StepTimes
 from pdserve.bench.simulation.texts import Prompt
 from pdserve.bench.simulation.worker import Clock, Happened, Simulated, Worker, request_of
 from pdserve.bench.topology import Topology
@@ -74,6 +74,16 @@ class Outcome:
 
 
 @dataclass(slots=True)
+class _Machine:
+    """Workers that slow each other down while they compute."""
+
+    workers: list[Worker]
+    paces: Sequence[StepTimes]
+    """By how many others compute."""
+    busy: set[Worker] = field(default_factory=set)
+
+
+@dataclass(slots=True)
 class _Early:
     """A leg that fetches while its prompt is computed."""
 
@@ -118,6 +128,13 @@ class Simulation:
             for index, role in enumerate(roles)
         ]
         self._named = {worker.name: worker for worker in self.workers}
+        paces = profile.paces()
+        self._machines: dict[Worker, _Machine] = {}
+        """Those that come one after the other share one, the last may have fewer."""
+        for start in range(0, len(self.workers), profile.workers):
+            machine = _Machine(self.workers[start : start + profile.workers], paces)
+            self._machines.update(dict.fromkeys(machine.workers, machine))
+        self._jitter = random.Random(seed)
         self._last: dict[tuple[bool, bytes], tuple[str, int]] = {}
         """Who was chosen to compute, or to fetch, the prompt with this last route hash."""
         self._stories: dict[str, _Story] = {}
@@ -210,8 +227,22 @@ class Simulation:
     def _begin(self, worker: Worker) -> None:
         for order in worker.begin():
             self._fetch(worker, order)
+        self._share(worker)
         if not worker.idle:
             self._expect(worker)
+
+    def _share(self, worker: Worker) -> None:
+        """If it has just begun or ceased to compute, the others of its machine notice."""
+        machine = self._machines[worker]
+        busy = machine.busy
+        if (worker in busy) is not worker.idle:
+            return
+        (busy.discard if worker.idle else busy.add)(worker)
+        for other in machine.workers:
+            if other is not worker:
+                other.turn(machine.paces[len(busy - {other})])
+                if not other.idle:
+                    self._expect(other)
 
     def _expect(self, worker: Worker) -> None:
         due = worker.ends_at
@@ -296,8 +327,9 @@ class Simulation:
     def _end(self, story: _Story, last: Simulated) -> None:
         outcome, now = self._outcome, self._clock.now
         count, first_at = story.arrival.output_len, story.first.at[FIRST_TOKEN]
-        outcome.tpot[story.arrival.number] = (now - first_at) / (count - 1) if count > 1 else 0.0
-        outcome.e2e[story.arrival.number] = now - story.came + self._profile.front_s
+        steps_s = (now - first_at) * math.exp(self._jitter.gauss(0.0, self._profile.jitter))
+        outcome.tpot[story.arrival.number] = steps_s / (count - 1) if count > 1 else 0.0
+        outcome.e2e[story.arrival.number] = first_at + steps_s - story.came + self._profile.front_s
         outcome.tokens += count
         for name, spent in phases(story.came, story.first.at, last.at).items():
             self._spent[name] += spent

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Self
@@ -14,11 +14,9 @@ from pdserve.bench.simulation.cluster import Outcome, Simulation
 from pdserve.bench.simulation.load import Load
 from pdserve.bench.simulation.profile import Profile
 from pdserve.bench.topology import Topology
-from pdserve.bench.verdict import Goodput, crossing
+from pdserve.bench.verdict import HIGHER, Goodput, crossing, rounded
 from pdserve.cluster.process import die_with
 
-HIGHER = 1.5
-"""While even the highest rate is sustained, the ladder goes on with rates so much higher."""
 MOST_RUNGS = 40
 FEW = 8
 """Splits of so few workers are all tried; of more, so many at first, and then between the best."""
@@ -73,13 +71,13 @@ def latencies(outcome: Outcome) -> dict[str, dict[str, float]]:
 
 
 def capacity(profile: Profile, lengths: Sequence[tuple[int, int]], workers: int) -> float:
-    """Requests per second for which so many workers have time if nothing is cached: an upper bound
-    to begin with."""
+    """Requests per second for which so many workers have time if nothing is cached: where to
+    begin."""
     busy = max(1, profile.max_num_seqs // 4)
     spent = 0.0
     for length, output in lengths:
-        step = profile.step.decode_s(busy, busy * (length + output // 2))
-        spent += profile.prompt_s(length) + output * step / busy
+        step = profile.beside.decode_s(busy, busy * (length + output // 2))
+        spent += profile.prompt_s(length, profile.beside) + output * step / busy
     return workers * len(lengths) / spent
 
 
@@ -90,9 +88,11 @@ class Search:
         self, profile: Profile, load: Load, slo: Slo, rates: Sequence[float],
         progress: Callable[[int, int], None] = lambda done, of: None, *,
         fixed: bool = False, policy: str = "prefix",
+        paced: Mapping[tuple[Topology, float], Profile] | None = None,
     ) -> None:  # fmt: skip
         """`rates`: ascending; `fixed`: and no others. `progress(done, of so many simulations)`.
-        `policy`: the routers'."""
+        `policy`: the routers'. `paced`: the profile at some topologies and rates, if it differs."""
+        self._paced = paced or {}
         self._profile, self._load, self._slo = profile, load, slo
         self._rates, self._fixed = list(rates), fixed
         self._progress = progress
@@ -119,7 +119,7 @@ class Search:
         while not self._fixed and len(self._rates) < MOST_RUNGS:
             if not any(self.goodput(topology).at_least for topology in self.rungs):
                 break
-            self._rates.append(float(f"{self._rates[-1] * HIGHER:.3g}"))
+            self._rates.append(rounded(self._rates[-1] * HIGHER))
             self._catch_up()
         self._catch_up()
 
@@ -138,7 +138,13 @@ class Search:
         self, wanted: Sequence[tuple[Topology, float]]
     ) -> dict[tuple[Topology, float], Outcome]:
         asks = [
-            Ask(self._profile, topology, self._load, rate, self._policy)
+            Ask(
+                self._paced.get((topology, rate), self._profile),
+                topology,
+                self._load,
+                rate,
+                self._policy,
+            )
             for topology, rate in wanted
         ]
         self._asked += len(asks)

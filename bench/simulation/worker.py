@@ -20,7 +20,8 @@ from typing import cast
 
 import msgspec
 
-from pdserve.bench.simulation.profile import Profile
+from pdserve.bench.simulation.profile import Profile, StepTimes
+from pdserve.bench.simulation.row import Content, Row
 from pdserve.bench.simulation.texts import ROOT, Prompt, Tokens
 from pdserve.cluster.records import Role
 from pdserve.engine.blocks import BlockPool
@@ -212,6 +213,7 @@ class Worker:
         self.role = role
         self.name = f"{role}-{index}"
         self._profile, self._clock = profile, clock
+        self._times = profile.alone
         self.pool = BlockPool(profile.num_blocks, profile.block_size)
         self.pool.listening = True
         self.outbox = Outbox(self.name, fingerprint, on_cut)
@@ -221,11 +223,14 @@ class Worker:
         self.routes: set[bytes] = set()
         """Route hashes that its prefix cache holds, as it would report them."""
         self.tally = Tally()
+        self.row: Row | None = None
+        """What is being computed."""
         self.ends_at = FOREVER
-        """Of the step, or the row of steps, that is being computed."""
+        """Of that."""
         self._plan = Plan()
         self._began = 0.0
-        self._steps = self._context = 0
+        self._owed = 0.0
+        """Seconds that requests have cost beside steps, before the next one."""
         self._tight = False
         """Within the row its room may become too little for somebody."""
         self._settled = True
@@ -238,6 +243,8 @@ class Worker:
     # what is asked of it
 
     def submit(self, request: Simulated) -> None:
+        if self.role is not Role.PREFILL and not self.idle:
+            self._owed += self._profile.request_s
         self.scheduler.add(request)
         self._candidates.clear()
 
@@ -252,14 +259,17 @@ class Worker:
     def interrupt(self) -> bool:
         """Something has come: a row of steps ends with the one that is being computed. Whether
         `ends_at` has changed."""
-        if self._steps < 2:
+        if self.row is None or not self.row.stop(self._clock.now):
             return False
-        done = self._complete_steps(self._clock.now - self._began)
-        if done + 1 >= self._steps:
-            return False
-        self._steps = done + 1
-        self.ends_at = self._began + self._row_s(self._steps)
+        self.ends_at = self.row.ends_at()
         return True
+
+    def turn(self, times: StepTimes) -> None:
+        """From now on a step takes as long as `times` says."""
+        self._times = times
+        if self.row is not None:
+            self.row.turn(self._clock.now, times)
+            self.ends_at = self.row.ends_at()
 
     # its loop
 
@@ -293,19 +303,15 @@ class Worker:
                 prompts += 1
             else:
                 context += chunk.start
-        requests = len(plan.chunks) - prompts
-        self._context = context
-        if prompts:
-            self._steps, self._tight = 1, False
-            took = self._profile.step.mixed_s(tokens, pairs, prompts, requests, context)
-            self.tally.computed += tokens
-        else:
-            self._tight = False
-            self._steps = self._row(plan)
-            took = self._row_s(self._steps)
-        self.ends_at = self._began + took
+        self._tight = False
+        self.tally.computed += tokens
+        content = Content(tokens, pairs, prompts, len(plan.chunks) - prompts, context)
+        steps = 1 if prompts else self._steps(plan)
+        self.row = Row(content, steps, self._times, self._began + self._owed)
+        self._owed = 0.0
+        self.ends_at = self.row.ends_at()
 
-    def _row(self, plan: Plan) -> int:
+    def _steps(self, plan: Plan) -> int:
         """How many equal steps can follow each other: until one has its last token, or blocks run
         out."""
         pool, requests = self.pool, [chunk.request for chunk in plan.chunks]
@@ -325,24 +331,11 @@ class Worker:
             steps //= 2
         return max(1, steps)
 
-    def _row_s(self, steps: int) -> float:
-        return self._profile.step.decode_s(len(self._plan.chunks), self._context, steps)
-
-    def _complete_steps(self, spent: float) -> int:
-        """How many steps of the row are over after so long."""
-        low, high = 0, self._steps
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self._row_s(middle) <= spent:
-                low = middle
-            else:
-                high = middle - 1
-        return low
-
     def finish(self) -> list[Happened]:
         """The step, or the row of steps, is over."""
         self._candidates.clear()
-        tally, steps = self.tally, self._steps
+        assert self.row is not None
+        tally, steps = self.tally, self.row.steps
         tally.busy_s += self.ends_at - self._began
         tally.steps += steps
         found: list[Happened] = []
@@ -361,7 +354,7 @@ class Worker:
                 ticket = self.outgoing.grow(chunk)
                 if ticket is not None:
                     found.append(Happened(request, ticket=ticket))
-        self._steps, self.ends_at = 0, FOREVER
+        self.row, self.ends_at = None, FOREVER
         for route, here in self.pool.take_news().items():
             (self.routes.add if here else self.routes.discard)(route)
         return found
@@ -427,9 +420,9 @@ class Worker:
     def _taken(self) -> int:
         """Blocks that the steps of a row have taken so far beyond those of its first: the pool
         hears of them when the row is over."""
-        if self._steps < 2:
+        if self.row is None or self.row.steps < 2:
             return 0
-        steps = self._complete_steps(self._clock.now - self._began) + 1
+        steps = self.row.over(self._clock.now) + 1
         pool, chunks = self.pool, self._plan.chunks
         return sum(
             pool.blocks_for(chunk.start + steps) - len(chunk.request.block_table)

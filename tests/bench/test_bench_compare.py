@@ -15,9 +15,10 @@ from pdserve.bench.arrivals import Arrivals, BenchError
 from pdserve.bench.client import Record, Run
 from pdserve.bench.figures import Slo, figures
 from pdserve.bench.phases import PHASES, phases_of
+from pdserve.bench.reference import NOBODY, Pace
 from pdserve.bench.simulation import __main__ as simulate
 from pdserve.bench.topology import Topology
-from pdserve.bench.verdict import METRICS, Cell, goodput, noise, sentences
+from pdserve.bench.verdict import METRICS, Cell, further, goodput, noise, sentences, unsteady
 from pdserve.bench.workloads import Job
 
 SLO = Slo(ttft_ms=100, itl_ms=10)
@@ -40,10 +41,15 @@ def cell(
     topology: str, rate: float, *, twin: bool = False, number: int = 0, **changed: Any
 ) -> Cell:
     ttft, attainment = changed.get("ttft", 50.0), changed.get("attainment", 1.0)
-    latencies = {**BASE.latencies, "ttft": dict.fromkeys(BASE.latencies["ttft"], ttft)}
+    changes = {"ttft": ttft, "e2e": changed.get("e2e", 60.0)}
+    latencies = {
+        **BASE.latencies,
+        **{name: dict.fromkeys(BASE.latencies[name], ms) for name, ms in changes.items()},
+    }
     found = dataclasses.replace(BASE, latencies=latencies, attainment=attainment)
     phases = {**SPENT, "decode": changed.get("decode", 0.01)}
-    return Cell(topology=topology, twin=twin, round=number, rate=rate, figures=found, phases=phases)
+    return Cell(topology=topology, twin=twin, round=number, rate=rate, figures=found,
+                phases=phases, pace=changed.get("pace", NOBODY))  # fmt: skip
 
 
 @pytest.mark.parametrize("text", ["1P+1D", "2C", "2P+3D+1C"])
@@ -124,6 +130,49 @@ def test_goodput_lies_where_attainment_crosses_nine_tenths() -> None:
     assert goodput(cells[2:], "2C").rate == 0.0
 
 
+def test_a_difference_below_the_noise_is_none() -> None:
+    shares = {("1P+1D", False): 0.8, ("1P+1D", True): 0.85, ("2C", False): 0.83}
+    cells = [
+        cell(name, rate, twin=twin, attainment=1.0 if rate == 2.0 else share)
+        for (name, twin), share in shares.items()
+        for rate in (2.0, 4.0)
+    ]
+    found = sentences(cells, SLO, "fixed")
+    assert "as far as can be told here: 2C 3.18 requests/s, 1P+1D 3.00 requests/s" in found[0]
+    assert "Noise: 1P+1D measured a second time served 3.33 requests/s (11% off)." in found
+    clear = [c if c.topology == "1P+1D" else cell("2C", c.rate, attainment=0.99) for c in cells]
+    assert sentences(clear, SLO, "fixed")[0].startswith("Use 2 workers that do both (2C)")
+
+
+def test_a_machine_whose_speed_changes_is_said_to() -> None:
+    cells = [cell("1P+1D", rate, pace=Pace(gap_s, 0.06)) for rate, gap_s in ((1, 3e-3), (2, 4e-3))]
+    assert unsteady(cells) == [
+        "The machine's own speed changed meanwhile: the same small load on 1P+1D took from 3.00 to "
+        "4.00 ms per token, at one run and at another."
+    ]
+    assert unsteady(cells)[0] in sentences(cells, SLO, "fixed")
+    other = [cell("2C", 1, pace=Pace(9e-3, 0.06)), cell("1P+1D", 3)]
+    assert not unsteady([*cells[:1], *other])
+
+
+def test_the_ladder_goes_on_where_it_did_not_tell_enough() -> None:
+    def cells(*shares: tuple[float, float], e2e: float = 20.0) -> list[Cell]:
+        return [
+            cell(topology, rate, attainment=share[index], e2e=e2e if rate == 2.0 else 20.0)
+            for rate, share in zip((2.0, 4.0), shares, strict=True)
+            for index, topology in enumerate(("1P+1D", "2C"))
+        ]
+
+    assert further(cells((1.0, 1.0), (0.5, 0.2))) == 0.0
+    assert further(cells((1.0, 0.8), (0.5, 0.2))) == 1.0  # nobody knows what 2C serves
+    assert further(cells((1.0, 1.0), (0.5, 0.95))) == 6.0
+    assert further(cells((0.8, 1.0), (0.5, 0.95))) == 1.0  # the lower ones first
+    # Not lower where that brings nothing.
+    assert further(cells((0.5, 1.0), (0.5, 0.95))) == 6.0
+    assert further(cells((0.0, 1.0), (0.0, 0.2))) == 0.0
+    assert further(cells((0.0, 1.0), (0.0, 0.2), e2e=15.0)) == 1.0
+
+
 def test_the_verdict_names_the_winner_and_the_phase() -> None:
     cells = []
     for rate, share in ((1.0, 1.0), (2.0, 0.5)):
@@ -172,6 +221,7 @@ def test_a_trace_is_stretched_to_the_rate() -> None:
         ["--rates", "fast"],
         ["--rates", "0"],
         ["--rounds", "0"],
+        ["--more-rungs", "-1"],
         ["--arrivals", "closed"],
     ],
 )
@@ -186,7 +236,7 @@ def test_bad_options_end_before_anything_is_started(
 def test_a_whole_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     code = compare.main(
-        ["--topologies", "1P+1D,1C", "--rounds", "1", "--requests", "4", "--input-len", "40",
+        ["--topologies", "1P+1D,2C", "--rounds", "1", "--requests", "4", "--input-len", "40",
          "--output-len", "4", "--rates", "20", "--slo-ttft-ms", "60000", "--slo-itl-ms", "60000",
          "--kv-total", "64", "--disaggregate", "always", "--out", str(out)]
     )  # fmt: skip
@@ -194,17 +244,19 @@ def test_a_whole_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     content = json.loads((out / "comparison.json").read_text())
     assert "serve the same rate" in content["verdict"][0]
     assert [(c["topology"], c["twin"]) for c in content["cells"]] == [
-        ("1P+1D", False), ("1C", False), ("1P+1D", True)
+        ("1P+1D", False), ("2C", False), ("1P+1D", True)
     ]  # fmt: skip
     split = content["cells"][0]
     assert split["moved_mib"] > 0 and split["phases"]["transfer"] > 0
     assert set(split["cpu_s"]) >= {"prefill-0", "decode-0", "router"}
     page = (out / "report.html").read_text()
     assert page.count("data:image/png;base64") == 4 and "1P+1D" in page
-    one, other = (out / f"{name}-round1-rate20.json" for name in ("1P+1D", "1C"))
+    one, other = (out / f"{name}-round1-rate20.json" for name in ("1P+1D", "2C"))
     assert diff.main([str(one), str(other)]) == 0
     assert simulate.main(["--against", str(out), "--out", str(tmp_path / "predicted")]) == 0
+    assert all(0 < c["pace"]["gap_s"] < c["pace"]["prompt_s"] for c in content["cells"])
     predicted = json.loads((tmp_path / "predicted" / "simulation.json").read_text())
+    assert "times as long as in the profile" in predicted["verdict"][0]
     assert predicted["verdict"][0].startswith("Predicted and measured goodput are within 15%")
     assert "measured" in (tmp_path / "predicted" / "table.md").read_text()
     changed = json.loads(other.read_text())

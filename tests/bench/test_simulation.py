@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -13,29 +14,44 @@ import pytest
 
 from pdserve.bench import profile as profiling
 from pdserve.bench.arrivals import Arrivals, BenchError
-from pdserve.bench.figures import Slo
+from pdserve.bench.client import Record, Run
+from pdserve.bench.figures import Slo, figures
+from pdserve.bench.fit import fit, least
+from pdserve.bench.profile import lost_s
+from pdserve.bench.reference import CONTEXT, NOBODY, Pace
 from pdserve.bench.simulation import __main__ as simulate
+from pdserve.bench.simulation.against import paced, reference_pace
 from pdserve.bench.simulation.cluster import Arrival, Outcome, Simulation
 from pdserve.bench.simulation.load import Load
-from pdserve.bench.simulation.profile import Profile, StepTimes, load
+from pdserve.bench.simulation.profile import Profile, StepTimes, load, mean
 from pdserve.bench.simulation.search import Search, attainment, capacity
 from pdserve.bench.simulation.texts import Tokens, of_names, of_tokens
 from pdserve.bench.simulation.words import Duel, opening, when
 from pdserve.bench.simulation.worker import Worker
 from pdserve.bench.step_times import Point, Sample
 from pdserve.bench.topology import Topology
+from pdserve.bench.verdict import Cell
 from pdserve.bench.workloads import Shape
 
+TIMES = StepTimes(
+    decode=((1, 56e-4, 1e-7), (16, 146e-4, 1e-7)),
+    mixed=(5e-3, 2e-4, 1e-8, 5e-4, 1e-7),
+    loop=(1e-3, 1e-4),
+)
 PROFILE = Profile(
     model="paper", device="none", dtype="bfloat16", block_size=16, num_blocks=1000,
     max_num_batched_tokens=256, max_num_seqs=16, max_model_len=4096,
-    step=StepTimes(
-        decode=((1, 45e-4, 1e-7), (16, 12e-3, 1e-7)),
-        mixed=(5e-3, 2e-4, 1e-8, 5e-4, 1e-7),
-        loop=(1e-3, 1e-4),
-    ),
+    workers=1, alone=TIMES, beside=TIMES,
     front_s=0.003, hand_over=(2e-3, 1e-5),
 )  # fmt: skip
+
+
+EMPTY = Run(records=[], wall_s=1.0, client_cpu_s=0.0, loop_lags=[])
+
+
+def slower(times: StepTimes, factor: float) -> StepTimes:
+    nothing = StepTimes(decode=tuple((n, 0.0, 0.0) for n, _, _ in times.decode), mixed=(0.0,) * 5)
+    return nothing.towards(times, factor)
 
 
 def arrivals(
@@ -69,21 +85,111 @@ def test_a_request_alone_takes_what_can_be_counted_out() -> None:
 
 @pytest.mark.parametrize("topology", ["2C", "1P+1D", "2P+1D"])
 @pytest.mark.parametrize("blocks", [1000, 60])
+@pytest.mark.parametrize("sharing", [1, 2])
 def test_rows_of_steps_are_the_steps(
-    topology: str, blocks: int, monkeypatch: pytest.MonkeyPatch
+    topology: str, blocks: int, sharing: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps that are simulated in one event bring what they bring one by one: with room, and where
-    blocks run out and requests are preempted."""
-    profile = msgspec.structs.replace(PROFILE, num_blocks=blocks)
+    blocks run out and requests are preempted, and where workers slow each other down."""
+    profile = msgspec.structs.replace(
+        PROFILE, num_blocks=blocks, workers=sharing, beside=slower(TIMES, 1.6)
+    )
     coming = arrivals([(30 + 37 * n % 400, 1 + 23 * n % 90) for n in range(60)], gap=0.05)
     rows = run(topology, coming, profile)
-    monkeypatch.setattr(Worker, "_row", lambda self, plan: 1)
+    monkeypatch.setattr(Worker, "_steps", lambda self, plan: 1)
     single = run(topology, coming, profile)
     assert rows.preemptions == single.preemptions
     assert (rows.preemptions > 0) is (blocks == 60)
     for name in ("ttft", "tpot", "e2e"):
         assert list(getattr(rows, name)) == pytest.approx(list(getattr(single, name)))
     assert rows.phases == pytest.approx(single.phases)
+
+
+def test_workers_of_a_machine_slow_each_other_down_while_both_compute() -> None:
+    profile = msgspec.structs.replace(PROFILE, workers=2, beside=slower(TIMES, 2.0))
+    alone = run("2C", arrivals([(100, 101)]), profile)
+    both = run("2C", arrivals([(100, 101)] * 2, gap=0.0), profile)
+    assert both.tpot[0] == both.tpot[1] == pytest.approx(2 * alone.tpot[0])
+    # The second comes when the first has had 50 of its 100 steps, and then has 50 ahead alone.
+    half = alone.ttft[0] + sum(TIMES.decode_s(1, 100 + n) for n in range(50)) - profile.front_s
+    late = run("2C", arrivals([(100, 101)] * 2, gap=half), profile)
+    prompt_s = profile.prompt_s(100, TIMES)
+    assert late.e2e[1] == pytest.approx(late.e2e[0])
+    assert late.tpot[0] == pytest.approx(alone.tpot[0] * 1.5, rel=0.02)
+    assert late.ttft[1] == pytest.approx(profile.front_s + 2 * prompt_s)
+    # Four workers on two machines do not.
+    assert run("4C", arrivals([(100, 101)]), profile).tpot[0] == pytest.approx(alone.tpot[0])
+
+
+def test_a_request_costs_those_beside_it() -> None:
+    profile = msgspec.structs.replace(PROFILE, request_s=0.004)
+    coming = arrivals([(16, 101), (16, 2), (16, 2), (16, 2)], gap=0.1)
+    usual, later = run("1P+1D", coming), run("1P+1D", coming, profile)
+    assert later.e2e[0] == pytest.approx(usual.e2e[0] + 3 * 0.004, abs=0.001)
+    assert list(run("1P+1D", coming[:1], profile).e2e) == list(run("1P+1D", coming[:1]).e2e)
+
+
+def test_what_a_request_costs_is_found() -> None:
+    """Two answers of 101 tokens; the second comes 50 gaps later and costs the first 4 ms."""
+    step = TIMES.decode_s(1, CONTEXT)
+    both = TIMES.decode_s(2, 2 * CONTEXT)
+    first = [n * step for n in range(51)]
+    first += [first[-1] + 0.004 + n * both for n in range(1, 51)]
+    second = [first[50] + 0.004 + n * both for n in range(51)]
+    second += [second[-1] + n * step for n in range(1, 51)]
+    times = [first, second]
+    records = [Record(job=n, due=0.0, token_times=times[n]) for n in range(2)]
+    run = Run(records=records, wall_s=1.0, client_cpu_s=0.0, loop_lags=[])
+    # The gap in which it came is one of a step of both.
+    assert lost_s(run, TIMES, TIMES, 0.02) == pytest.approx((0.004 + both - step) / 2)
+    assert lost_s(run, TIMES, slower(TIMES, 2.0), 0.02) == 0.0  # its prompt explains more
+
+
+def test_equal_requests_differ_by_the_jitter() -> None:
+    profile = msgspec.structs.replace(PROFILE, jitter=0.2)
+    found = run("1C", arrivals([(100, 11)] * 400), profile)
+    logs = [math.log(tpot) for tpot in found.tpot]
+    assert statistics.stdev(logs) == pytest.approx(0.2, rel=0.15)
+    assert list(run("1C", arrivals([(100, 11)] * 400), profile).tpot) == list(found.tpot)
+
+
+def test_the_mean_of_profiles_of_different_times() -> None:
+    slow = msgspec.structs.replace(
+        PROFILE, alone=slower(TIMES, 1.5), beside=slower(TIMES, 2.0), front_s=0.006, jitter=0.1
+    )
+    found = mean([PROFILE, slow, slow])
+    assert found.alone.mixed == pytest.approx(slower(TIMES, 4 / 3).mixed)
+    assert found.beside.decode_s(3, 300) == pytest.approx(TIMES.decode_s(3, 300) * 5 / 3)
+    assert found.front_s == pytest.approx(0.005) and found.hand_over == PROFILE.hand_over
+    # Their paces differ by a factor of 2, one third to two thirds.
+    assert found.jitter == pytest.approx(
+        math.sqrt(math.log(2) ** 2 * 2 / 9 + 0.01 * 2 / 3), rel=1e-6
+    )
+    assert mean([slow]) == slow
+    with pytest.raises(BenchError, match="num_blocks is 1000 in the first and 9 in another"):
+        mean([PROFILE, msgspec.structs.replace(PROFILE, num_blocks=9)])
+
+
+def test_predictions_know_how_fast_the_machine_was() -> None:
+    """By a load whose times the profile knows, too."""
+    split = Topology.parse("1P+1D")
+    profile = msgspec.structs.replace(PROFILE, workers=2, beside=slower(TIMES, 2.0))
+    usual, both = reference_pace(profile, split), reference_pace(profile, Topology.parse("2C"))
+    assert usual.gap_s == pytest.approx(TIMES.decode_s(4, 4 * CONTEXT))
+    assert both.gap_s == pytest.approx(2 * usual.gap_s)
+    cells = [
+        Cell(
+            topology="1P+1D", twin=twin, round=0, rate=rate, figures=figures(EMPTY, Slo()),
+            pace=Pace(usual.gap_s * factor, usual.prompt_s * 1.1) if factor else NOBODY,
+        )
+        for rate, factor, twin in ((1.0, 1.2, False), (1.0, 9.0, True), (2.0, 0.0, False))
+    ]  # fmt: skip
+    found = paced(profile, cells)
+    assert list(found) == [(split, 1.0)]
+    slow = found[split, 1.0]
+    assert reference_pace(slow, split).gap_s == pytest.approx(1.2 * usual.gap_s)
+    assert reference_pace(slow, split).prompt_s == pytest.approx(1.1 * usual.prompt_s, rel=0.01)
+    assert slow.front_s == pytest.approx(1.2 * profile.front_s)
 
 
 def test_long_prompts_travel_while_they_are_computed() -> None:
@@ -167,7 +273,7 @@ def test_a_trace_many_times_over(tmp_path: Path) -> None:
 
 
 def test_fits_find_the_laws_behind_the_samples() -> None:
-    step = msgspec.structs.replace(PROFILE.step, loop=(0.0, 0.0))
+    step = msgspec.structs.replace(TIMES, loop=(0.0, 0.0))
     samples = [
         Sample(Point(contexts=(c,) * n), step.decode_s(n, n * c))
         for n in (1, 4, 16)
@@ -179,12 +285,12 @@ def test_fits_find_the_laws_behind_the_samples() -> None:
         samples.append(Sample(point, seconds))
     samples.append(Sample(Point(((0, 2048),)), step.mixed_s(2048, 2048**2 / 2)))
     samples.append(Sample(Point(((0, 64),), (1000,) * 4), step.mixed_s(64, 64**2 / 2, 1, 4, 4000)))
-    found, errors = profiling.fit(samples)
+    found, errors = fit(samples)
     assert found.mixed == pytest.approx(step.mixed)
-    for n in (1, 3, 4, 5, 16, 20):  # 4 ms, 0.5 ms per request, 0.1 us per token of context
-        assert found.decode_s(n, n * 100) == pytest.approx(4e-3 + 5e-4 * n + 1e-7 * n * 100)
+    for n in (1, 3, 4, 5, 16, 20):  # 5 ms, 0.6 ms per request, 0.1 us per token of context
+        assert found.decode_s(n, n * 100) == pytest.approx(5e-3 + 6e-4 * n + 1e-7 * n * 100)
     assert max(errors.values()) < 1e-6
-    weights, _ = profiling.least([(1.0, 1.0), (1.0, 2.0)], [2.0, 1.0])
+    weights, _ = least([(1.0, 1.0), (1.0, 2.0)], [2.0, 1.0])
     assert min(weights) >= 0
 
 
@@ -242,6 +348,8 @@ def test_a_profile_of_this_machine(tmp_path: Path) -> None:
     options = ["--workers", "2", "--kv-total", "64", "--max-model-len", "1024", "--out", str(out)]
     assert profiling.main(options) == 0
     found = load(out)
-    assert found.step.mixed[1] > 0 and found.step.decode[0] > 0 and found.front_s > 0
+    assert found.workers == 2 and found.front_s > 0 and found.jitter > 0
+    for times in (found.alone, found.beside):
+        assert times.mixed[1] > 0 and times.decode[0][1] > 0
     ttft, tpot = found.alone_s(256, 32)
     assert 0.001 < ttft < 5 and 0.0001 < tpot < 1

@@ -1,0 +1,66 @@
+"""From timed steps to the laws that `StepTimes` states."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+import numpy as np
+
+from pdserve.bench.simulation.profile import StepTimes
+from pdserve.bench.step_times import Point, Sample
+
+
+def typical(samples: Sequence[Sample]) -> list[Sample]:
+    """The median of each point's."""
+    found: dict[Point, list[float]] = {}
+    for sample in samples:
+        found.setdefault(sample.point, []).append(sample.seconds)
+    return [Sample(point, statistics.median(seconds)) for point, seconds in found.items()]
+
+
+def fit(samples: Sequence[Sample]) -> tuple[StepTimes, dict[str, float]]:
+    """The laws, and how far they are off. `samples`: one per point."""
+    alone = [sample for sample in samples if not sample.point.prompts]
+    mixed = [sample for sample in samples if sample.point.prompts]
+    counts = sorted({len(sample.point.contexts) for sample in alone})
+    decode, off = [], []
+    for count in counts:
+        same = [sample for sample in alone if len(sample.point.contexts) == count]
+        rows = [(1.0, sum(sample.point.contexts)) for sample in same]
+        (base, context), error = least(rows, [sample.seconds for sample in same])
+        decode.append((count, base, context))
+        off += [error] * len(same)
+    more = [
+        (1.0, s.point.tokens, s.point.pairs, len(s.point.contexts), sum(s.point.contexts))
+        for s in mixed
+    ]
+    prompt, prompt_error = least([*more], [s.seconds for s in mixed])
+    step = StepTimes(
+        decode=tuple(decode),
+        mixed=(prompt[0], prompt[1], prompt[2], prompt[3], prompt[4]),
+    )
+    return step, {"decode": statistics.fmean(off), "mixed": prompt_error}
+
+
+def line_through(places: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
+    """Base and slope, neither below 0."""
+    (base, slope), _ = least([(1.0, place) for place in places], [max(v, 1e-6) for v in values])
+    return base, slope
+
+
+def least(rows: Sequence[Sequence[float]], values: Sequence[float]) -> tuple[list[float], float]:
+    """Weights ≥ 0 of the least relative squares, and the mean relative error: what would be
+    negative is left out, the most negative first, and tried again."""
+    y = np.array(values, dtype=float)
+    a = np.array(rows, dtype=float) / y[:, None]
+    scale = np.maximum(np.abs(a).max(axis=0), 1e-300)
+    kept = list(range(a.shape[1]))
+    weights = np.zeros(a.shape[1])
+    while kept:
+        found = np.linalg.lstsq((a / scale)[:, kept], np.ones(len(y)), rcond=None)[0]
+        if found.min() >= 0:
+            weights[kept] = found / scale[kept]
+            break
+        del kept[int(found.argmin())]
+    return [float(weight) for weight in weights], float(np.abs(a @ weights - 1).mean())
