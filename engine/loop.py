@@ -131,7 +131,8 @@ class Engine:
     def submit(self, message: Submit, client: object, matcher: Matcher | None = None) -> None:
         """Queue a request; whatever happens to it comes out of the sink under `client`. `matcher`
         follows its constraint, if it has one, and has seen its outputs so far."""
-        self._post(lambda: self._submit(message, client, matcher))
+        received = time.monotonic()  # the step in progress may take a while yet
+        self._post(lambda: self._submit(message, client, matcher, received))
 
     def resume(self, message: Continue) -> None:
         """The first tokens of a request that came with a growing ticket; unknown ids are
@@ -226,10 +227,14 @@ class Engine:
 
     # Commands ----------------------------------------------------------------------------------
 
-    def _submit(self, message: Submit, client: object, matcher: Matcher | None) -> None:
+    def _submit(
+        self, message: Submit, client: object, matcher: Matcher | None, received: float
+    ) -> None:
         dying = self._requests.get(message.request_id)
         if dying is not None and dying.abort_requested:
-            self._successors[message.request_id] = [lambda: self._submit(message, client, matcher)]
+            self._successors[message.request_id] = [
+                lambda: self._submit(message, client, matcher, received)
+            ]
             return
         tokens = message.prompt_token_ids + message.output_token_ids
         problem = self._problem_with(message, tokens)
@@ -250,6 +255,7 @@ class Engine:
             client=client,
             salt=message.cache_salt,
             priority=message.priority,
+            received=received,
         )
         self._requests[request.request_id] = request
         self._scheduler.add(request)

@@ -26,6 +26,17 @@ def test_one_request(length: int) -> None:
     bench.assert_clean()
 
 
+def test_events_count_from_when_a_request_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not from when the step in progress was over and the engine took it."""
+    bench, now = Bench(), [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    bench.submit("a", prompt(3), max_tokens=2)
+    now[0] += 0.08
+    bench.run()
+    assert {event.name: event.at_s for event in bench.last("a").events}["queued"] == 0.08
+    bench.assert_clean()
+
+
 def test_a_long_prompt_is_cut_into_chunks_and_decodes_go_first() -> None:
     bench = Bench(num_blocks=32, budget=8)
     bench.submit("short", prompt(3, 1), max_tokens=20)
