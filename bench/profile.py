@@ -153,13 +153,14 @@ def _around(args: argparse.Namespace, timed: _Timed) -> Profile:
     with up([*options, *split.options(kv_total)]) as cluster:
         asked = [_lone(cluster, args, length) for length in LENGTHS]
         by_one = _paced(cluster, args, 1) if args.workers > 1 else between
-        churn = _churn(cluster, args)
+        # A worker that has all cores elsewhere has half of them here.
+        churn = _churn(cluster, args) if args.workers > 1 else None
     # A step takes longer in a worker than over and over in a row: caches are cold, others run.
     slower = [one.prompt_s / alone.mixed_s(one.length, one.length**2 / 2) for one in lone]
     busier = busy_s / beside.mixed_s(LENGTHS[-1], LENGTHS[-1] ** 2 / 2)
     alone = _in_a_worker(alone, statistics.mean(slower), by_one)
     beside = _in_a_worker(beside, busier, between) if args.workers > 1 else alone
-    request_s = lost_s(churn, alone, beside, alone.mixed_s(LENGTH, LENGTH**2 / 2))
+    prompt_s = alone.mixed_s(LENGTH, LENGTH**2 / 2)
     handed = [one.gap_s - alone.decode_s(1, one.length) for one in asked]
     return Profile(
         model=Path(args.model).name or "demo",
@@ -173,7 +174,7 @@ def _around(args: argparse.Namespace, timed: _Timed) -> Profile:
         workers=args.workers,
         alone=alone,
         beside=beside,
-        request_s=request_s,
+        request_s=lost_s(churn, alone, beside, prompt_s) if churn else 0.0,
         jitter=statistics.fmean(paced.jitter for paced in between),
         front_s=statistics.mean(one.front_s for one in lone),
         hand_over=line_through(LENGTHS, handed),
@@ -264,14 +265,14 @@ def lost_s(run: Run, alone: StepTimes, beside: StepTimes, prompt_s: float) -> fl
     )
     moments = [moment for moment, _ in edges]
     writing = list(itertools.accumulate(change for _, change in edges))
-    lost, counts = 0.0, []
+    lost, slower = 0.0, []
     for record in run.records:
         for before, after in itertools.pairwise(record.token_times[1:]):
             n = writing[bisect.bisect_right(moments, before) - 1]
-            slower = beside.decode_s(n, n * CONTEXT) / alone.decode_s(n, n * CONTEXT) - 1
-            lost += (after - before - alone.decode_s(n, n * CONTEXT)) / n
-            counts.append(slower)
-    known = statistics.fmean(counts) * prompt_s
+            usual = alone.decode_s(n, n * CONTEXT)
+            lost += (after - before - usual) / n
+            slower.append(beside.decode_s(n, n * CONTEXT) / usual - 1)
+    known = statistics.fmean(slower) * prompt_s
     return max(0.0, lost / len(run.records) - known)
 
 

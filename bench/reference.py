@@ -46,18 +46,25 @@ NOBODY = Pace(math.nan, math.nan)
 def pace(server: Server, topology: Topology, vocab: tuple[int, int], seed: int) -> Pace:
     """Ask for it; about a second for a small model. Different seeds find nothing of each other in
     the prefix cache. `server` must be asked for timings."""
-    at_once = ANSWERS * (topology.decode + topology.colocated)
-    answers = Shape(kind="fixed", requests=at_once, input_len=LENGTH, output_len=ANSWER,
-                    vocab=vocab, seed=seed)  # fmt: skip
-    prompts = Shape(kind="fixed", requests=PROMPTS, input_len=PROMPT, output_len=1,
-                    vocab=vocab, seed=seed)  # fmt: skip
-    paced, read = _run(server, answers, at_once), _run(server, prompts, 1)
+    answers, prompts = shapes(topology, vocab, seed)
+    paced, read = _run(server, answers, answers.requests), _run(server, prompts, 1)
     if any(record.error for run in (paced, read) for record in run.records):
         return NOBODY
     return Pace(
         statistics.fmean(gap for record in paced.records for gap in record.gaps[FIRST_GAPS:]),
         statistics.median(phases_of(record.timings or {})["prefill"] for record in read.records),
     )
+
+
+def shapes(topology: Topology, vocab: tuple[int, int], seed: int) -> tuple[Shape, Shape]:
+    """The answers that come at the same time, and the prompts that come one by one. `seed`: at
+    least 0. No prompt begins like another, or the prefix cache would have a part of it."""
+    at_once = ANSWERS * (topology.decode + topology.colocated)
+    answers = Shape(kind="fixed", requests=at_once, input_len=LENGTH, output_len=ANSWER,
+                    vocab=vocab, seed=seed)  # fmt: skip
+    prompts = Shape(kind="fixed", requests=PROMPTS, input_len=PROMPT, output_len=1,
+                    vocab=vocab, seed=-1 - seed)  # fmt: skip
+    return answers, prompts
 
 
 def _run(server: Server, shape: Shape, at_once: int) -> Run:

@@ -15,11 +15,11 @@ from pdserve.bench.arrivals import Arrivals, BenchError
 from pdserve.bench.client import Record, Run
 from pdserve.bench.figures import Slo, figures
 from pdserve.bench.phases import PHASES, phases_of
-from pdserve.bench.reference import NOBODY, Pace
+from pdserve.bench.reference import NOBODY, Pace, shapes
 from pdserve.bench.simulation import __main__ as simulate
 from pdserve.bench.topology import Topology
 from pdserve.bench.verdict import METRICS, Cell, further, goodput, noise, sentences, unsteady
-from pdserve.bench.workloads import Job
+from pdserve.bench.workloads import Job, make
 
 SLO = Slo(ttft_ms=100, itl_ms=10)
 BASE = figures(
@@ -142,6 +142,13 @@ def test_a_difference_below_the_noise_is_none() -> None:
     assert "Noise: 1P+1D measured a second time served 3.33 requests/s (11% off)." in found
     clear = [c if c.topology == "1P+1D" else cell("2C", c.rate, attainment=0.99) for c in cells]
     assert sentences(clear, SLO, "fixed")[0].startswith("Use 2 workers that do both (2C)")
+
+
+def test_no_prompt_of_the_reference_load_begins_like_another() -> None:
+    """Else the prefix cache makes them shorter."""
+    both = [shape for seed in (0, 1) for shape in shapes(Topology.parse("2C"), (10, 10000), seed)]
+    begins = [job.prompt[:16] for shape in both for job in make(shape)]
+    assert len(set(begins)) == len(begins)
 
 
 def test_a_machine_whose_speed_changes_is_said_to() -> None:
