@@ -1,7 +1,8 @@
 """Disaggregated against colocated in a minute: `python -P -m pdserve.bench.topologies`.
 
-A fixed number of requests at a time, in alternation; prints output tok/s, TTFT, ITL, KV bytes moved
-and the router's CPU per token. What holds under load, and whether a difference is more than noise,
+A fixed number of requests at a time, in alternation; prints output tok/s, TTFT, ITL, TPOT, KV bytes
+moved and the CPU per token of the router and of the client, and says when the client was the
+bottleneck. What holds under load, and whether a difference is more than noise,
 is what `pdserve bench compare` tells.
 """
 
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from pdserve.bench.arrivals import Arrivals, BenchError
 from pdserve.bench.client import Server, measure
-from pdserve.bench.figures import Slo, figures
+from pdserve.bench.figures import Slo, bottleneck, figures
 from pdserve.bench.machine import circumstances
 from pdserve.bench.topology import NAME, Topology, up
 from pdserve.bench.workloads import Shape, make
@@ -41,12 +42,14 @@ def one_round(topology: Topology, options: Sequence[str], shape: Shape, at_once:
         after = cluster.account()
     for message in {record.error for record in run.records if record.error}:
         print(f"{topology}: a request failed: {message}", file=sys.stderr)
+    if limited := bottleneck(run):
+        print(f"{topology}: {limited}", file=sys.stderr)
     found = figures(run, Slo())
     tokens = sum(len(record.token_times) for record in run.records)
     router = after.cpu_s["router"] - before.cpu_s["router"]
     latencies = {
         f"{name} {share}": found.latencies[name][share]
-        for name in ("ttft", "itl")
+        for name in ("ttft", "itl", "tpot")
         for share in ("p50", "p99")
     }
     return {
@@ -54,6 +57,7 @@ def one_round(topology: Topology, options: Sequence[str], shape: Shape, at_once:
         **latencies,
         "MiB moved": after.moved_mib - before.moved_mib,
         "router µs/token": router / max(tokens, 1) * 1e6,
+        "client µs/token": run.client_cpu_s / max(tokens, 1) * 1e6,
         "failed": found.failed + found.rejected,
     }
 

@@ -9,17 +9,28 @@ import numpy as np
 import torch
 
 from pdserve.engine import sampler
+from pdserve.engine.grammar import Matcher
 from pdserve.engine.graphs import Capture, DecodeGraphs, ladder
 from pdserve.engine.models.decoder import Batch, Decoder
 from pdserve.engine.pool import KVPool
 from pdserve.engine.ports import Chunk, ChunkResult, Watcher
 from pdserve.engine.request import Request
+from pdserve.protocol.grammar import Constraint
 from pdserve.protocol.messages import PositionLogprobs
 from pdserve.protocol.sampling import SamplingParams
 
 LOGITS_BYTES = 64 << 20
 """Most memory for the logits of prompt positions; a long prompt's are made piece by piece."""
 _WARM_UP_TOKENS = 32
+_WARM_UP_SAMPLING = SamplingParams(
+    seed=0,
+    max_tokens=1,
+    top_p=0.9,
+    presence_penalty=0.5,
+    logprobs=1,
+    constraint=Constraint(allowed=(0,)),
+)
+"""Takes a token through every operation between logits and answer."""
 
 
 class ModelRunner:
@@ -105,9 +116,10 @@ class ModelRunner:
             request_id="warm-up",
             token_ids=[0] * (length + 1),
             prompt_len=length + 1,
-            sampling=SamplingParams(seed=0, max_tokens=1, top_p=0.9, logprobs=1),
+            sampling=_WARM_UP_SAMPLING,
             deadline=0.0,
             root=b"",
+            matcher=Matcher(_WARM_UP_SAMPLING, None),
             block_table=list(range(length // self._block_size + 1)),
         )
         self.execute([Chunk(request, 0, length, samples=False)])

@@ -3,6 +3,7 @@
 Legend: T query tokens of all sequences, B sequences, Hq query heads, H KV heads, D head size,
 N blocks in the pool, S tokens per block, M blocks per row of the block table. Query head h reads
 KV head h // (Hq / H). Token t of a sequence lies in block block_table[b, t // S] at offset t % S.
+scale is above 0.
 
 For a query at position i of its sequence, over the keys j that it sees:
 
@@ -58,7 +59,7 @@ def attention_prefill(
     one query and a context of 0 is padding, which comes out as zeros. The CPU then computes token
     by token, which is slow for long prompts.
     """
-    _check(query, cache, context_lens, block_table, window, soft_cap)
+    _check(query, cache, context_lens, block_table, scale, window, soft_cap)
     checks.cache_dtype("query", query, cache, k_scale, v_scale)
     checks.shape("query_start", query_start, [context_lens.shape[0] + 1])
     checks.dtype("query_start", query_start, checks.INDICES)
@@ -156,7 +157,7 @@ def attention_decode(
     A sequence's result has the same bits alone and in any batch.
     """
     rows = query.flatten(0, 1) if query.dim() == 4 else query
-    _check(rows, cache, context_lens, block_table, window, soft_cap)
+    _check(rows, cache, context_lens, block_table, scale, window, soft_cap)
     checks.cache_dtype("query", query, cache, k_scale, v_scale)
     checks.shape("query", query, [context_lens.shape[0], *[None] * (query.dim() - 1)])
     fast = dispatch.implementation("attention_decode", query, cache)
@@ -325,6 +326,7 @@ def _check(
     cache: torch.Tensor,
     context_lens: torch.Tensor,
     block_table: torch.Tensor,
+    scale: float,
     window: int | None,
     soft_cap: float | None,
 ) -> None:
@@ -341,6 +343,8 @@ def _check(
         raise checks.KernelError(
             f"The {query.shape[1]} query heads must be a multiple of the {heads} KV heads."
         )
+    if not scale > 0:
+        raise checks.KernelError(f"scale must be above 0, not {scale}.")
     if window is not None and window < 1:
         raise checks.KernelError(f"window must be at least 1, or None for no window, not {window}.")
     if soft_cap is not None and soft_cap <= 0:

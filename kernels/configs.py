@@ -44,9 +44,11 @@ _PACKS: tuple[Config, ...] = (
     {"ELEMENTS": 16384, "num_warps": 8},
 )
 TABLE: dict[str, tuple[Config, ...]] = {
-    "attention_prefill": _tiles(
-        (128, 8, 3), (128, 8, 2), (128, 8, 5), (128, 4, 3), (64, 4, 3), (64, 4, 5),
-        names=_TILED, KEYS=64,
+    "attention_prefill": (  # 128 registers: two programs of 8 warps on a multiprocessor
+        *_tiles((128, 8, 2), (128, 8, 3), names=_TILED, KEYS=64, maxnreg=128),
+        *_tiles(
+            (128, 8, 3), (128, 8, 2), (128, 4, 3), (64, 4, 3), (64, 4, 2), names=_TILED, KEYS=64
+        ),
     ),
     "attention_prefill wide": _tiles(
         (64, 4, 2), (64, 4, 1), (64, 4, 3), (64, 8, 2), (128, 8, 2), names=_TILED, KEYS=32

@@ -24,6 +24,11 @@ Sums: TypeAlias = np.ndarray[Any, np.dtype[np.uint64]]
 """Checksums, one per block."""
 
 
+def prepare() -> None:
+    """Compile the C, where that has not been done, so that no transfer waits for the compiler."""
+    _loaded(SHORTEST)
+
+
 def digest_blocks(
     data: Bytes, block_ids: Sequence[int] | np.ndarray[Any, Any], nbytes: int
 ) -> Sums:

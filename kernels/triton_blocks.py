@@ -68,7 +68,7 @@ def _launch(
     )
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["id_ptr"])
 def copy_blocks_kernel(
     pool_ptr,
     buffer_ptr,

@@ -106,7 +106,10 @@ def pieces_of(context, SPLIT: tl.constexpr, MOST_SPLITS: tl.constexpr):
     return tl.maximum(tl.cdiv(context, SPLIT * MOST_SPLITS), 1) * SPLIT
 
 
-@triton.jit(do_not_specialize=["totals", "splits", "table_row"])
+@triton.jit(
+    do_not_specialize=["totals", "splits", "table_row"],
+    do_not_specialize_on_alignment=["context_ptr", "table_ptr"],
+)
 def decode_kernel(
     query_ptr,
     cache_ptr,
@@ -199,7 +202,7 @@ def decode_kernel(
         tl.store(top_ptr + totals + place, total, mask=used)
 
 
-@triton.jit(do_not_specialize=["totals", "splits"])
+@triton.jit(do_not_specialize=["totals", "splits"], do_not_specialize_on_alignment=["context_ptr"])
 def combine_kernel(
     piece_ptr,
     top_ptr,

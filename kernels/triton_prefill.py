@@ -3,6 +3,10 @@
 A program computes ROWS = TOKENS · group query rows of one sequence and one KV head: the query heads
 that share a KV head stand beside one another, so each tile of K and V is read once for all of them.
 The softmax is the online one (Milakov and Gimelshein 2018; Dao et al. 2022, arXiv:2205.14135).
+
+On Hopper the products of a program wait for its softmax and the other way around; what keeps the
+tensor cores busy meanwhile is a second program on the same multiprocessor, for which the first
+configurations leave half of the registers (`maxnreg`; bench/LOG.md).
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import triton
 import triton.language as tl
 
 from pdserve.kernels.configs import attention_class, chosen
-from pdserve.kernels.triton_attention import fold_tiles
+from pdserve.kernels.triton_attention import fold_tile, scores_of
 
 
 def attention_prefill(
@@ -93,7 +97,83 @@ def sequence_of(query_start_ptr, batch, tile, TOKENS: tl.constexpr):
     return low - 1
 
 
-@triton.jit(do_not_specialize=["batch", "table_row"])
+@triton.jit
+def fold_keys(
+    acc,
+    top,
+    total,
+    query,
+    position,
+    base_ptr,
+    table_ptr,
+    table_entry,
+    begin,
+    end,
+    context,
+    scale,
+    soft_cap,
+    cache_block,
+    cache_kind,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    SIZE: tl.constexpr,
+    KEYS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """As `triton_attention.fold_tiles`, for many rows: where a token lies is looked up once for its
+    K and V, and of what every row sees nothing is masked but the head's padding."""
+    dim = tl.arange(0, DIM_PAD)
+    step = tl.arange(0, KEYS)
+    for start in range(begin, end, KEYS):
+        column = start + step
+        there = (dim < DIM)[None, :]
+        if MASKED:
+            entry_ptr = table_ptr + (column // SIZE) * table_entry
+            block = tl.load(entry_ptr, mask=column < context, other=0)
+            there = there & (column < context)[:, None]
+        else:
+            block = tl.load(table_ptr + (column // SIZE) * table_entry)
+        place = block.to(tl.int64) * cache_block + (column % SIZE) * (KV_HEADS * DIM)
+        key_ptr = base_ptr + place[:, None] + dim[None, :]
+        if MASKED or DIM < DIM_PAD:  # a mask that is always true costs, too
+            key = tl.load(key_ptr, mask=there, other=0.0).to(query.dtype)
+            value = tl.load(key_ptr + cache_kind, mask=there, other=0.0).to(query.dtype)
+        else:
+            key = tl.load(key_ptr).to(query.dtype)
+            value = tl.load(key_ptr + cache_kind).to(query.dtype)
+        if MASKED or CAPPED:
+            visible = (column[None, :] <= position[:, None]) & (column < context)[None, :]
+            if WINDOW > 0:
+                visible = visible & (position[:, None] - column[None, :] < WINDOW)
+            scores = scores_of(query, tl.trans(key), scale, soft_cap, CAPPED)
+            acc, top, total = fold_tile(acc, top, total, scores, visible, value, MASKED)
+        else:
+            acc, top, total = fold_seen(acc, top, total, query, key, value, scale)
+    return acc, top, total
+
+
+@triton.jit
+def fold_seen(acc, top, total, query, key, value, scale):
+    """`triton_attention.fold_tile` of a tile that every row sees: scaling and subtracting are one
+    operation, and there is always a largest score."""
+    scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+    in_twos = scale * 1.4426950408889634
+    new_top = tl.maximum(top, tl.max(scores, axis=1) * in_twos)
+    weights = tl.exp2(scores * in_twos - new_top[:, None])
+    shrink = tl.exp2(top - new_top)
+    total = total * shrink + tl.sum(weights, axis=1)
+    acc = acc * shrink[:, None]
+    acc = tl.dot(weights.to(value.dtype), value, acc, input_precision="ieee")
+    return acc, new_top, total
+
+
+@triton.jit(
+    do_not_specialize=["batch", "table_row"],
+    do_not_specialize_on_alignment=["query_start_ptr", "context_ptr", "table_ptr"],
+)
 def prefill_kernel(
     query_ptr,
     cache_ptr,
@@ -129,14 +209,14 @@ def prefill_kernel(
 
     UNIFORM: every tile is masked. Then a row's bits do not depend on its chunk: tiles that it does
     not see add exact zeros, but the compiler may fuse other operations where nothing is masked."""
-    tile = tl.program_id(0)
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows of a prompt first
     head = tl.program_id(1).to(tl.int64)
     sequence = sequence_of(query_start_ptr, batch, tile, TOKENS)
     begin = tl.load(query_start_ptr + sequence).to(tl.int64)
     length = tl.load(query_start_ptr + sequence + 1).to(tl.int64) - begin
     first = ((tile - sequence).to(tl.int64) - begin // TOKENS) * TOKENS
     if first < length:
-        context = tl.load(context_ptr + sequence).to(tl.int64)
+        context = tl.load(context_ptr + sequence).to(tl.int32)
         row = tl.arange(0, ROWS)
         token = first + row // GROUP_PAD
         in_group = row % GROUP_PAD
@@ -150,14 +230,14 @@ def prefill_kernel(
             mask=used[:, None] & (dim < DIM)[None, :],
             other=0.0,
         )
-        position = context - length + token
+        position = (context - length + token).to(tl.int32)
         base = cache_ptr + head * DIM
         table = table_ptr + sequence.to(tl.int64) * table_row
         acc = tl.zeros([ROWS, DIM_PAD], dtype=tl.float32)
         top = tl.full([ROWS], float("-inf"), dtype=tl.float32)
         total = tl.zeros([ROWS], dtype=tl.float32)
-        # Keys [low, clear) are seen by every row, those up to `high` only by some.
-        oldest = context - length + first
+        # Keys [low, clear) are seen by every row, those up to `newest` only by some.
+        oldest = (context - length + first).to(tl.int32)
         newest = tl.minimum(oldest + TOKENS, context)
         low = tl.zeros_like(oldest)
         clear = (oldest + 1) // KEYS * KEYS
@@ -167,7 +247,7 @@ def prefill_kernel(
         if UNIFORM:
             clear = low
         for last in tl.static_range(2):  # the tiles that every row sees, then the others
-            acc, top, total = fold_tiles(
+            acc, top, total = fold_keys(
                 acc,
                 top,
                 total,

@@ -55,7 +55,7 @@ def _launch(
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["source_id_ptr", "target_id_ptr"])
 def summing_kernel(
     source_ptr,
     source_id_ptr,

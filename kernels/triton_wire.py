@@ -87,7 +87,7 @@ def scale_of(x, LARGEST: tl.constexpr):
     return tl.where(largest < float("inf"), scale, float("nan"))
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["id_ptr"])
 def wire_kernel(
     pool_ptr,
     data_ptr,

@@ -182,6 +182,10 @@ class _End:
         """The device's sums. Raises TransportUnfit."""
         return self._sums.digests(block_ids)
 
+    def warm_up(self) -> None:
+        """See `DeviceSums.warm_up`."""
+        self._sums.warm_up()
+
 
 class IpcSource(_End):
     """Says where the blocks lie on the device; the reader copies them itself."""
@@ -338,14 +342,14 @@ class IpcSink(_End):
 
 
 def open_ipc(pool: object, transport: str) -> Runtime | None:
-    """CUDA IPC for this pool, if it can be had; see `streams.opened`."""
+    """CUDA IPC for this pool, which nobody may use yet, if it can be had; see `streams.opened`."""
     return opened("ipc", pool, transport, _runtime_for)
 
 
 def _runtime_for(pool: DeviceMemory) -> Runtime:
     runtime = CudaRuntime(pool.blocks.device)
     try:
-        IpcSource(pool, runtime)  # as a source will: fail early
+        IpcSource(pool, runtime).warm_up()  # as a source will: fail early
     except TransportUnfit:
         raise
     except Exception as error:  # CuPy's kinds

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pdserve.kernels import sum_blocks
+from pdserve.kernels import copy_blocks_summed, sum_blocks
 from pdserve.kernels.digest import Sums
 from pdserve.kv_transfer.device import DeviceMemory
 from pdserve.kv_transfer.memory import Numbers
@@ -34,6 +34,7 @@ WORD = 8
 """Bytes; blocks must be whole numbers of words."""
 SUM_S = 5.0
 """The checksums of a fetch take no longer than this."""
+WARM_UP_S = 60.0
 LOST_S = 60.0
 SPIN_S = 0.0003
 """So long after a launch whether it is done is asked without a pause: most are by then, and a pause
@@ -84,6 +85,18 @@ class DeviceSums:
         until = time.monotonic() + SUM_S
         launched = self.launch(lambda: sum_blocks(self.words, self.index(block_ids)[0]))
         return launched.wait(lambda: until)
+
+    def warm_up(self) -> None:
+        """Sum block 0, then copy it onto itself, so that no transfer waits for a compiler. Before
+        anybody owns a block. Raises TransportUnfit."""
+        until = time.monotonic() + WARM_UP_S
+        self.launch(lambda: sum_blocks(self.words, self.index([0])[0])).wait(lambda: until)
+
+        def copies() -> torch.Tensor:
+            theirs, mine = self.index([0], [0])
+            return copy_blocks_summed(self.words, theirs, self.words, mine)
+
+        self.launch(copies).wait(lambda: until)
 
     def launch(self, kernel: Callable[[], torch.Tensor]) -> Launched:
         """Launch what computes sums [n] int64, after what was launched by this thread before.

@@ -60,7 +60,7 @@ from pdserve.kv_transfer.memory import (
     Pool,
 )
 from pdserve.kv_transfer.nccl_owner import NcclTrouble, Owner, load_nccl
-from pdserve.kv_transfer.streams import CudaStreams, opened, with_first
+from pdserve.kv_transfer.streams import CudaStreams, Streams, opened, with_first
 from pdserve.kv_transfer.transports import (
     Arriving,
     SinkHalf,
@@ -383,12 +383,22 @@ class NcclSink(_End):
 
 
 def open_nccl(pool: object, transport: str) -> Owner | None:
-    """NCCL for this pool, if it can be had; see `streams.opened`."""
+    """NCCL for this pool, which nobody may use yet, if it can be had; see `streams.opened`."""
 
     def make(memory: DeviceMemory) -> Owner:
-        return Owner(load_nccl(), CudaStreams(memory.blocks.device))
+        owner = Owner(load_nccl(), CudaStreams(memory.blocks.device))
+        _warm_up(memory, owner.streams)
+        return owner
 
     return opened("nccl", pool, transport, make)
+
+
+def _warm_up(pool: DeviceMemory, streams: Streams) -> None:
+    """Put block 0 where it is, so that no transfer waits for a compiler. Raises TransportUnfit."""
+    if has_words(pool):
+        DeviceSums(pool, streams).warm_up()
+    first = index_of([[0]], pool.blocks.device)[0]
+    scatter_blocks(gather_blocks(pool.blocks, first), pool.blocks, first)
 
 
 def source_halves(

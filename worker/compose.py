@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pdserve.cluster.settings import PARCEL_TRANSPORTS, WorkerSettings
 from pdserve.engine.loop import Engine
+from pdserve.kernels import digest
 from pdserve.kv_transfer import cuda_ipc, loopback
 from pdserve.kv_transfer.cuda_ipc import open_ipc
 from pdserve.kv_transfer.device import device_memory
@@ -51,6 +52,7 @@ def compose(context: Context) -> Assembly:
     settings = context.settings
     faults = Dice(Faults.parse(settings.inject_faults)) if settings.inject_faults else None
     loaded = load(context)
+    digest.prepare()
     pool, fingerprint = loaded.built.pool, loaded.built.fingerprint
     memory = device_memory(pool.tensor) or pool
     nccl = open_nccl(memory, settings.transport)

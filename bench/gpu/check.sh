@@ -4,6 +4,7 @@
 # works (1 minute, its steps beside each other, so their times say nothing):
 #   every Triton and CUDA C++ kernel against its reference, at small sizes in three dtypes;
 #   the same bits for a row alone and in any batch, where --batch-invariant promises them;
+#   whether a request ever waits for a compiler;
 #   NCCL, and KV blocks through CUDA IPC, between two processes on this GPU; the tests that need one;
 #   clusters, disaggregated (over CUDA IPC, NCCL and TCP) and colocated, with CUDA graphs: the same
 #   tokens.
@@ -131,6 +132,7 @@ works() {
   for group in $groups; do
     for dtype in bfloat16 float16 float32; do kernels $dtype small "small-$group" "$group"; done &
   done
+  tell "$engine" compiled-late 150 "$python" -P bench/gpu/compiled_late.py &
   tell "" same-bits 150 "$python" -P bench/gpu/same_bits.py &
   tell "" nccl 60 "$python" -P bench/gpu/nccl_pair.py &
   tell msgspec,xxhash ipc 60 "$python" -P bench/gpu/ipc_pair.py &
@@ -191,6 +193,8 @@ if [ -d "$wheels" ]; then
     --find-links "$wheels" --target "$results/packages" "$wheels"/*.whl
   told wheels $?
 fi
+# Once, not in each of the processes that begin together.
+step native 60 "$python" -P -c 'from pdserve.kernels.native import library; library()'
 for part in $parts; do "$part"; done
 
 echo "== table"

@@ -311,8 +311,12 @@ CASES: list[tuple[Any, dict[str, Any], dict[str, str]]] = [
 
 ALIGNED = {"query_token", "query_head", "cache_block", "cache_kind", "x_row", "weight_row"}
 ALIGNED |= {"source_row", "width", "columns"}
-"""Numbers that are multiples of 16 in real launches, as all pointers are. Without saying so nothing
+"""Numbers that are multiples of 16 in real launches, as pointers are. Without saying so nothing
 would be loaded ahead, and the shared memory would be that of no real launch."""
+ANYWHERE = {"query_start_ptr", "context_ptr", "table_ptr", "id_ptr", "source_id_ptr"}
+ANYWHERE |= {"target_id_ptr"}
+"""Pointers into the middle of a step's or an order's numbers. Were a kernel specialised on how they
+are aligned, it would be compiled again while requests wait."""
 
 
 def table() -> list[tuple[Any, dict[str, Any], dict[str, str], str, dict[str, int]]]:
@@ -333,7 +337,9 @@ def table() -> list[tuple[Any, dict[str, Any], dict[str, str], str, dict[str, in
             constants = {**constants, **{key: entry[key] for key in entry if key in constants}}
             if public == "attention_prefill":
                 constants["TOKENS"] = constants["ROWS"] // constants["GROUP_PAD"]
-            options = {key: entry[key] for key in ("num_warps", "num_stages")}
+            options = {
+                key: entry[key] for key in ("num_warps", "num_stages", "maxnreg") if key in entry
+            }
             found.append((kernels[public], constants, given, "fp32" if wide else "bf16", options))
     return found
 
@@ -347,6 +353,9 @@ def compile_kernel(
     options: dict[str, int] | None = None,
 ) -> int:
     """Compile for one dtype; returns the bytes of shared memory that it takes."""
+    anywhere = {p.name for p in kernel.params if p.do_not_specialize_on_alignment}
+    missing = ANYWHERE.intersection(kernel.arg_names) - anywhere
+    assert not missing, f"{kernel.__name__} is specialised on the alignment of {missing}."
     signature = {}
     for name in kernel.arg_names:
         if name in constants:
@@ -359,7 +368,9 @@ def compile_kernel(
     attributes = {
         (place,): [["tt.divisibility", 16]]
         for place, name in enumerate(kernel.arg_names)
-        if name not in constants and (name.endswith("_ptr") or name in ALIGNED)
+        if name not in constants
+        and name not in anywhere
+        and (name.endswith("_ptr") or name in ALIGNED)
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = options or {"num_warps": 8 if kernel.__name__ == "prefill_kernel" else 4}

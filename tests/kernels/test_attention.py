@@ -185,6 +185,7 @@ def test_an_empty_batch_is_empty() -> None:
         ({"context_lens": torch.ones(1)}, "context_lens must be int32 or int64, not float32"),
         ({"window": 0}, "window must be at least 1"),
         ({"soft_cap": 0.0}, "soft_cap must be above 0"),
+        ({"scale": 0.0}, "scale must be above 0"),
         ({"cache": torch.zeros(2, 2, 4, 8, 2).mT}, "cache must be contiguous within"),
         ({"cache": torch.zeros(2, 4, 2, 8)}, "cache must have the shape"),
     ],

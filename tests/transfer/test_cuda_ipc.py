@@ -87,6 +87,13 @@ def ends(rig: Rig) -> Iterator[Ends]:
     ends.driver.trouble.let_go.set()
 
 
+def test_warming_up_leaves_the_pool_as_it_was(ends: Ends) -> None:
+    before = ends.theirs.clone()
+    runtime = ends.driver.runtime(sound=True)
+    cuda_ipc.IpcSource(DeviceMemory(ends.theirs), runtime).warm_up()
+    assert torch.equal(ends.theirs, before)
+
+
 def test_a_mapping_is_opened_once_and_closed_with_the_lines(ends: Ends) -> None:
     for _ in range(3):
         ends.fetch("ipc")
