@@ -21,26 +21,32 @@ def typical(samples: Sequence[Sample]) -> list[Sample]:
 
 def fit(samples: Sequence[Sample]) -> tuple[StepTimes, dict[str, float]]:
     """The laws, and how far they are off. `samples`: one per point."""
-    alone = [sample for sample in samples if not sample.point.prompts]
-    mixed = [sample for sample in samples if sample.point.prompts]
-    counts = sorted({len(sample.point.contexts) for sample in alone})
+    single = [sample for sample in samples if not sample.point.prompts]
+    prompts = [sample for sample in samples if not sample.point.contexts]
+    mixed = [s for s in samples if s.point.prompts and s.point.contexts]
+    counts = sorted({len(sample.point.contexts) for sample in single})
     decode, off = [], []
     for count in counts:
-        same = [sample for sample in alone if len(sample.point.contexts) == count]
+        same = [sample for sample in single if len(sample.point.contexts) == count]
         rows = [(1.0, sum(sample.point.contexts)) for sample in same]
         (base, context), error = least(rows, [sample.seconds for sample in same])
         decode.append((count, base, context))
         off += [error] * len(same)
-    more = [
-        (1.0, s.point.tokens, s.point.pairs, len(s.point.contexts), sum(s.point.contexts))
-        for s in mixed
-    ]
-    prompt, prompt_error = least([*more], [s.seconds for s in mixed])
-    step = StepTimes(
-        decode=tuple(decode),
-        mixed=(prompt[0], prompt[1], prompt[2], prompt[3], prompt[4]),
+    found, prompt_error = least(
+        [(1.0, s.point.tokens, s.point.pairs) for s in prompts], [s.seconds for s in prompts]
     )
-    return step, {"decode": statistics.fmean(off), "mixed": prompt_error}
+    step = StepTimes(decode=tuple(decode), prompt=(found[0], found[1], found[2]))
+    errors = {"decode": statistics.fmean(off), "prompt": prompt_error}
+    if mixed:
+        errors["mixed"] = statistics.fmean(
+            abs(_mixed_s(step, s.point) / s.seconds - 1) for s in mixed
+        )
+    return step, errors
+
+
+def _mixed_s(step: StepTimes, point: Point) -> float:
+    contexts = point.contexts
+    return step.mixed_s(point.tokens, point.pairs, len(point.prompts), len(contexts), sum(contexts))
 
 
 def line_through(places: Sequence[float], values: Sequence[float]) -> tuple[float, float]:

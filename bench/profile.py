@@ -200,9 +200,9 @@ def _in_a_worker(step: StepTimes, slower: float, paced: Sequence[Paced]) -> Step
     decode = tuple(
         (n, base + float(np.interp(n, counts, pauses)), token) for n, base, token in step.decode
     )
-    mixed = tuple(weight * max(1.0, slower) for weight in step.mixed)
+    base, token, pair = (weight * max(1.0, slower) for weight in step.prompt)
     loop = line_through(counts, pauses)
-    return msgspec.structs.replace(step, decode=decode, mixed=mixed, loop=loop)
+    return msgspec.structs.replace(step, decode=decode, prompt=(base, token, pair), loop=loop)
 
 
 def _ask(cluster: Cluster, args: argparse.Namespace, shape: Shape, at_once: int, salt: str) -> Run:

@@ -13,7 +13,7 @@ import msgspec
 
 from pdserve.bench.arrivals import BenchError
 
-FORMAT = "pdserve-profile/3"
+FORMAT = "pdserve-profile/4"
 TYPICAL = (4, 1024)
 """Requests and context of the step by whose times profiles are compared."""
 _SAME = ("model", "device", "dtype", "block_size", "num_blocks", "max_num_batched_tokens",
@@ -23,21 +23,22 @@ _SAME = ("model", "device", "dtype", "block_size", "num_blocks", "max_num_batche
 class StepTimes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Seconds from the beginning of one engine step to the next one's, from the step's contents.
 
-        decode   base(n) + context(n) × Σ context                n chunks of one token
-        mixed    base + token × p + pair × pairs                 p tokens of prompts
-                      + request × n + context × Σ context        beside n chunks of one token
-                      + loop + chunk × chunks                    until the next step
+        decode   base(n) + context(n) × Σ context     n chunks of one token
+        prompt   base + token × p + pair × pairs      p tokens of prompts
+                      + decode(n)                     and n chunks of one token beside them;
+                      + loop + chunk × chunks         if there are none
 
     pairs = Σ length × (start + length / 2) over the prompts' chunks: the queries and keys that
-    attention looks at. base(n) and context(n) are given at some n, ascending, and lie on straight
-    lines between them: a step takes another way through the engine, or no longer fits a cache, from
-    some number of requests on.
+    attention looks at. decode and loop last until the next step begins. That a step with both
+    takes as long as one of each is what workers under load have shown (bench/LOG.md). base(n) and
+    context(n) are given at some n, ascending, and lie on straight lines between them: a step takes
+    another way through the engine, or no longer fits a cache, from some number of requests on.
     """
 
     decode: tuple[tuple[int, float, float], ...]
     """(n, base, context)."""
-    mixed: tuple[float, float, float, float, float]
-    """(base, token, pair, request, context)."""
+    prompt: tuple[float, float, float]
+    """(base, token, pair)."""
     loop: tuple[float, float] = (0.0, 0.0)
 
     def decode_s(self, requests: int, context: int, steps: int = 1) -> float:
@@ -70,7 +71,7 @@ class StepTimes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         pairs = zip(self.decode, other.decode, strict=True)
         knots = [(one[0], *each(one[1:], two[1:])) for one, two in pairs]
         return msgspec.convert(
-            {"decode": knots, "mixed": each(self.mixed, other.mixed),
+            {"decode": knots, "prompt": each(self.prompt, other.prompt),
              "loop": each(self.loop, other.loop)}, StepTimes,
         )  # fmt: skip
 
@@ -78,8 +79,7 @@ class StepTimes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         """With so many times longer steps of single tokens and of prompts."""
         return StepTimes(
             decode=tuple((n, steps * base, steps * token) for n, base, token in self.decode),
-            mixed=(prompts * self.mixed[0], prompts * self.mixed[1], prompts * self.mixed[2],
-                   steps * self.mixed[3], steps * self.mixed[4]),
+            prompt=(prompts * self.prompt[0], prompts * self.prompt[1], prompts * self.prompt[2]),
             loop=(steps * self.loop[0], steps * self.loop[1]),
         )  # fmt: skip
 
@@ -87,10 +87,12 @@ class StepTimes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         self, tokens: int, pairs: float, prompts: int = 1, requests: int = 0, context: int = 0
     ) -> float:
         """Of a step with `prompts` chunks of prompts, `tokens` long together."""
-        base, token, pair, request, other = self.mixed
+        base, token, pair = self.prompt
+        computed = base + token * tokens + pair * pairs
+        if requests:
+            return computed + self.decode_s(requests, context)
         pause, chunk = self.loop
-        computed = base + token * tokens + pair * pairs + request * requests + other * context
-        return computed + pause + chunk * (prompts + requests)
+        return computed + pause + chunk * prompts
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -20,6 +20,9 @@ from pdserve.engine.models.checkpoint import EMBEDDING, NAMES, OUTPUT
 from pdserve.engine.models.linear import Joined, Linear
 from pdserve.engine.weights import Weights
 
+FEW_SINGLES = 15
+"""Of more single tokens the products are faster in the tiles of longer chunks, where the processor
+has instructions for those (bench/LOG.md)."""
 Angles = tuple[torch.Tensor, torch.Tensor]
 """cos and sin of a step's tokens, [T, D / 2] float32 each."""
 
@@ -261,6 +264,8 @@ class Decoder:
         whole = config.activation == "silu" and len(tensors) == len(found)
         self.chunks: kernels.ChunkStep | None = None
         """The same for any step, layer by layer."""
+        self.most_singles = kernels.DecodeStep.MOST_TOKENS
+        """Of a step that takes the one call."""
         whole = whole and not invariant
         if whole and kernels.DecodeStep.fits(tensors, config.head_dim):
             self.decode = kernels.DecodeStep(
@@ -270,6 +275,7 @@ class Decoder:
             self.chunks = kernels.ChunkStep(
                 tensors, cos=self.cos, sin=self.sin, eps=config.rms_norm_eps
             )
+            self.most_singles = FEW_SINGLES
 
     def forward(
         self,
@@ -285,7 +291,7 @@ class Decoder:
         x = functional.embedding(batch.token_ids, self.embedding)
         plain = caches[0].dtype == x.dtype
         single = batch.num_decodes == x.shape[0] and plain
-        if self.decode is not None and single and x.shape[0] <= self.decode.MOST_TOKENS:
+        if self.decode is not None and single and x.shape[0] <= self.most_singles:
             self.decode(
                 x,
                 caches,

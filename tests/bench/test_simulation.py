@@ -35,7 +35,7 @@ from pdserve.bench.workloads import Shape
 
 TIMES = StepTimes(
     decode=((1, 56e-4, 1e-7), (16, 146e-4, 1e-7)),
-    mixed=(5e-3, 2e-4, 1e-8, 5e-4, 1e-7),
+    prompt=(5e-3, 2e-4, 1e-8),
     loop=(1e-3, 1e-4),
 )
 PROFILE = Profile(
@@ -50,7 +50,8 @@ EMPTY = Run(records=[], wall_s=1.0, client_cpu_s=0.0, loop_lags=[])
 
 
 def slower(times: StepTimes, factor: float) -> StepTimes:
-    nothing = StepTimes(decode=tuple((n, 0.0, 0.0) for n, _, _ in times.decode), mixed=(0.0,) * 5)
+    knots = tuple((n, 0.0, 0.0) for n, _, _ in times.decode)
+    nothing = StepTimes(decode=knots, prompt=(0.0, 0.0, 0.0))
     return nothing.towards(times, factor)
 
 
@@ -158,7 +159,7 @@ def test_the_mean_of_profiles_of_different_times() -> None:
         PROFILE, alone=slower(TIMES, 1.5), beside=slower(TIMES, 2.0), front_s=0.006, jitter=0.1
     )
     found = mean([PROFILE, slow, slow])
-    assert found.alone.mixed == pytest.approx(slower(TIMES, 4 / 3).mixed)
+    assert found.alone.prompt == pytest.approx(slower(TIMES, 4 / 3).prompt)
     assert found.beside.decode_s(3, 300) == pytest.approx(TIMES.decode_s(3, 300) * 5 / 3)
     assert found.front_s == pytest.approx(0.005) and found.hand_over == PROFILE.hand_over
     # Their paces differ by a factor of 2, one third to two thirds.
@@ -279,14 +280,20 @@ def test_fits_find_the_laws_behind_the_samples() -> None:
         for n in (1, 4, 16)
         for c in (32, 256, 1024)
     ]
-    for start, length, beside in ((0, 16, 0), (0, 256, 0), (512, 256, 4), (64, 64, 16)):
+    for start, length, beside in (
+        (0, 16, 0),
+        (0, 256, 0),
+        (512, 256, 0),
+        (512, 256, 4),
+        (64, 64, 16),
+    ):
         point = Point(prompts=((start, length),), contexts=(100,) * beside)
         seconds = step.mixed_s(point.tokens, point.pairs, 1, beside, 100 * beside)
         samples.append(Sample(point, seconds))
     samples.append(Sample(Point(((0, 2048),)), step.mixed_s(2048, 2048**2 / 2)))
     samples.append(Sample(Point(((0, 64),), (1000,) * 4), step.mixed_s(64, 64**2 / 2, 1, 4, 4000)))
     found, errors = fit(samples)
-    assert found.mixed == pytest.approx(step.mixed)
+    assert found.prompt == pytest.approx(step.prompt)
     for n in (1, 3, 4, 5, 16, 20):  # 5 ms, 0.6 ms per request, 0.1 us per token of context
         assert found.decode_s(n, n * 100) == pytest.approx(5e-3 + 6e-4 * n + 1e-7 * n * 100)
     assert max(errors.values()) < 1e-6
@@ -350,6 +357,6 @@ def test_a_profile_of_this_machine(tmp_path: Path) -> None:
     found = load(out)
     assert found.workers == 2 and found.front_s > 0 and found.jitter > 0
     for times in (found.alone, found.beside):
-        assert times.mixed[1] > 0 and times.decode[0][1] > 0
+        assert times.prompt[1] > 0 and times.decode[0][1] > 0
     ttft, tpot = found.alone_s(256, 32)
     assert 0.001 < ttft < 5 and 0.0001 < tpot < 1
