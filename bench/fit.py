@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
+import msgspec
 import numpy as np
 
 from pdserve.bench.simulation.profile import StepTimes
@@ -36,12 +37,25 @@ def fit(samples: Sequence[Sample]) -> tuple[StepTimes, dict[str, float]]:
         [(1.0, s.point.tokens, s.point.pairs) for s in prompts], [s.seconds for s in prompts]
     )
     step = StepTimes(decode=tuple(decode), prompt=(found[0], found[1], found[2]))
+    step = msgspec.structs.replace(step, share=_share(step, prompts, mixed))
     errors = {"decode": statistics.fmean(off), "prompt": prompt_error}
     if mixed:
         errors["mixed"] = statistics.fmean(
             abs(_mixed_s(step, s.point) / s.seconds - 1) for s in mixed
         )
     return step, errors
+
+
+def _share(step: StepTimes, prompts: Sequence[Sample], mixed: Sequence[Sample]) -> float:
+    """What single tokens take beside prompts, of what they take by themselves."""
+    without = {sample.point.prompts: sample.seconds for sample in prompts}
+    shares = [
+        (sample.seconds - without[sample.point.prompts])
+        / step.decode_s(len(sample.point.contexts), sum(sample.point.contexts))
+        for sample in mixed
+        if sample.point.prompts in without
+    ]
+    return min(1.0, max(0.0, statistics.median(shares))) if shares else 1.0
 
 
 def _mixed_s(step: StepTimes, point: Point) -> float:

@@ -14,7 +14,7 @@ import itertools
 import math
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,9 +152,11 @@ def _around(args: argparse.Namespace, timed: _Timed) -> Profile:
     split = Topology(prefill=max(1, args.workers - 1), decode=1)
     with up([*options, *split.options(kv_total)]) as cluster:
         asked = [_lone(cluster, args, length) for length in LENGTHS]
-        by_one = _paced(cluster, args, 1) if args.workers > 1 else between
-        # A worker that has all cores elsewhere has half of them here.
-        churn = _churn(cluster, args) if args.workers > 1 else None
+        by_one, churned = between, list[Run]()
+        if args.workers > 1:  # a worker that has all cores elsewhere has half of them here
+            by_one = _paced(
+                cluster, args, 1, lambda number: churned.append(_churn(cluster, args, number))
+            )
     # A step takes longer in a worker than over and over in a row: caches are cold, others run.
     slower = [one.prompt_s / alone.mixed_s(one.length, one.length**2 / 2) for one in lone]
     busier = busy_s / beside.mixed_s(LENGTHS[-1], LENGTHS[-1] ** 2 / 2)
@@ -174,7 +176,7 @@ def _around(args: argparse.Namespace, timed: _Timed) -> Profile:
         workers=args.workers,
         alone=alone,
         beside=beside,
-        request_s=lost_s(churn, alone, beside, prompt_s) if churn else 0.0,
+        request_s=lost_s(churned, alone, beside, prompt_s) if churned else 0.0,
         jitter=statistics.fmean(paced.jitter for paced in between),
         front_s=statistics.mean(one.front_s for one in lone),
         hand_over=line_through(LENGTHS, handed),
@@ -225,8 +227,14 @@ class Paced:
     """See Profile."""
 
 
-def _paced(cluster: Cluster, args: argparse.Namespace, workers: int) -> list[Paced]:
-    """AT_ONCE requests at each of so many workers, in turns and several times."""
+def _paced(
+    cluster: Cluster,
+    args: argparse.Namespace,
+    workers: int,
+    then: Callable[[int], None] = lambda number: None,
+) -> list[Paced]:
+    """AT_ONCE requests at each of so many workers, in turns and several times; `then` after each
+    turn, so that what it measures is measured while the machine is as fast."""
     counts = [count for count in AT_ONCE if count <= args.max_num_seqs]
     means: dict[int, list[float]] = {count: [] for count in counts}
     for number, count in itertools.product(range(-1, REPEATS), counts):
@@ -236,6 +244,8 @@ def _paced(cluster: Cluster, args: argparse.Namespace, workers: int) -> list[Pac
         run = _ask(cluster, args, shape, count * workers, f"{count}-{number}")
         if not warm:  # the gaps in which others' prompts were computed are left out
             means[count] += [statistics.fmean(r.gaps[FIRST_GAPS:]) for r in run.records]
+        if not warm and count == counts[-1]:
+            then(number)
     return [
         Paced(
             count,
@@ -247,17 +257,22 @@ def _paced(cluster: Cluster, args: argparse.Namespace, workers: int) -> list[Pac
     ]
 
 
-def _churn(cluster: Cluster, args: argparse.Namespace) -> Run:
+def _churn(cluster: Cluster, args: argparse.Namespace, number: int) -> Run:
     """Answers of different lengths, so that they begin and end at all times."""
     at_once = min(CHURN, args.max_num_seqs)
-    shape = Shape(kind="random", requests=6 * at_once, input_len=LENGTH, output_len=ANSWER,
-                  vocab=(10, args.vocab), seed=3)  # fmt: skip
-    return _ask(cluster, args, shape, at_once, "churn")
+    shape = Shape(kind="random", requests=3 * at_once, input_len=LENGTH, output_len=ANSWER,
+                  vocab=(10, args.vocab), seed=3 + number)  # fmt: skip
+    return _ask(cluster, args, shape, at_once, f"churn-{number}")
 
 
-def lost_s(run: Run, alone: StepTimes, beside: StepTimes, prompt_s: float) -> float:
+def lost_s(runs: Sequence[Run], alone: StepTimes, beside: StepTimes, prompt_s: float) -> float:
     """What a request costs those whose answers are written at the same time, but for what its
     prompt costs them, computed in `prompt_s` elsewhere."""
+    found = [_lost_s(run, alone, beside, prompt_s) for run in runs]
+    return max(0.0, statistics.fmean(found))
+
+
+def _lost_s(run: Run, alone: StepTimes, beside: StepTimes, prompt_s: float) -> float:
     edges = sorted(
         edge
         for record in run.records
@@ -268,12 +283,13 @@ def lost_s(run: Run, alone: StepTimes, beside: StepTimes, prompt_s: float) -> fl
     lost, slower = 0.0, []
     for record in run.records:
         for before, after in itertools.pairwise(record.token_times[1:]):
-            n = writing[bisect.bisect_right(moments, before) - 1]
+            # None where an answer's last tokens have come at once.
+            n = max(1, writing[bisect.bisect_right(moments, before) - 1])
             usual = alone.decode_s(n, n * CONTEXT)
             lost += (after - before - usual) / n
             slower.append(beside.decode_s(n, n * CONTEXT) / usual - 1)
     known = statistics.fmean(slower) * prompt_s
-    return max(0.0, lost / len(run.records) - known)
+    return lost / len(run.records) - known
 
 
 def _busy_prompt_s(cluster: Cluster, args: argparse.Namespace) -> float:
@@ -320,9 +336,9 @@ def text(profile: Profile) -> str:
             f"a step of {count} tokens {times.decode_s(count, count * 256) * 1e3:.1f} ms"
             for count in (1, 8, 32)
         )
-        return (
-            f"a prompt of {length} tokens {profile.prompt_s(length, times) * 1e3:.1f} ms; {counts}"
-        )
+        prompt_ms = profile.prompt_s(length, times) * 1e3
+        beside = f"{times.share:.0%} of that beside prompts"
+        return f"a prompt of {length} tokens {prompt_ms:.1f} ms; {counts}, {beside}"
 
     rows = [
         f"{profile.model}, {profile.dtype} on {profile.device}: {profile.kv_tokens} tokens of KV "

@@ -20,7 +20,8 @@ TIME, REST, READY, POINT = "time", "rest", "ready", "point"
 """What is said."""
 PROMPTS = (16, 64, 128, 256, 512, 1024, 2048)
 STARTS = (0, 512, 2048)
-REQUESTS = (1, 2, 4, 6, 8, 9, 12, 16, 24, 32, 64)
+REQUESTS = (1, 2, 4, 6, 8, 9, 12, 16, 17, 24, 32, 33, 48, 64)
+"""At once; behind 8, 16 and 32, tiles of rows begin another one."""
 CONTEXTS = (32, 256, 1024)
 
 
@@ -93,8 +94,8 @@ def grid(job: Job, longest: int, tokens: int) -> list[Point]:
     ]
     mixed = [
         Point(prompts=((0, length),), contexts=(context,) * count)
-        for length, count, context in ((64, 4, 256), (256, 4, 256), (256, 16, 256), (512, 8, 64),
-                                       (1024, 4, 1024), (16, 16, 256), (256, 1, 1024))
+        for length, count, context in ((64, 4, 256), (64, 16, 256), (256, 4, 256), (256, 16, 256),
+                                       (512, 8, 64), (1024, 4, 1024), (16, 16, 256), (256, 1, 1024))
         if length + count <= most and count <= job.max_num_seqs
     ]  # fmt: skip
 

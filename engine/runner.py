@@ -12,6 +12,7 @@ from pdserve.engine import sampler
 from pdserve.engine.grammar import Matcher
 from pdserve.engine.graphs import Capture, DecodeGraphs, ladder
 from pdserve.engine.models.decoder import Batch, Decoder
+from pdserve.engine.numbers import to_device
 from pdserve.engine.pool import KVPool
 from pdserve.engine.ports import Chunk, ChunkResult, Watcher
 from pdserve.engine.request import Request
@@ -160,13 +161,16 @@ class ModelRunner:
             token_ids[rows] = chunk.request.token_ids[first:last]
             positions[rows] = np.arange(first, last)
             slots[rows] = table[row, positions[rows] // size] * size + positions[rows] % size
+        starts = np.array([0, *ends], dtype=np.int64)
+        arrays = (token_ids, positions, slots, starts, context_lens, table)
+        there = to_device(arrays, self._device)
         return Batch(
-            token_ids=self._tensor(token_ids),
-            positions=self._tensor(positions),
-            slots=self._tensor(slots),
-            query_start=self._tensor(np.array([0, *ends], dtype=np.int64)),
-            context_lens=self._tensor(context_lens),
-            block_table=self._tensor(table),
+            token_ids=there[0],
+            positions=there[1],
+            slots=there[2],
+            query_start=there[3],
+            context_lens=there[4],
+            block_table=there[5],
             num_decodes=sum(chunk.length == 1 for chunk in chunks),
         )
 
@@ -219,8 +223,3 @@ class ModelRunner:
             self.progress()
             entries += sampler.position_logprobs(logits, token_ids, [top] * len(token_ids))
         return entries
-
-    def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        """Not to be made `non_blocking`: with this copy the host waits for all earlier steps, whose
-        blocks a watcher then offers."""
-        return torch.from_numpy(array).to(self._device)

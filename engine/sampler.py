@@ -11,6 +11,7 @@ import torch
 
 from pdserve import kernels
 from pdserve.engine.grammar import Matcher
+from pdserve.engine.numbers import to_device
 from pdserve.engine.request import Request
 from pdserve.protocol.messages import PositionLogprobs
 from pdserve.protocol.sampling import SamplingParams
@@ -99,20 +100,26 @@ def position_logprobs(
 
 def _sample(logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
     params = [request.sampling for request in requests]
-    device = logits.device
-
-    def floats(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=device)
-
+    columns = [
+        [p.temperature for p in params],
+        [p.top_p for p in params],
+        [p.min_p for p in params],
+    ]
+    floats = [np.array(column, dtype=np.float32) for column in columns]
+    top_k = np.array([p.top_k for p in params], dtype=np.int64)
     seeds = np.array([p.seed for p in params], dtype=np.uint64).view(np.int64)
+    positions = np.array([request.num_tokens for request in requests], dtype=np.int64)
+    temperature, top_p, min_p = to_device(floats, logits.device)
+    whole = to_device((top_k, seeds, positions), logits.device)
     return kernels.sample(
         logits,
-        temperature=floats([p.temperature for p in params]),
-        top_k=torch.tensor([p.top_k for p in params], device=device),
-        top_p=floats([p.top_p for p in params]),
-        min_p=floats([p.min_p for p in params]),
-        seeds=torch.from_numpy(seeds).to(device),
-        positions=torch.tensor([request.num_tokens for request in requests], device=device),
+        temperature=temperature,
+        top_k=whole[0],
+        top_p=top_p,
+        min_p=min_p,
+        seeds=whole[1],
+        positions=whole[2],
+        filtered=any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in params),
     )
 
 

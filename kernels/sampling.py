@@ -112,6 +112,7 @@ def sample(
     min_p: torch.Tensor,
     seeds: torch.Tensor,
     positions: torch.Tensor,
+    filtered: bool = True,
 ) -> torch.Tensor:
     """Draw one token per row from softmax(logits / temperature), filtered: [R] int64.
 
@@ -125,7 +126,8 @@ def sample(
 
     logits: [R, V] float32; temperature (above 0), top_p, min_p: [R] float32; top_k: [R] int64;
     seeds: [R] int64 with the bits of the unsigned 64-bit seed; positions: [R] int64, the index of
-    the drawn token in its sequence.
+    the drawn token in its sequence. filtered: False says that no row has a filter, and saves
+    looking for one.
     """
     checks.shape("logits", logits, [None, None])
     checks.dtype("logits", logits, (torch.float32,))
@@ -148,17 +150,20 @@ def sample(
             min_p=min_p,
             seeds=seeds,
             positions=positions,
+            filtered=filtered,
         )
         return tokens
     scores = logits / temperature.unsqueeze(1)
-    filtered = (top_k > 0) | (top_p < 1) | (min_p > 0)
-    if not bool(filtered.any()):
+    if not filtered:
         return _race(scores, seeds, positions)
-    if bool(filtered.all()):
+    wanted = (top_k > 0) | (top_p < 1) | (min_p > 0)
+    if not bool(wanted.any()):
+        return _race(scores, seeds, positions)
+    if bool(wanted.all()):
         threshold = _thresholds(scores, top_k, top_p, min_p)
         return _filtered_race(scores, threshold, seeds, positions)
     tokens = torch.empty_like(positions)
-    some, rest = filtered.nonzero().squeeze(1), (~filtered).nonzero().squeeze(1)
+    some, rest = wanted.nonzero().squeeze(1), (~wanted).nonzero().squeeze(1)
     kept = scores[some]
     threshold = _thresholds(kept, top_k[some], top_p[some], min_p[some])
     tokens[some] = _filtered_race(kept, threshold, seeds[some], positions[some])

@@ -70,6 +70,7 @@ def sample(
     min_p: torch.Tensor,
     seeds: torch.Tensor,
     positions: torch.Tensor,
+    filtered: bool = True,
 ) -> torch.Tensor:
     """See `pdserve.kernels.sample`. Nothing is read back to the host."""
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
@@ -81,8 +82,11 @@ def sample(
     chunk = min(config["CHUNK"], max(GROUP, triton.next_power_of_2(vocab)))
     warps = config["num_warps"]
     chunks = triton.cdiv(vocab, chunk)
-    least, tops = thresholds(logits, temperature, top_k, top_p, min_p, chunk, warps)
     keys = torch.empty((rows, chunks), dtype=torch.float32, device=device)
+    if filtered:
+        least, tops = thresholds(logits, temperature, top_k, top_p, min_p, chunk, warps)
+    else:  # what is above -inf does not matter
+        least, tops = torch.full_like(temperature, float("-inf")), keys
     shared = (logits, temperature, least, seeds, positions)
     near_race_kernel[(rows, chunks)](
         *shared, tops, keys, vocab, chunks, logits.stride(0), CHUNK=chunk, num_warps=warps

@@ -24,21 +24,24 @@ class StepTimes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Seconds from the beginning of one engine step to the next one's, from the step's contents.
 
         decode   base(n) + context(n) × Σ context     n chunks of one token
-        prompt   base + token × p + pair × pairs      p tokens of prompts
-                      + decode(n)                     and n chunks of one token beside them;
-                      + loop + chunk × chunks         if there are none
+        mixed    base + token × p + pair × pairs      p tokens of prompts
+                      + share × (decode(n) - loop)    beside n chunks of one token
+                      + loop                          until the next step
+        loop     pause + chunk × chunks               is in decode(n) already
 
     pairs = Σ length × (start + length / 2) over the prompts' chunks: the queries and keys that
-    attention looks at. decode and loop last until the next step begins. That a step with both
-    takes as long as one of each is what workers under load have shown (bench/LOG.md). base(n) and
-    context(n) are given at some n, ascending, and lie on straight lines between them: a step takes
-    another way through the engine, or no longer fits a cache, from some number of requests on.
+    attention looks at. base(n) and context(n) are given at some n, ascending, and lie on straight
+    lines between them: a step takes another way through the engine, or no longer fits a cache, from
+    some number of requests on.
     """
 
     decode: tuple[tuple[int, float, float], ...]
     """(n, base, context)."""
     prompt: tuple[float, float, float]
     """(base, token, pair)."""
+    share: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0
+    """Of the time of single tokens, what they take beside prompts: all where prompts leave nothing
+    idle and weights are read anew, little on a GPU that waits for memory meanwhile."""
     loop: tuple[float, float] = (0.0, 0.0)
 
     def decode_s(self, requests: int, context: int, steps: int = 1) -> float:
@@ -72,6 +75,7 @@ class StepTimes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         knots = [(one[0], *each(one[1:], two[1:])) for one, two in pairs]
         return msgspec.convert(
             {"decode": knots, "prompt": each(self.prompt, other.prompt),
+             "share": between(self.share, other.share),
              "loop": each(self.loop, other.loop)}, StepTimes,
         )  # fmt: skip
 
@@ -80,6 +84,7 @@ class StepTimes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return StepTimes(
             decode=tuple((n, steps * base, steps * token) for n, base, token in self.decode),
             prompt=(prompts * self.prompt[0], prompts * self.prompt[1], prompts * self.prompt[2]),
+            share=self.share,
             loop=(steps * self.loop[0], steps * self.loop[1]),
         )  # fmt: skip
 
@@ -88,11 +93,12 @@ class StepTimes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     ) -> float:
         """Of a step with `prompts` chunks of prompts, `tokens` long together."""
         base, token, pair = self.prompt
-        computed = base + token * tokens + pair * pairs
-        if requests:
-            return computed + self.decode_s(requests, context)
         pause, chunk = self.loop
-        return computed + pause + chunk * prompts
+        loop = pause + chunk * (prompts + requests)
+        spent = base + token * tokens + pair * pairs + loop
+        if requests:
+            spent += self.share * max(0.0, self.decode_s(requests, context) - loop)
+        return spent
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -20,7 +20,7 @@ from pdserve.engine.models.checkpoint import EMBEDDING, NAMES, OUTPUT
 from pdserve.engine.models.linear import Joined, Linear
 from pdserve.engine.weights import Weights
 
-FEW_SINGLES = 15
+FEW_SINGLES = 12
 """Of more single tokens the products are faster in the tiles of longer chunks, where the processor
 has instructions for those (bench/LOG.md)."""
 Angles = tuple[torch.Tensor, torch.Tensor]

@@ -36,6 +36,7 @@ from pdserve.bench.workloads import Shape
 TIMES = StepTimes(
     decode=((1, 56e-4, 1e-7), (16, 146e-4, 1e-7)),
     prompt=(5e-3, 2e-4, 1e-8),
+    share=0.7,
     loop=(1e-3, 1e-4),
 )
 PROFILE = Profile(
@@ -142,8 +143,8 @@ def test_what_a_request_costs_is_found() -> None:
     records = [Record(job=n, due=0.0, token_times=times[n]) for n in range(2)]
     run = Run(records=records, wall_s=1.0, client_cpu_s=0.0, loop_lags=[])
     # The gap in which it came is one of a step of both.
-    assert lost_s(run, TIMES, TIMES, 0.02) == pytest.approx((0.004 + both - step) / 2)
-    assert lost_s(run, TIMES, slower(TIMES, 2.0), 0.02) == 0.0  # its prompt explains more
+    assert lost_s([run, run], TIMES, TIMES, 0.02) == pytest.approx((0.004 + both - step) / 2)
+    assert lost_s([run], TIMES, slower(TIMES, 2.0), 0.02) == 0.0  # its prompt explains more
 
 
 def test_equal_requests_differ_by_the_jitter() -> None:

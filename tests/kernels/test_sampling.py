@@ -31,6 +31,7 @@ def draw(
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
+    filtered: bool = True,
 ) -> torch.Tensor:
     """`sample` with the same temperature and filters for all rows."""
     rows = logits.shape[0]
@@ -40,6 +41,7 @@ def draw(
         top_k=torch.full((rows,), top_k),
         top_p=torch.full((rows,), top_p),
         min_p=torch.full((rows,), min_p),
+        filtered=filtered,
         seeds=seeds,
         positions=torch.zeros(rows, dtype=torch.int64) if positions is None else positions,
     )
@@ -168,6 +170,7 @@ def test_a_filter_that_keeps_everything_draws_as_no_filter() -> None:
     assert torch.equal(draw(logits, seeds, min_p=1e-30), plain)
     assert torch.equal(draw(logits, seeds, top_k=700), plain)
     assert torch.equal(draw(logits, seeds, top_k=5000), plain)
+    assert torch.equal(draw(logits, seeds, filtered=False), plain)
 
 
 def test_a_flat_distribution_is_sorted_only_as_far_as_needed_and_correctly() -> None:

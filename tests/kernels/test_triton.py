@@ -419,6 +419,8 @@ def test_seeded_tokens_are_those_of_the_reference(
     positions = torch.tensor([0, 1, 2**31, 2**33 + 5, 17, 2**40])
     arguments = parameters(rows, seeds=seeds, positions=positions, **filters)
     drawn = kernels.sample(logits, **arguments)
+    if not filters:
+        assert drawn.tolist() == kernels.sample(logits, **arguments, filtered=False).tolist()
     reference(monkeypatch, "sample")
     assert drawn.tolist() == kernels.sample(logits, **arguments).tolist()
 
