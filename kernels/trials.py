@@ -45,6 +45,7 @@ class Sizes:
     """How much a trial computes, at most."""
 
     prompt: int = 2048
+    """Tokens of a chunk: the last of a long prompt, behind three times as many."""
     sequences: int = 32
     context: int = 2048
     blocks: int = 256
@@ -88,12 +89,13 @@ def _attention(cache: torch.Tensor, model: Model, sizes: Sizes) -> Iterator[Tria
     blocks, _, size, _, dim = cache.shape
     device = cache.device
     prompt = min(sizes.prompt, blocks * size)
+    until = min(4 * prompt, blocks * size)
     query = torch.randn(prompt, model.heads, dim, device=device).to(model.dtype)
     if dispatch.implementation("attention_decode", query, cache) is None:
         return  # a GPU that is too old for the cache's type
     wide, shape = attention_class(query, cache)
     table = torch.randperm(blocks, device=device)
-    starts, length = (torch.tensor(n, device=device) for n in ([0, prompt], [prompt]))
+    starts, length = (torch.tensor(n, device=device) for n in ([0, prompt], [until]))
     yield Trial(
         "attention_prefill" + wide,
         shape,

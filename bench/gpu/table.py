@@ -38,7 +38,10 @@ def main() -> None:
     kernels = {name: found for name, found in files.items() if name.startswith("kernels-")}
     rows = [row for found in kernels.values() for row in found["results"]]
     large = [
-        row for name, found in kernels.items() if "-bfloat16-" in name for row in found["results"]
+        row
+        for name, found in kernels.items()
+        if "-bfloat16-" in name and "-small-" not in name
+        for row in found["results"]
     ]
     lines = [
         *launches(kernels),

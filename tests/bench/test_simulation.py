@@ -351,6 +351,7 @@ def test_the_command_writes_a_report(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_a_profile_of_this_machine(tmp_path: Path) -> None:
     out = tmp_path / "profile.json"
     options = ["--workers", "2", "--kv-total", "64", "--max-model-len", "1024", "--out", str(out)]
