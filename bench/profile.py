@@ -43,8 +43,9 @@ LENGTHS = (LENGTH, PROMPT)
 PROBES = 12
 REPEATS = 5
 """How often the pace of answers is measured."""
-CHURN = 12
-"""Answers at a time, for what a request costs those beside it."""
+CHURN, CHURN_ANSWER = 6, 256
+"""Answers at a time, and their longest length, for what a request costs those beside it: those that
+come soon after each other cost less, since the code that takes them in is in the caches."""
 PASSES = 3
 """Over all steps, alone and beside each other."""
 PASSED_ON = ("max_num_batched_tokens", "max_num_seqs", "max_model_len", "block_size", "dtype",
@@ -260,7 +261,7 @@ def _paced(
 def _churn(cluster: Cluster, args: argparse.Namespace, number: int) -> Run:
     """Answers of different lengths, so that they begin and end at all times."""
     at_once = min(CHURN, args.max_num_seqs)
-    shape = Shape(kind="random", requests=3 * at_once, input_len=LENGTH, output_len=ANSWER,
+    shape = Shape(kind="random", requests=4 * at_once, input_len=LENGTH, output_len=CHURN_ANSWER,
                   vocab=(10, args.vocab), seed=3 + number)  # fmt: skip
     return _ask(cluster, args, shape, at_once, f"churn-{number}")
 
@@ -282,12 +283,13 @@ def _lost_s(run: Run, alone: StepTimes, beside: StepTimes, prompt_s: float) -> f
     writing = list(itertools.accumulate(change for _, change in edges))
     lost, slower = 0.0, []
     for record in run.records:
-        for before, after in itertools.pairwise(record.token_times[1:]):
+        for token, (before, after) in enumerate(itertools.pairwise(record.token_times[1:]), 2):
             # None where an answer's last tokens have come at once.
             n = max(1, writing[bisect.bisect_right(moments, before) - 1])
-            usual = alone.decode_s(n, n * CONTEXT)
+            context = n * (LENGTH + token)  # as if the others were as far
+            usual = alone.decode_s(n, context)
             lost += (after - before - usual) / n
-            slower.append(beside.decode_s(n, n * CONTEXT) / usual - 1)
+            slower.append(beside.decode_s(n, context) / usual - 1)
     known = statistics.fmean(slower) * prompt_s
     return lost / len(run.records) - known
 
