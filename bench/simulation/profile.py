@@ -122,8 +122,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     beside: StepTimes
     """While all of them compute."""
     request_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
-    """What a request costs the worker that writes its answer, beside steps: those whose answers it
-    writes meanwhile wait for so long, once."""
+    """What a request costs a decode worker beside steps, its hand-over among it: those whose
+    answers it writes meanwhile wait for so long, once. Colocated workers show no such cost."""
     jitter: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     """How much the time per token of equal requests differs by itself: the deviation of its
     logarithm."""

@@ -243,7 +243,7 @@ class Worker:
     # what is asked of it
 
     def submit(self, request: Simulated) -> None:
-        if self.role is not Role.PREFILL and not self.idle:
+        if self.role is Role.DECODE and not self.idle:
             self._owed += self._profile.request_s
         self.scheduler.add(request)
         self._candidates.clear()
