@@ -252,10 +252,17 @@ def _paced(
             count,
             # The mean, since what router and client take of the cores comes in bursts.
             statistics.fmean(gaps),
-            statistics.stdev(map(math.log, gaps)),
+            spread(gaps),
         )
         for count, gaps in means.items()
     ]
+
+
+def spread(gaps: Sequence[float]) -> float:
+    """The deviation of the gaps' logarithms. Answers whose tokens came to the client all at once,
+    with gaps of 0, say nothing."""
+    logs = [math.log(gap) for gap in gaps if gap > 0]
+    return statistics.stdev(logs) if len(logs) > 1 else 0.0
 
 
 def _churn(cluster: Cluster, args: argparse.Namespace, number: int) -> Run:

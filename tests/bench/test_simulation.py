@@ -17,7 +17,7 @@ from pdserve.bench.arrivals import Arrivals, BenchError
 from pdserve.bench.client import Record, Run
 from pdserve.bench.figures import Slo, figures
 from pdserve.bench.fit import fit, least
-from pdserve.bench.profile import lost_s
+from pdserve.bench.profile import lost_s, spread
 from pdserve.bench.reference import CONTEXT, NOBODY, Pace
 from pdserve.bench.simulation import __main__ as simulate
 from pdserve.bench.simulation.against import paced, reference_pace
@@ -145,6 +145,11 @@ def test_what_a_request_costs_is_found() -> None:
     # The gap in which it came is one of a step of both.
     assert lost_s([run, run], TIMES, TIMES, 0.02) == pytest.approx((0.004 + both - step) / 2)
     assert lost_s([run], TIMES, slower(TIMES, 2.0), 0.02) == 0.0  # its prompt explains more
+
+
+def test_answers_that_came_at_once_say_nothing_of_the_jitter() -> None:
+    assert spread([1.0, 0.0, math.e]) == pytest.approx(statistics.stdev([0.0, 1.0]))
+    assert spread([0.0, 1.0]) == 0.0
 
 
 def test_equal_requests_differ_by_the_jitter() -> None:
