@@ -1,6 +1,6 @@
-"""What attention of chunks and of single tokens share in Triton: the walk over tiles of the paged
-cache, folded into one online softmax (Milakov and Gimelshein 2018; Dao et al. 2022,
-arXiv:2205.14135)."""
+"""What attention of chunks and of single tokens share in Triton: a tile folded into one online
+softmax (Milakov and Gimelshein 2018; Dao et al. 2022, arXiv:2205.14135); and the walk of single
+tokens over tiles of the paged cache, which is bound by memory (of chunks: `triton_prefill`)."""
 
 from __future__ import annotations
 
@@ -83,13 +83,12 @@ def fold_tiles(
     KEYS: tl.constexpr,
     WINDOW: tl.constexpr,
     CAPPED: tl.constexpr,
-    MASKED: tl.constexpr,
 ):
     """The state (acc, top, total) with the tiles that start at begin, begin + KEYS, … < end added.
 
     K and V become what the query is, which for a cache of float8 is exact; its scales are not in
-    here. Tokens from `limit` on are not read; base_ptr is at the head's K in block 0. MASKED: a row
-    sees keys up to its `position`, within the window, below the limit; otherwise all of them."""
+    here. Tokens from `limit` on are not read; base_ptr is at the head's K in block 0. A row sees
+    keys up to its `position`, within the window, below the limit."""
     dim = tl.arange(0, DIM_PAD)
     step = tl.arange(0, KEYS).to(begin.dtype)
     for start in range(begin, end, KEYS):
@@ -122,5 +121,5 @@ def fold_tiles(
         if WINDOW > 0:
             visible = visible & (position[:, None] - column[None, :] < WINDOW)
         scores = scores_of(query, key, scale, soft_cap, CAPPED)
-        acc, top, total = fold_tile(acc, top, total, scores, visible, value, MASKED)
+        acc, top, total = fold_tile(acc, top, total, scores, visible, value, True)
     return acc, top, total

@@ -190,7 +190,6 @@ def decode_kernel(
             KEYS,
             WINDOW,
             CAPPED,
-            True,
         )
         place = query_row * splits + split
         tl.store(
